@@ -1,0 +1,25 @@
+"""SANM (Self-supervised Adversarial Noisy Masking, CVPR 2023) over methods for learning with noisy labels, on Lightning."""
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.data import CIFAR10, CIFAR100, Digits, ImageFolder, Noise, NoisyDataModule
+from sanm_lightning.methods import CrossEntropy, NoisyLabelModule
+from sanm_lightning.sanm.callback import SANMCallback
+from sanm_lightning.sanm.mixin import SANMMixin
+from sanm_lightning.sanm.module import SANM
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "SANM",
+    "CrossEntropy",
+    "Digits",
+    "ImageFolder",
+    "Noise",
+    "NoisyBatch",
+    "NoisyDataModule",
+    "NoisyLabelModule",
+    "SANMCallback",
+    "SANMMixin",
+]
+
+__version__ = "0.1.0"

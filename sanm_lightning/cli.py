@@ -1,0 +1,102 @@
+"""The command line: ``sanm fit|validate|test|predict``. The only place that parses arguments."""
+
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import sanm_lightning.data
+import sanm_lightning.methods
+import sanm_lightning.models
+import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
+from sanm_lightning.run_record import RunRecord
+
+__all__ = ["SANMCLI", "main"]
+
+
+class SANMCLI(LightningCLI):
+    """LightningCLI in which class number and image size flow from the data to the method."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what the data know and the method needs. Data modules and models without these names are left alone."""
+        for name in ("num_classes", "image_size"):
+            parser.link_arguments(
+                "data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate"
+            )
+
+
+def _reader(name: str) -> Any:
+    def read(data: Any) -> Any:
+        value = getattr(data, name, None)
+        if value is None:
+            raise ValueError(f"the method needs {name}, and {type(data).__name__} has no property of that name")
+        return value
+
+    return read
+
+
+def _with_packaged_configs(args: list[str]) -> list[str]:
+    """Let ``--config configs/...`` name the recipes that come with the package, where no such file lies here."""
+    out = []
+    for position, argument in enumerate(args):
+        flag, equals, value = argument.partition("=")
+        if equals and flag in ("--config", "-c"):
+            out.append(f"{flag}={_packaged(value)}")
+        elif position and args[position - 1] in ("--config", "-c"):
+            out.append(_packaged(argument))
+        else:
+            out.append(argument)
+    return out
+
+
+def _packaged(name: str) -> str:
+    parts = Path(name).parts
+    if Path(name).exists() or not parts or parts[0] != "configs":
+        return name
+    packaged = Path(str(files("sanm_lightning"))).joinpath(*parts)
+    return str(packaged) if packaged.exists() else name
+
+
+def main(args: list[str] | None = None) -> SANMCLI:
+    """Run the command line.
+
+    Args:
+        args: arguments as a list; None reads the process's own.
+
+    Returns:
+        The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
+    """
+    sys.path.insert(0, os.getcwd())  # a console script could not import the user's own modules otherwise
+    if args is None:
+        sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
+    else:
+        args = _with_packaged_configs(args)
+    return SANMCLI(
+        L.LightningModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [RunRecord()]},
+        args=args,
+    )
+
+
+def entry_point() -> None:
+    """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
+
+    ``SANM_TRACEBACK=1`` shows the traceback.
+    """
+    try:
+        main()
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        if os.environ.get("SANM_TRACEBACK"):
+            raise
+        print(f"sanm: {error}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,116 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from the files that torchvision uses."""
+
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+
+from sanm_lightning.data.datamodule import NoisyDataModule, Source
+from sanm_lightning.data.noise import CIFAR100_SUPERCLASSES
+
+__all__ = ["CIFAR10", "CIFAR100"]
+
+
+class _CIFAR(NoisyDataModule):
+    files: ClassVar[type[torchvision.datasets.CIFAR10]]
+    names: ClassVar[tuple[str, ...]]
+
+    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(root=root, **kwargs)
+        self.download = download
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(32, 32) pixels."""
+        return 32, 32
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names in the order of the class indices."""
+        return list(self.names)
+
+    def prepare_data(self) -> None:
+        """Downloads the files to the root if they are not there.
+
+        Raises:
+            FileNotFoundError: the files are not there and cannot be downloaded.
+        """
+        try:
+            self._open(train=True)
+        except FileNotFoundError:
+            if not self.download:
+                raise
+            try:
+                self.files(self.root, train=True, download=True)
+            except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken archive is a RuntimeError
+                raise FileNotFoundError(
+                    f"{type(self).__name__} could not be downloaded ({error}): put the folder "
+                    f"{self.files.base_folder!r} of its Python version into {self.root!r}, or name its place with "
+                    "--data.root."
+                ) from error
+
+    def load_train(self) -> Source:
+        """The training set."""
+        return self._read(train=True)
+
+    def load_test(self) -> Source:
+        """The test set."""
+        return self._read(train=False)
+
+    def _read(self, train: bool) -> Source:
+        data = self._open(train)
+        images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        return Source(torch.tensor(data.targets, dtype=torch.int64), images)
+
+    def _open(self, train: bool) -> torchvision.datasets.CIFAR10:
+        try:
+            return self.files(self.root, train=train, download=False)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{type(self).__name__} was not found in {self.root!r}, or its files are damaged: put the folder "
+                f"{self.files.base_folder!r} of its Python version there, name its place with --data.root, or let "
+                "it be downloaded."
+            ) from error
+
+
+class CIFAR10(_CIFAR):
+    """CIFAR-10: 32 x 32 colour images of 10 classes, equally many of each.
+
+    Args:
+        root: folder that holds ``cifar-10-batches-py``, or into which it is downloaded.
+        download: download the files if they are not there.
+        **kwargs: as for `NoisyDataModule`.
+
+    Raises:
+        FileNotFoundError: when data are needed, there are none, and the download is off or fails.
+    """
+
+    files = torchvision.datasets.CIFAR10
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(root=root, download=download, **kwargs)
+
+
+class CIFAR100(_CIFAR):
+    """CIFAR-100: 32 x 32 colour images of 100 classes (the fine labels), equally many of each.
+
+    Args:
+        root: folder that holds ``cifar-100-python``, or into which it is downloaded.
+        download: download the files if they are not there.
+        **kwargs: as for `NoisyDataModule`.
+
+    Raises:
+        FileNotFoundError: when data are needed, there are none, and the download is off or fails.
+    """
+
+    files = torchvision.datasets.CIFAR100
+    names = tuple(sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members))
+
+    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
+        super().__init__(root=root, download=download, **kwargs)

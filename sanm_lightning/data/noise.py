@@ -1,0 +1,414 @@
+"""Label noise: what is done to the labels of a training set, from a seed or from a file.
+
+Every function takes labels of shape (N,), int64, and returns a new tensor of the same shape; the input is never written
+to. All of them choose **exactly** ``round(rate * N)`` samples, so that a rate is met and not only expected. Which
+published methods use which kind is not uniform, and the two symmetric kinds differ by a factor (C - 1) / C in the share
+of labels that are wrong: say which one a number belongs to.
+"""
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = [
+    "CIFAR10_MAP",
+    "CIFAR100_SUPERCLASSES",
+    "Noise",
+    "asymmetric",
+    "cifar100_superclass_map",
+    "class_map",
+    "pair_flip",
+    "read_labels",
+    "symmetric",
+    "symmetric_exclusive",
+]
+
+NoiseKind = Literal["none", "symmetric", "symmetric_exclusive", "asymmetric", "pair", "file"]
+
+# truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse (Patrini et al., CVPR 2017).
+CIFAR10_MAP: dict[int, int] = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
+
+# Fine classes of each super-class (Krizhevsky, 2009). Fine ids are the alphabetical ranks of these names, so the
+# classes of one super-class are NOT five consecutive ids.
+CIFAR100_SUPERCLASSES: dict[str, tuple[str, ...]] = {
+    "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
+    "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
+    "flowers": ("orchid", "poppy", "rose", "sunflower", "tulip"),
+    "food_containers": ("bottle", "bowl", "can", "cup", "plate"),
+    "fruit_and_vegetables": ("apple", "mushroom", "orange", "pear", "sweet_pepper"),
+    "household_electrical_devices": ("clock", "keyboard", "lamp", "telephone", "television"),
+    "household_furniture": ("bed", "chair", "couch", "table", "wardrobe"),
+    "insects": ("bee", "beetle", "butterfly", "caterpillar", "cockroach"),
+    "large_carnivores": ("bear", "leopard", "lion", "tiger", "wolf"),
+    "large_man-made_outdoor_things": ("bridge", "castle", "house", "road", "skyscraper"),
+    "large_natural_outdoor_scenes": ("cloud", "forest", "mountain", "plain", "sea"),
+    "large_omnivores_and_herbivores": ("camel", "cattle", "chimpanzee", "elephant", "kangaroo"),
+    "medium_mammals": ("fox", "porcupine", "possum", "raccoon", "skunk"),
+    "non-insect_invertebrates": ("crab", "lobster", "snail", "spider", "worm"),
+    "people": ("baby", "boy", "girl", "man", "woman"),
+    "reptiles": ("crocodile", "dinosaur", "lizard", "snake", "turtle"),
+    "small_mammals": ("hamster", "mouse", "rabbit", "shrew", "squirrel"),
+    "trees": ("maple_tree", "oak_tree", "palm_tree", "pine_tree", "willow_tree"),
+    "vehicles_1": ("bicycle", "bus", "motorcycle", "pickup_truck", "train"),
+    "vehicles_2": ("lawn_mower", "rocket", "streetcar", "tank", "tractor"),
+}
+
+
+def cifar100_superclass_map() -> dict[int, int]:
+    """Next class inside the true super-class of CIFAR-100, members ordered by fine id, the last to the first.
+
+    Returns:
+        A map of all 100 fine ids to another fine id of the same super-class.
+    """
+    fine_id = {name: i for i, name in enumerate(sorted(n for names in CIFAR100_SUPERCLASSES.values() for n in names))}
+    mapping: dict[int, int] = {}
+    for names in CIFAR100_SUPERCLASSES.values():
+        members = sorted(fine_id[name] for name in names)
+        mapping.update(zip(members, members[1:] + members[:1], strict=True))
+    return mapping
+
+
+_MAPS: dict[str, Callable[[], dict[int, int]]] = {
+    "cifar10": lambda: dict(CIFAR10_MAP),
+    "cifar100_superclass": cifar100_superclass_map,
+}
+
+
+def class_map(name: str) -> dict[int, int]:
+    """The class-to-class map of a name: ``cifar10`` or ``cifar100_superclass``.
+
+    Raises:
+        ValueError: no map has this name.
+    """
+    if name not in _MAPS:
+        raise ValueError(f"The noise mapping {name!r} is unknown: choose one of {sorted(_MAPS)}, or give a map of ids.")
+    return _MAPS[name]()
+
+
+def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Symmetric noise that **may keep** the label: a uniform draw over all C classes for ``round(rate * N)`` samples.
+
+    The definition of DivideMix (Li et al., ICLR 2020) and of the methods that follow it. The share of wrong labels is
+    about ``rate * (C - 1) / C``, less than asked.
+
+    Args:
+        labels: shape (N,), int64, in [0, C).
+        rate: share of samples that are drawn anew, in [0, 1].
+        num_classes: C.
+        generator: source of all randomness.
+
+    Returns:
+        Noisy labels, shape (N,), int64.
+
+    Raises:
+        ValueError: labels or rate are not as described.
+    """
+    chosen = _choose(labels, rate, num_classes, generator)
+    drawn = torch.randint(num_classes, (len(chosen),), generator=generator, device=generator.device)
+    return _replaced(labels, chosen, drawn.to(labels.device))
+
+
+def symmetric_exclusive(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Symmetric noise that **always flips**: a uniform draw over the other C - 1 classes, ``round(rate * N)`` times.
+
+    The definition of Co-teaching (Han et al., NeurIPS 2018). The share of wrong labels is the rate that was asked for.
+    Arguments, result and errors as for `symmetric`; a single class cannot be flipped and raises ValueError.
+    """
+    chosen = _choose(labels, rate, num_classes, generator)
+    if num_classes < 2:
+        raise ValueError(f"A label can flip to another class only with 2 or more classes, got {num_classes}: use more.")
+    step = torch.randint(1, num_classes, (len(chosen),), generator=generator, device=generator.device)
+    return _replaced(labels, chosen, (labels[chosen] + step.to(labels.device)) % num_classes)
+
+
+def asymmetric(
+    labels: Tensor, rate: float, num_classes: int, generator: torch.Generator, mapping: Mapping[int, int]
+) -> Tensor:
+    """Asymmetric noise: ``round(rate * N)`` samples of **all** classes are sent through a class-to-class map.
+
+    Classes that are not in the map keep their label, so the share of wrong labels is the rate times the share of mapped
+    classes (half the rate for balanced CIFAR-10). All labels are read before any is written: a cat that became a dog is
+    not a candidate for the way back. Class by class in place, as in some released code, would be another noise.
+
+    Args:
+        labels: shape (N,), int64, in [0, C).
+        rate: share of samples that are sent through the map, in [0, 1].
+        num_classes: C.
+        generator: source of all randomness.
+        mapping: from class to class, both in [0, C).
+
+    Returns:
+        Noisy labels, shape (N,), int64.
+
+    Raises:
+        ValueError: labels, rate or map are not as described.
+    """
+    chosen = _choose(labels, rate, num_classes, generator)
+    outside = sorted(c for c in {*mapping.keys(), *mapping.values()} if not 0 <= c < num_classes)
+    if outside:
+        raise ValueError(
+            f"The noise mapping names classes {outside[:5]}, but there are only {num_classes} classes (0 to "
+            f"{num_classes - 1}): choose a mapping for this data set."
+        )
+    table = torch.arange(num_classes, device=labels.device)
+    table[list(mapping.keys())] = torch.tensor(list(mapping.values()), dtype=torch.int64, device=labels.device)
+    return _replaced(labels, chosen, table[labels[chosen]])
+
+
+def pair_flip(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Pair noise: ``round(rate * N)`` samples move from class i to class (i + 1) mod C (Han et al., NeurIPS 2018).
+
+    Arguments, result and errors as for `symmetric_exclusive`; the share of wrong labels is the rate.
+    """
+    chosen = _choose(labels, rate, num_classes, generator)
+    if num_classes < 2:
+        raise ValueError(
+            f"A label can flip to the next class only with 2 or more of them, got {num_classes}: use more."
+        )
+    return _replaced(labels, chosen, (labels[chosen] + 1) % num_classes)
+
+
+def _choose(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
+    """Indices of exactly ``round(rate * N)`` random samples, after a look at the arguments."""
+    _check_labels(labels, num_classes, "labels")
+    _check_rate(rate)
+    order = torch.randperm(len(labels), generator=generator, device=generator.device)
+    return order[: round(rate * len(labels))].to(labels.device)
+
+
+def _replaced(labels: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
+    noisy = labels.clone()
+    noisy[chosen] = values
+    return noisy
+
+
+def _check_rate(rate: float) -> None:
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise ValueError(f"The noise rate must be a share in [0, 1], got {rate!r}: write 0.5 for half of the samples.")
+
+
+def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
+    if labels.dim() != 1 or labels.dtype != torch.int64:
+        raise ValueError(
+            f"The {what} must be a tensor of shape (N,) and type int64, got shape {tuple(labels.shape)} and type "
+            f"{labels.dtype}: give one class index per sample."
+        )
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        raise ValueError(
+            f"The {what} must lie in 0 to {num_classes - 1}, got values from {int(labels.min())} to "
+            f"{int(labels.max())}: number the classes from 0 and check the number of classes."
+        )
+
+
+def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str | None = None) -> Tensor:
+    """Labels of a training set from a file, in the order of the set. Nothing in the file is ever unpickled.
+
+    Three formats, by the ending of the name:
+
+    - ``.npy``: one array of shape (N,);
+    - ``.npz``: the array called ``key``; where the file holds a single array, the key may be left out;
+    - ``.csv``: one column of labels, with or without a header; or two columns, position and label, rows in any order;
+      or any number of columns under a header, ``key`` being the name of the label column (a column called ``index``, if
+      there is one, then gives the positions).
+
+    Args:
+        path: the file.
+        num_samples: N, the labels expected.
+        num_classes: C; labels lie in [0, C).
+        key: name of the array or column.
+
+    Returns:
+        Labels, shape (N,), int64.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, or does not hold N whole numbers in [0, C).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The label file {path} does not exist: check the path of the noise.")
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise ValueError(f"The label file {path} must end in {sorted(readers)}, got {path.suffix!r}: convert it.")
+    try:
+        values = readers[path.suffix](path, key)
+    except _ClearError:
+        raise
+    except Exception as error:  # numpy and csv fail in many ways on a damaged file
+        reason = str(error).split(".")[0]
+        raise ValueError(f"The label file {path} cannot be read ({reason}): save it as plain numbers.") from error
+    return _as_labels(path, values, num_samples, num_classes)
+
+
+class _ClearError(ValueError):
+    """A sentence meant for the user, not to be wrapped again."""
+
+
+def _read_npy(path: Path, key: str | None) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
+    return array
+
+
+def _read_npz(path: Path, key: str | None) -> np.ndarray[Any, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = list(arrays.files)
+        if key is None and len(names) != 1:
+            raise _ClearError(f"The label file {path} holds the arrays {names}: name one of them as the key.")
+        name = names[0] if key is None else key
+        if name not in names:
+            raise _ClearError(f"The label file {path} has no array {key!r}, only {names}: name one of them as the key.")
+        array: np.ndarray[Any, Any] = arrays[name]
+        return array
+
+
+def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    header = rows.pop(0) if rows and not all(_is_number(cell) for cell in rows[0]) else None
+    if header is None and key is not None:
+        raise _ClearError(f"The label file {path} has no header line, so no column {key!r}: leave out the key.")
+    width = len(header) if header is not None else len(rows[0]) if rows else 1
+    uneven = next((i for i, row in enumerate(rows) if len(row) != width), None)
+    if uneven is not None:
+        raise _ClearError(
+            f"The label file {path} has {width} columns, but {len(rows[uneven])} in row {uneven}: mend it."
+        )
+    position = None
+    if key is not None and header is not None:
+        if key not in header:
+            raise _ClearError(f"The label file {path} has no column {key!r}, only {header}: name one as the key.")
+        column = header.index(key)
+        position = header.index("index") if "index" in header and key != "index" else None
+    elif width == 1:
+        column = 0
+    elif width == 2:
+        position, column = 0, 1
+    else:
+        raise _ClearError(f"The label file {path} has {width} columns {header or ''}: give the label column as key.")
+    bad = next((row[column] for row in rows if not _is_number(row[column])), None)
+    if bad is not None:
+        raise _ClearError(f"The label file {path} holds {bad!r} where a label is expected: write class indices.")
+    labels = np.array([float(row[column]) for row in rows])
+    if position is None:
+        return labels
+    places = np.array([float(row[position]) if _is_number(row[position]) else np.nan for row in rows])
+    if not np.array_equal(np.sort(places), np.arange(len(rows))):
+        raise _ClearError(
+            f"The positions in the label file {path} must be 0 to {len(rows) - 1}, each once, but they are not: give "
+            "every sample one row."
+        )
+    return labels[np.argsort(places)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_labels(path: Path, values: np.ndarray[Any, Any], num_samples: int, num_classes: int) -> Tensor:
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.shape != (num_samples,):
+        raise ValueError(
+            f"The label file {path} must hold {num_samples} labels, one per training image in the order of the set, "
+            f"got shape {values.shape}: check that it belongs to this data set."
+        )
+    if values.dtype.kind not in "iuf" or not np.all(np.isfinite(values)) or not np.array_equal(values, values.round()):
+        raise ValueError(
+            f"The label file {path} must hold whole numbers, got others, of type {values.dtype}: save class indices."
+        )
+    if len(values) and (values.min() < 0 or values.max() >= num_classes):
+        raise ValueError(
+            f"The labels in {path} must lie in 0 to {num_classes - 1}, got {int(values.min())} to {int(values.max())}: "
+            "check that the file belongs to this data set."
+        )
+    return torch.from_numpy(values.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What is done to the training labels. By default nothing.
+
+    Args:
+        kind: ``none``; ``symmetric`` (uniform over all classes, may keep the label); ``symmetric_exclusive`` (always
+            another class); ``asymmetric`` (through a class map); ``pair`` (to the next class); ``file`` (labels read
+            from a file that covers the whole original training set).
+        rate: share of the training samples that is treated, in [0, 1]; not used by ``none`` and ``file``.
+        mapping: for ``asymmetric``: ``cifar10``, ``cifar100_superclass`` or a map from class index to class index.
+        path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_labels`.
+        key: for ``file``: name of the array or column, where there are several.
+        seed: seed of the noise alone; by default the seed of the data module.
+
+    Raises:
+        ValueError: a part is missing, unknown or out of range.
+    """
+
+    kind: NoiseKind = "none"
+    rate: float = 0.0
+    mapping: dict[int, int] | str | None = None
+    path: str | None = None
+    key: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        kinds = get_args(NoiseKind)
+        if self.kind not in kinds:
+            raise ValueError(f"The noise kind {self.kind!r} is unknown: choose one of {list(kinds)}.")
+        _check_rate(self.rate)
+        if self.kind in ("none", "file") and self.rate:
+            raise ValueError(
+                f"Noise of kind {self.kind!r} has no rate, got {self.rate}: leave the rate out, or choose a kind that "
+                "has one, such as 'symmetric'."
+            )
+        if self.kind == "asymmetric" and not self.mapping:
+            raise ValueError(
+                f"Noise of kind 'asymmetric' needs a mapping, got {self.mapping!r}: give one of {sorted(_MAPS)} or a "
+                "map of class ids."
+            )
+        if self.kind == "file" and not self.path:
+            raise ValueError(f"Noise of kind 'file' needs the path of a label file, got {self.path!r}: give a path.")
+        if isinstance(self.mapping, str):
+            class_map(self.mapping)
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"The seed of the noise must be 0 or more, got {self.seed}: choose another, such as 0.")
+
+    def apply(self, labels: Tensor, num_classes: int, seed: int) -> Tensor:
+        """Noisy labels: the same for the same labels, noise and seed, on every machine and process.
+
+        Args:
+            labels: shape (N,), int64, in [0, C).
+            num_classes: C.
+            seed: used where the noise has no seed of its own.
+
+        Returns:
+            A new tensor, shape (N,), int64.
+
+        Raises:
+            ValueError, FileNotFoundError: as the function of this kind.
+        """
+        _check_labels(labels, num_classes, "labels")
+        generator = torch.Generator().manual_seed(seed if self.seed is None else self.seed)
+        match self.kind:
+            case "symmetric":
+                return symmetric(labels, self.rate, num_classes, generator)
+            case "symmetric_exclusive":
+                return symmetric_exclusive(labels, self.rate, num_classes, generator)
+            case "asymmetric":
+                mapping = class_map(self.mapping) if isinstance(self.mapping, str) else self.mapping
+                assert mapping is not None  # seen to in __post_init__
+                return asymmetric(labels, self.rate, num_classes, generator, mapping)
+            case "pair":
+                return pair_flip(labels, self.rate, num_classes, generator)
+            case "file":
+                assert self.path is not None  # seen to in __post_init__
+                return read_labels(self.path, len(labels), num_classes, self.key).to(labels.device)
+        return labels.clone()

@@ -1,0 +1,155 @@
+"""What every method for learning with noisy labels shares: a network, targets, label quality, metrics, an optimizer."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.methods.schedules import takes_total_steps
+from sanm_lightning.models import create_network
+from sanm_lightning.sanm.mixin import SANMMixin
+from sanm_lightning.sanm.module import SANM, Quality
+
+__all__ = ["NoisyLabelModule", "sgd"]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Return the field's usual optimizer: SGD, learning rate .02, momentum .9, weight decay 5e-4."""
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+
+class NoisyLabelModule(SANMMixin, L.LightningModule):
+    """Base class of the methods. A method is one file with one class and one ``training_step``.
+
+    Batches are :class:`NoisyBatch`, or any ``(images, labels)`` pair.
+
+    Args:
+        num_classes: C; flows from the data module on the command line.
+        image_size: H, W of the images in pixels; likewise.
+        network: timm model name, or a network by timm's conventions that takes images in [0, 1].
+        network_args: options of that timm model, as ``{width: 16}`` or ``{pretrained: true}``.
+        mean: channel means that the network normalises with; None takes the pre-trained ones, or .5.
+        std: channel standard deviations, likewise, or .25.
+        sanm: SANM laid over the method; None is the plain published method.
+        warmup_epochs: epochs before the method, and SANM over it, does more than plain training.
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes the learning-rate schedule; one that takes ``total_steps`` gets them from the trainer and is stepped
+            per batch, any other is stepped per epoch. None keeps the rate constant.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the network cannot serve SANM.
+    """
+
+    wraps_training_step = False
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: tuple[int, int] = (32, 32),
+        network: str | nn.Module = "preact_resnet18",
+        network_args: dict[str, Any] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        sanm: SANM | None = None,
+        warmup_epochs: int = 10,
+        optimizer: OptimizerCallable = sgd,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        if not isinstance(num_classes, int) or num_classes < 2:
+            raise ValueError(f"expected num_classes >= 2, got {num_classes}; a data module gives it as a property")
+        if warmup_epochs < 0:
+            raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
+        sanm = SANM.off() if sanm is None else SANM(**sanm) if isinstance(sanm, dict) else sanm
+        super().__init__(sanm=sanm)
+        self.save_hyperparameters(ignore=["sanm", "optimizer", "scheduler", *(["network"] if not isinstance(network, str) else [])])
+        if "sanm" not in self.hparams and sanm.enabled:  # outside the command line: plain Python, so that a file opens safely
+            self.hparams["sanm"] = sanm.options
+        self.num_classes = num_classes
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.warmup_epochs = warmup_epochs
+        self.optimizer, self.scheduler = optimizer, scheduler
+        if isinstance(network, str):
+            self.network: Any = create_network(network, num_classes, mean, std, **(network_args or {}))
+        else:
+            self.network = network
+        self.sanm.build(self.network, self.image_size)
+        self.accuracy = nn.ModuleDict()  # one per evaluation set, made when it is first seen
+        for name in ("val", "test"):
+            self.accuracy[name] = MulticlassAccuracy(num_classes, average="micro")
+
+    # What a method calls
+
+    def one_hot(self, labels: Tensor) -> Tensor:
+        """Labels (B,) -> targets (B, C), float32."""
+        return F.one_hot(labels, self.num_classes).float()
+
+    def quality(self, batch: NoisyBatch, targets: Tensor) -> Quality:
+        """Return the label quality of a batch, as SANM takes it; None in the warm-up and without SANM."""
+        if not self.sanm.masking(self.current_epoch, self.warmup_epochs):
+            return None
+        return self.sanm.source_of_quality(targets, batch.index, batch.true_labels)
+
+    def observe(self, batch: NoisyBatch, logits: Tensor, targets: Tensor) -> None:
+        """Remember what the network says of the unmasked images: logits (B, C), targets (B, C)."""
+        if self.sanm.enabled:
+            self.sanm.label_quality.observe(logits, targets, batch.index)
+
+    # What Lightning calls
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> logits (B, C), as the method predicts."""
+        logits: Tensor = self.network(images)
+        return logits
+
+    def on_train_start(self) -> None:
+        """Refuse labels that the network has no class for, before the first step."""
+        labels = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
+        if isinstance(labels, Tensor) and len(labels) and int(labels.max()) >= self.num_classes:
+            raise ValueError(f"expected labels in [0, {self.num_classes}), got {int(labels.max())}")
+
+    def _evaluation_name(self, dataloader_idx: int) -> str:
+        names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", None) or ["val"]
+        return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"val{dataloader_idx}"
+
+    def _evaluate(self, batch: NoisyBatch, name: str) -> None:
+        images, labels = batch[0], batch[1]
+        metric = self.accuracy[name]
+        metric.update(self(images), labels)  # type: ignore[operator]
+        self.log(f"{name}/acc", metric, on_step=False, on_epoch=True, add_dataloader_idx=False, prog_bar=True)  # type: ignore[arg-type]
+
+    def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Count right predictions of each evaluation set of the data module."""
+        self._evaluate(batch, self._evaluation_name(dataloader_idx))
+
+    def test_step(self, batch: NoisyBatch, batch_idx: int) -> None:
+        """Count right predictions of the test set."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: NoisyBatch, batch_idx: int) -> dict[str, Tensor]:
+        """Return index (B,) where the batch has one, and probabilities (B, C)."""
+        index = getattr(batch, "index", None)
+        out = {} if index is None else {"index": index}
+        return {**out, "probabilities": self(batch[0]).float().softmax(1)}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make one optimizer over everything that learns, and its schedule."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.scheduler is None:
+            return optimizer
+        if takes_total_steps(self.scheduler):
+            steps = int(self.trainer.estimated_stepping_batches)
+            schedule = self.scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg]
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the evidence of all ranks into the file, the running epoch's too. Every rank calls it."""
+        key = "sanm.label_quality.bank._extra_state"
+        if key in checkpoint["state_dict"]:
+            checkpoint["state_dict"][key] = self.sanm.label_quality.bank.complete_state()

@@ -1,0 +1,113 @@
+"""One number for each training sample: saved, reset and merged across ranks in one stated way.
+
+Saved? In the state dict, as tensors (``get_extra_state``). Reset when? At :meth:`SampleBank.fold`, once per epoch, the
+partial sums; the values stay. Merged how? Sums and counts are added over ranks, so a sample that a distributed sampler
+served twice weighs no more than any other.
+
+Not registered buffers: DistributedDataParallel overwrites those with rank 0's copy at every forward.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["SampleBank"]
+
+
+class SampleBank(nn.Module):
+    """The mean of what was observed of each sample in an epoch, and a running mean of that over the epochs.
+
+    Args:
+        size: N, the number of training samples.
+        momentum: share of the old value that stays when an epoch is folded in, in [0, 1): 0 keeps the last epoch only.
+        running_mean: weigh all epochs alike instead; ``momentum`` is then not used.
+    """
+
+    _names = ("value", "epochs", "sum", "count")
+
+    value: Tensor
+    """(N,) float32: the folded value of each sample; 0 where ``epochs`` is 0."""
+    epochs: Tensor
+    """(N,) float32: the number of epochs in which the sample was seen."""
+    sum: Tensor
+    count: Tensor
+
+    def __init__(self, size: int = 0, momentum: float = 0.0, running_mean: bool = False) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected a momentum in [0, 1), got {momentum}")
+        self.momentum, self.running_mean = momentum, running_mean
+        self.resize(size)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def resize(self, size: int) -> None:
+        """Forget everything and make room for ``size`` samples."""
+        for name in self._names:
+            setattr(self, name, torch.zeros(size))
+
+    def observe(self, index: Tensor, value: Tensor) -> None:
+        """Note ``value`` (B,) for the samples ``index`` (B,). Local to this rank, no communication.
+
+        Raises:
+            ValueError: (on CPU) if an index is outside [0, N).
+        """
+        if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
+            raise ValueError(
+                f"expected sample indices in [0, {len(self)}), got {int(index.min())} to {int(index.max())}; the index "
+                "of a batch counts the training samples from 0"
+            )
+        self.sum.index_add_(0, index, value.detach().float())
+        self.count.index_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+
+    def fold(self) -> None:
+        """Take the epoch's means into the values. A collective under torch.distributed: every rank must call it."""
+        total, count = _sum_over_ranks(self.sum), _sum_over_ranks(self.count)
+        seen = count > 0
+        new = total / count.clamp(min=1)
+        old_share = self.epochs / (self.epochs + 1) if self.running_mean else self.momentum * (self.epochs > 0)
+        self.value = torch.where(seen, old_share * self.value + (1 - old_share) * new, self.value)
+        self.epochs = self.epochs + seen
+        self.sum.zero_()
+        self.count.zero_()
+
+    def complete_state(self) -> dict[str, Tensor]:
+        """Return the state with the partial sums of all ranks. A collective under torch.distributed."""
+        partial = {"sum": _sum_over_ranks(self.sum).cpu(), "count": _sum_over_ranks(self.count).cpu()}
+        return {**self.get_extra_state(), **partial}
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Return all tensors, on the CPU. The partial sums are this rank's own."""
+        return {name: getattr(self, name).detach().cpu().clone() for name in self._names}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a state. Partial sums go to rank 0 only, where they came from all ranks: they are added up again."""
+        for name in self._names:
+            tensor = state[name].to(self.value.device, torch.float32).clone()
+            lost = name in ("sum", "count") and _rank() != 0
+            setattr(self, name, torch.zeros_like(tensor) if lost else tensor)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SampleBank":
+        super()._apply(fn, recurse)
+        for name in self._names:
+            tensor = getattr(self, name)
+            setattr(self, name, tensor.to(fn(tensor).device))  # follow the device, never the precision
+        return self
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _sum_over_ranks(tensor: Tensor) -> Tensor:
+    total = tensor.clone()
+    if _distributed():
+        torch.distributed.all_reduce(total)
+    return total

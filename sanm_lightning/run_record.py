@@ -1,0 +1,120 @@
+"""What a run leaves behind: its labels and one small file of results."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torchmetrics.functional.classification import binary_auroc
+
+__all__ = ["RunRecord", "label_quality_auc"]
+
+
+def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
+    """Return the area under the ROC curve of label quality for finding right labels; 0.5 is chance, 1 perfect.
+
+    None where it has no meaning: no SANM, true labels unknown, or none (or all) of the labels wrong. True labels are read for
+    this figure only.
+    """
+    sanm, data = getattr(pl_module, "sanm", None), getattr(trainer, "datamodule", None)
+    true, given = getattr(data, "true_labels", None), getattr(data, "labels", None)
+    if sanm is None or not sanm.enabled or true is None or given is None:
+        return None
+    right = true == given
+    quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.quality.cpu()
+    if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
+        return None
+    return float(binary_auroc(quality, right.long()))
+
+
+class RunRecord(L.Callback):
+    """Write ``labels.npz`` at the start of a fit and ``results.json`` after every evaluation, in the run directory.
+
+    The keys of the results: method, sanm (on or off), seed, epochs (finished), seconds (of fitting, over all resumes),
+    noise_kind, noise_rate (asked), measured_noise_rate, test_accuracy_best (the highest of all evaluations: selected on
+    the test set, as published protocols do), test_accuracy_last (final epoch), test_accuracy_last10 (mean over the
+    evaluations of the last ten epochs), quality_auc (see :func:`label_quality_auc`). Null where unknown.
+    """
+
+    def __init__(self) -> None:
+        self.accuracies: dict[int, float] = {}
+        self._seconds = 0.0
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the labels and say how wrong they are."""
+        self._started = time.monotonic()
+        directory = self._directory(trainer)
+        data: Any = getattr(trainer, "datamodule", None)
+        if hasattr(data, "save_labels") and trainer.is_global_zero:
+            data.save_labels(directory / "labels.npz")
+        if getattr(data, "noise_kind", "none") != "none":
+            asked = "" if data.noise_rate is None else f", {data.noise_rate:.3f} asked"
+            measured = "unknown" if data.measured_noise_rate is None else f"{data.measured_noise_rate:.4f}"
+            rank_zero_info(f"label noise: {data.noise_kind}{asked}, {measured} of {data.num_samples} labels wrong")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the test accuracy of this epoch."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        accuracy = trainer.callback_metrics.get("test/acc")
+        if accuracy is not None:
+            self.accuracies[trainer.current_epoch] = float(accuracy)
+        self._write(trainer, pl_module, trainer.current_epoch + 1)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the final results."""
+        self._write(trainer, pl_module, trainer.current_epoch)
+
+    def results(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
+        """Return the results so far, as plain Python."""
+        data: Any = getattr(trainer, "datamodule", None)
+        sanm = getattr(pl_module, "sanm", None)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        series = [self.accuracies[epoch] for epoch in sorted(self.accuracies)]
+        tail = [value for epoch, value in self.accuracies.items() if epoch >= epochs - 10]
+        return {
+            "method": type(pl_module).__name__,
+            "sanm": bool(sanm is not None and sanm.enabled),
+            "seed": int(seed) if seed is not None else None,
+            "epochs": epochs,
+            "seconds": round(self._seconds + time.monotonic() - self._started, 3),
+            "noise_kind": getattr(data, "noise_kind", None),
+            "noise_rate": getattr(data, "noise_rate", None),
+            "measured_noise_rate": getattr(data, "measured_noise_rate", None),
+            "test_accuracy_best": max(series) if series else None,
+            "test_accuracy_last": series[-1] if series else None,
+            "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
+            "quality_auc": label_quality_auc(trainer, pl_module),
+        }
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+        directory = self._directory(trainer)  # every rank asks, the answer is broadcast
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_json(directory / "results.json", self.results(trainer, pl_module, epochs))
+
+    @staticmethod
+    def _directory(trainer: L.Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return accuracies and seconds so far, so that a resumed run reports the whole."""
+        running = time.monotonic() - self._started if self._started else 0.0
+        return {"accuracies": dict(self.accuracies), "seconds": self._seconds + running}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state."""
+        self.accuracies, self._seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
+
+
+@rank_zero_only
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` so that a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".json.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(draft, path)

@@ -1,0 +1,27 @@
+"""SANM itself: the equations as pure functions, the module that holds them, and two ways to lay it over any training."""
+
+from sanm_lightning.sanm.activation import class_activation_map, energy_map
+from sanm_lightning.sanm.labels import regularize_labels
+from sanm_lightning.sanm.masking import apply_mask, mask_box, mask_ratio
+from sanm_lightning.sanm.module import SANM, FrozenNetwork, Views
+from sanm_lightning.sanm.quality import LabelQuality, Mixture, clean_probability, fit_mixture, mixture_posterior
+from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
+
+__all__ = [
+    "SANM",
+    "Decoder",
+    "FrozenNetwork",
+    "LabelQuality",
+    "Mixture",
+    "Views",
+    "apply_mask",
+    "class_activation_map",
+    "clean_probability",
+    "energy_map",
+    "fit_mixture",
+    "mask_box",
+    "mask_ratio",
+    "mixture_posterior",
+    "reconstruction_loss",
+    "regularize_labels",
+]

@@ -1,0 +1,120 @@
+"""Feature map -> where the network looks (SANM, Eq. 1)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Backbone", "class_activation_map", "classifier_weight", "energy_map", "feature_map", "upsample"]
+
+
+class Backbone(Protocol):
+    """The three methods of a timm model that SANM calls, and the one number it reads."""
+
+    num_features: int
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> feature map (B, D, h, w)."""
+        ...
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Feature map (B, D, h, w) -> logits (B, C)."""
+        ...
+
+    def get_classifier(self) -> nn.Module:
+        """Return the linear layer that makes the logits."""
+        ...
+
+
+def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
+    """Sum the feature maps of each image, weighted by the classifier's weights for one class.
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 1; class activation mapping is Zhou et al., CVPR 2016.
+
+    Args:
+        features: last feature map before global pooling, shape (B, D, h, w).
+        weight: weight of the linear classifier, shape (C, D).
+        classes: the class to look for in each image, shape (B,), int64, in [0, C).
+
+    Returns:
+        Activation maps, shape (B, h, w), in float32 or, for float64 input, float64. Any sign, any scale.
+
+    Raises:
+        ValueError: if the shapes do not fit together, or (on CPU) a class is outside [0, C).
+    """
+    if features.ndim != 4 or weight.ndim != 2 or weight.shape[1] != features.shape[1] or classes.shape != (len(features),):
+        raise ValueError(
+            "expected features (B, D, h, w), weight (C, D) and classes (B,), got "
+            f"{tuple(features.shape)}, {tuple(weight.shape)} and {tuple(classes.shape)}"
+        )
+    if classes.device.type == "cpu" and len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(weight):
+        raise ValueError(f"expected classes in [0, {len(weight)}), got {int(classes.min())} to {int(classes.max())}")
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    with torch.autocast(features.device.type, enabled=False):  # the maximum of a bf16 map would be full of ties
+        return torch.einsum("bd,bdhw->bhw", weight.to(dtype)[classes], features.to(dtype))
+
+
+def energy_map(features: Tensor) -> Tensor:
+    """Sum the squared features over the channels: where a network looks when no class can be asked for.
+
+    Source: the authors' released code, which uses this in place of Eq. 1.
+
+    Args:
+        features: shape (B, D, h, w).
+
+    Returns:
+        Activation maps, shape (B, h, w), non-negative, in float32 or, for float64 input, float64.
+
+    Raises:
+        ValueError: if ``features`` is not (B, D, h, w).
+    """
+    if features.ndim != 4:
+        raise ValueError(f"expected features (B, D, h, w), got {tuple(features.shape)}")
+    return features.to(torch.promote_types(features.dtype, torch.float32)).square().sum(1)
+
+
+def upsample(activation: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge activation maps (B, h, w) to ``size`` (H, W), bilinear with half-pixel centres.
+
+    Raises:
+        ValueError: if ``activation`` is not (B, h, w).
+    """
+    if activation.ndim != 3:
+        raise ValueError(f"expected activation maps (B, h, w), got {tuple(activation.shape)}")
+    return F.interpolate(activation.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def feature_map(features: Tensor, channels: int) -> Tensor:
+    """Return ``features`` as (B, D, h, w) with D = ``channels``; channels-last maps (Swin) are permuted.
+
+    Raises:
+        ValueError: if the network yields tokens (B, N, D) or another shape that holds no map.
+    """
+    if features.ndim == 4 and features.shape[1] == channels:
+        return features
+    if features.ndim == 4 and features.shape[3] == channels:
+        return features.permute(0, 3, 1, 2)
+    raise ValueError(
+        f"expected a feature map (B, {channels}, h, w) from forward_features, got {tuple(features.shape)}; "
+        "SANM needs a convolutional network, not one of tokens"
+    )
+
+
+def classifier_weight(network: Backbone, channels: int) -> Tensor:
+    """Return the (C, D) weight that makes a class activation map of ``network``'s last feature map exact.
+
+    Args:
+        network: a network by timm's conventions.
+        channels: D, the number of channels of its last feature map.
+
+    Raises:
+        ValueError: if no linear classifier follows directly on the global pooling.
+    """
+    weight = getattr(network.get_classifier(), "weight", None)
+    if isinstance(weight, Tensor) and weight.numel() == weight.shape[0] * channels:  # nn.Linear, or a 1 x 1 convolution
+        return weight.flatten(1)
+    raise ValueError(
+        f"a class activation map needs one linear classifier on the {channels} pooled features, and "
+        f"{type(network).__name__} ends with {network.get_classifier()}; choose place: energy, which needs no classifier"
+    )

@@ -1,0 +1,37 @@
+"""Soften a label by as much as was hidden of its image (SANM, Eq. 7)."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["regularize_labels"]
+
+
+def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
+    """Take ``ratio`` of probability from each target's top class and spread it evenly over all classes.
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 7.
+    Departure: the move stops at the top class's own mass, so that a flat target (a guess over 100 classes) stays a
+    distribution. For one-hot targets this changes nothing.
+
+    Args:
+        targets: class probabilities, shape (B, C), rows sum to 1. Not modified.
+        ratio: masked share of the image area, shape (B,), in [0, 1].
+
+    Returns:
+        Regularised probabilities, shape (B, C), rows sum to 1.
+
+    Raises:
+        ValueError: if ``targets`` is not floating (B, C) with C >= 2, or ``ratio`` is not (B,).
+
+    Example:
+        >>> regularize_labels(torch.tensor([[0.8, 0.1, 0.1]]), torch.tensor([0.3]))
+        tensor([[0.6000, 0.2000, 0.2000]])
+    """
+    if targets.ndim != 2 or targets.shape[1] < 2 or not targets.is_floating_point() or ratio.shape != targets.shape[:1]:
+        raise ValueError(
+            f"expected floating targets (B, C) with C >= 2 and ratio (B,), got {tuple(targets.shape)} of "
+            f"{targets.dtype} and {tuple(ratio.shape)}"
+        )
+    mass, top = targets.max(dim=1, keepdim=True)  # (B, 1) each, the first of equal classes
+    moved = torch.minimum(ratio.to(targets.dtype).unsqueeze(1), mass)  # (B, 1)
+    return (targets + moved / targets.shape[1]).scatter_add(1, top, -moved)

@@ -1,0 +1,190 @@
+"""How much to hide, where, and with what (SANM, Eq. 2 to 5)."""
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "affine_ratio",
+    "apply_mask",
+    "fixed_ratio",
+    "hidden_share",
+    "inside_box",
+    "mask_box",
+    "mask_ratio",
+    "random_ratio",
+    "two_level_ratio",
+]
+
+
+def _check_quality(quality: Tensor) -> None:
+    if quality.ndim != 1:
+        raise ValueError(f"expected label quality (B,), got shape {tuple(quality.shape)}")
+    # Values are looked at on the CPU only: elsewhere the look would make the step wait for the device.
+    if quality.device.type == "cpu" and not bool(((quality >= 0) & (quality <= 1)).all()):
+        raise ValueError(f"expected label quality in [0, 1], got {float(quality.min())} to {float(quality.max())}")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected {name} in [0, 1], got {value}")
+
+
+def mask_ratio(quality: Tensor, mu: float) -> Tensor:
+    """Hide more of an image the less its label is trusted: r = mu (1 - G).
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 2.
+
+    Args:
+        quality: probability that each given label is right, shape (B,), in [0, 1].
+        mu: basic mask ratio, in [0, 1].
+
+    Returns:
+        Share of the image area to hide, shape (B,), in [0, mu].
+
+    Raises:
+        ValueError: if ``quality`` is not (B,), ``mu`` is outside [0, 1], or (on CPU) a quality is outside [0, 1].
+    """
+    _check_share("mu", mu)
+    _check_quality(quality)
+    return mu * (1 - quality)
+
+
+def fixed_ratio(quality: Tensor, mu: float) -> Tensor:
+    """Hide the share ``mu`` of every image, whatever its label. Source: SANM, Figure 2, "Fixed". Shapes as mask_ratio."""
+    _check_share("mu", mu)
+    _check_quality(quality)
+    return torch.full_like(quality, mu)
+
+
+def random_ratio(quality: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
+    """Hide a share drawn from U(low, high), whatever the label. Source: SANM, Figure 2, "Random" (.2 to .4).
+
+    Shapes and errors as :func:`mask_ratio`.
+    """
+    _check_share("low", low)
+    _check_share("high", high)
+    _check_quality(quality)
+    drawn = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32)
+    return low + (high - low) * drawn
+
+
+def two_level_ratio(quality: Tensor, clean: float, noisy: float) -> Tensor:
+    """Hide ``clean`` of an image whose label is more likely right than wrong (G >= .5), ``noisy`` of any other.
+
+    Source: SANM, Figure 2, "Noise-aware" (.2 and .3). Shapes and errors as :func:`mask_ratio`.
+    """
+    _check_share("clean", clean)
+    _check_share("noisy", noisy)
+    _check_quality(quality)
+    return torch.where(quality >= 0.5, clean, noisy).to(quality.dtype)
+
+
+def affine_ratio(
+    quality: Tensor, mu: float, low: float, high: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Hide a drawn offset plus a term for distrust: U(low, high) + mu (1 - G), at most 1.
+
+    Source: the authors' released code (low .02, high .07, mu .03). Shapes and errors as :func:`mask_ratio`.
+    """
+    return (random_ratio(quality, low, high, generator) + mask_ratio(quality, mu)).clamp(max=1)
+
+
+def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor) -> Tensor:
+    """Draw a box of the asked area and aspect around each map's first maximum, clipped to the image.
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4. Near a border the clipped box is smaller than ``ratio`` says.
+
+    Args:
+        activation: activation maps at image size, shape (B, H, W).
+        ratio: share of the image area to hide, shape (B,), in [0, 1].
+        aspect: height over width of the box, shape (B,), positive.
+
+    Returns:
+        Edges up, down, left, right, shape (B, 4), float32, in pixels: 0 <= up <= down <= H, 0 <= left <= right <= W.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
+        raise ValueError(
+            "expected activation (B, H, W), ratio (B,) and aspect (B,), got "
+            f"{tuple(activation.shape)}, {tuple(ratio.shape)} and {tuple(aspect.shape)}"
+        )
+    height, width = activation.shape[1:]
+    where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
+    row, column = where // width, where % width
+    area = height * width * ratio.float()  # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    half_height = (area * aspect.float() / 4).sqrt()
+    half_width = (area / aspect.float() / 4).sqrt()
+    return torch.stack(
+        [
+            (row - half_height).clamp(min=0),
+            (row + half_height).clamp(max=height),
+            (column - half_width).clamp(min=0),
+            (column + half_width).clamp(max=width),
+        ],
+        dim=1,
+    )
+
+
+def inside_box(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Say which pixels lie in each image's box, edges included; a box without area holds none.
+
+    Source: SANM, Eq. 5.
+
+    Args:
+        box: up, down, left, right in pixels, shape (B, 4).
+        size: H, W in pixels.
+
+    Returns:
+        Shape (B, 1, H, W), bool.
+
+    Raises:
+        ValueError: if ``box`` is not (B, 4).
+    """
+    if box.ndim != 2 or box.shape[1] != 4:
+        raise ValueError(f"expected boxes (B, 4) of up, down, left, right, got {tuple(box.shape)}")
+    up, down, left, right = box.unbind(1)
+    empty = (down <= up) | (right <= left)
+    row = torch.arange(size[0], device=box.device)
+    column = torch.arange(size[1], device=box.device)
+    rows = (up[:, None] <= row) & (row <= down[:, None]) & ~empty[:, None]  # (B, H)
+    columns = (left[:, None] <= column) & (column <= right[:, None])  # (B, W)
+    return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
+
+
+def hidden_share(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the share of pixels that :func:`inside_box` marks in each image, shape (B,), float32, in [0, 1]."""
+    return inside_box(box, size).float().mean(dim=(1, 2, 3))
+
+
+def apply_mask(
+    images: Tensor, box: Tensor, *, fill: str = "pixel", generator: torch.Generator | None = None
+) -> Tensor:
+    """Fill each image's box with noise from U(0, 1).
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 5, for images in [0, 1]. The equation does not say whether U(0, 1) is drawn
+    once per box or once per pixel; the released code draws one constant per channel (and fills normalised images).
+
+    Args:
+        images: shape (B, 3, H, W), floating, in [0, 1]. Not modified.
+        box: up, down, left, right in pixels, shape (B, 4).
+        fill: ``"pixel"`` draws for each pixel and channel, ``"channel"`` once per image and channel.
+        generator: source of the fill, on the device of ``images``; None is the global one.
+
+    Returns:
+        New images of the same shape, dtype and device.
+
+    Raises:
+        ValueError: if the shapes do not fit together, ``images`` are not floating, or ``fill`` is another word.
+    """
+    if images.ndim != 4 or not images.is_floating_point() or box.shape != (len(images), 4):
+        raise ValueError(
+            f"expected floating images (B, 3, H, W) and box (B, 4), got {tuple(images.shape)} of {images.dtype} "
+            f"and {tuple(box.shape)}"
+        )
+    if fill not in ("pixel", "channel"):
+        raise ValueError(f"expected fill 'pixel' or 'channel', got {fill!r}")
+    drawn = images.shape if fill == "pixel" else (*images.shape[:2], 1, 1)
+    noise = torch.rand(drawn, generator=generator, device=images.device, dtype=images.dtype)
+    return torch.where(inside_box(box, (images.shape[2], images.shape[3])), noise, images)

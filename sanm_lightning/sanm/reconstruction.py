@@ -1,0 +1,78 @@
+"""Paint the hidden part back from the features of the masked image (SANM, Eq. 9 and 10)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["Decoder", "reconstruction_loss"]
+
+
+def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
+    """Return the mean squared error over all elements, in float32 or better.
+
+    Source: SANM (Tu et al., CVPR 2023), Eq. 10.
+    Departure: the equation sums over an image's elements; the released code, and we, take the mean, so that the weight
+    beta does not depend on the image size.
+
+    Args:
+        reconstruction: shape (B, 3, H, W).
+        images: the unmasked images, same shape.
+
+    Returns:
+        A scalar, >= 0.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if reconstruction.shape != images.shape:
+        raise ValueError(
+            f"expected a reconstruction of the images' shape {tuple(images.shape)}, got {tuple(reconstruction.shape)}"
+        )
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return F.mse_loss(reconstruction.to(dtype), images.to(dtype))
+
+
+class Decoder(nn.Module):
+    """A linear map from a feature map to an image: transposed convolutions that each double height and width.
+
+    Source: the released code's decoder is three transposed convolutions without activation or normalisation (512-256-128-3
+    from 4 x 4 to 32 x 32). Departure: every stage here is kernel 4, stride 2, padding 1, an exact doubling, so that one rule
+    serves any feature map and image size (and costs half of the released one on CIFAR); what is left over is
+    resized bilinearly.
+
+    Args:
+        channels: D, channels of the feature map.
+        map_size: h, w of the feature map.
+        image_size: H, W of the images in pixels.
+        seed: seed of the initial weights. They are drawn from a stream of their own: a network built afterwards has
+            the weights it would have without a decoder.
+
+    Raises:
+        ValueError: if a size is not positive.
+    """
+
+    def __init__(self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int], seed: int = 0) -> None:
+        super().__init__()
+        if min(channels, *map_size, *image_size) < 1:
+            raise ValueError(f"expected positive sizes, got channels {channels}, map {map_size}, image {image_size}")
+        self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.shape = (channels, int(map_size[0]), int(map_size[1]))
+        growth = max(image_size[0] / map_size[0], image_size[1] / map_size[1])
+        doublings = max(0, math.ceil(math.log2(growth)))
+        widths = [channels, *(max(16, min(channels, 256) >> stage) for stage in range(doublings - 1)), 3]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                *(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths[:-1], widths[1:], strict=True))
+                if doublings
+                else [nn.Conv2d(channels, 3, 3, padding=1)]
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Feature maps (B, D, h, w) -> reconstructed images (B, 3, H, W), unbounded."""
+        image: Tensor = self.layers(features)
+        if image.shape[2:] != self.image_size:
+            image = F.interpolate(image.float(), size=self.image_size, mode="bilinear", align_corners=False)
+        return image

@@ -1,0 +1,173 @@
+"""Folders of images: every mode and format, and a sentence for everything that can be missing."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFile
+
+from sanm_lightning.data import ImageFolder, Noise
+from sanm_lightning.data.image_folder import read_image
+
+SIDE = 8
+
+
+def flat(mode: str, colour: object, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    return Image.new(mode, size, colour)  # type: ignore[arg-type]
+
+
+def numbers(values: float, dtype: str) -> Image.Image:
+    return Image.fromarray(np.full((10, 12), values, dtype=dtype))
+
+
+def palette() -> Image.Image:
+    image = Image.new("P", (12, 10), 1)
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    return image
+
+
+def palette_with_transparency() -> Image.Image:
+    image = palette()
+    image.info["transparency"] = 1
+    return image
+
+
+def keyed(mode: str, colour: object) -> Image.Image:
+    image = flat(mode, colour)
+    image.info["transparency"] = colour
+    return image
+
+
+def folder(root: Path, classes: dict[str, int], part: str = "train") -> Path:
+    for name, count in classes.items():
+        (root / part / name).mkdir(parents=True)
+        for i in range(count):
+            flat("RGB", (i, 10, 20)).save(root / part / name / f"{i}.png")
+    return root
+
+
+class TestReadImage:
+    @pytest.mark.parametrize(
+        ("image", "ending", "colour"),
+        [
+            (flat("RGB", (250, 128, 3)), "png", (250, 128, 3)),
+            (flat("RGB", (250, 128, 3)), "bmp", (250, 128, 3)),
+            (flat("RGB", (100, 100, 100)), "jpg", (100, 100, 100)),
+            (flat("1", 1), "png", (255, 255, 255)),
+            (flat("1", 0), "bmp", (0, 0, 0)),
+            (flat("L", 77), "png", (77, 77, 77)),
+            (flat("L", 77), "jpg", (77, 77, 77)),
+            (flat("LA", (77, 255)), "png", (77, 77, 77)),
+            (flat("LA", (77, 0)), "png", (255, 255, 255)),
+            (flat("RGBA", (0, 0, 0, 0)), "png", (255, 255, 255)),
+            (flat("RGBA", (0, 0, 0, 0)), "webp", (255, 255, 255)),
+            (flat("RGBA", (250, 0, 0, 255)), "png", (250, 0, 0)),
+            (flat("RGBA", (0, 0, 0, 128)), "png", (127, 127, 127)),
+            (palette(), "gif", (0, 0, 255)),
+            (palette(), "png", (0, 0, 255)),
+            (palette_with_transparency(), "png", (255, 255, 255)),
+            (palette_with_transparency(), "gif", (255, 255, 255)),
+            (keyed("RGB", (5, 6, 7)), "png", (255, 255, 255)),
+            (keyed("L", 5), "png", (255, 255, 255)),
+            (flat("CMYK", (0, 255, 255, 0)), "jpg", (255, 0, 0)),
+            (flat("CMYK", (0, 0, 0, 255)), "tiff", (0, 0, 0)),
+            (flat("YCbCr", (128, 128, 128)), "jpg", (128, 128, 128)),
+            (numbers(65535 // 5, "uint16"), "png", (51, 51, 51)),
+            (numbers(65535, "uint16"), "tiff", (255, 255, 255)),
+            (numbers(65535 // 5, "int32"), "tiff", (51, 51, 51)),
+            (numbers(2**20, "int32"), "tiff", (255, 255, 255)),
+            (numbers(0.2, "float32"), "tiff", (51, 51, 51)),
+            (numbers(51.0, "float32"), "tiff", (51, 51, 51)),
+            (numbers(13107.0, "float32"), "tiff", (51, 51, 51)),
+            (numbers(-1.0, "float32"), "tiff", (0, 0, 0)),
+            (numbers(float("nan"), "float32"), "tiff", (0, 0, 0)),
+        ],
+        ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+    )
+    def test_every_mode_becomes_rgb_bytes(
+        self, tmp_path: Path, image: Image.Image, ending: str, colour: tuple[int, int, int]
+    ) -> None:
+        image.save(tmp_path / f"a.{ending}")
+        read = read_image(tmp_path / f"a.{ending}", SIDE)
+        assert read.dtype == torch.uint8 and read.shape == (3, SIDE, SIDE)
+        tolerance = 3 if ending in ("jpg", "webp") else 1
+        expected = torch.tensor(colour).view(3, 1, 1)
+        assert (read.int() - expected).abs().max() <= tolerance
+
+    def test_resizes_the_short_side_and_takes_the_middle(self, tmp_path: Path) -> None:
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8))
+        image.save(tmp_path / "a.png")
+        expected = TF.pil_to_tensor(TF.center_crop(TF.resize(image, [SIDE]), [SIDE]))
+        assert torch.equal(read_image(tmp_path / "a.png", SIDE), expected)
+
+    @pytest.mark.parametrize("size", [(300, 2), (2, 300), (1, 1)])
+    def test_any_shape_becomes_a_square(self, tmp_path: Path, size: tuple[int, int]) -> None:
+        flat("RGB", (9, 9, 9), size).save(tmp_path / "a.png")
+        assert (read_image(tmp_path / "a.png", SIDE) == 9).all()
+
+    def test_is_turned_upright(self, tmp_path: Path) -> None:
+        image = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 2, axis=0)).resize((16, 16), 0)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # the camera was held sideways: turn clockwise
+        image.save(tmp_path / "a.png", exif=exif)
+        read = read_image(tmp_path / "a.png", SIDE)
+        assert (read[:, 0] == 0).all() and (read[:, -1] == 255).all()
+
+    @pytest.mark.parametrize("damage", ["empty", "text", "cut"])
+    def test_names_the_file_that_cannot_be_decoded(self, tmp_path: Path, damage: str) -> None:
+        path = tmp_path / "broken.png"
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 47, 3), dtype=np.uint8)).save(path)
+        content = {"empty": b"", "text": b"not an image", "cut": path.read_bytes()[:2000]}
+        path.write_bytes(content[damage])
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+        with pytest.raises(ValueError, match=r"broken\.png.*cannot be decoded") as error:
+            read_image(path, SIDE)
+        assert "\n" not in str(error.value)
+
+
+class TestImageFolder:
+    def test_reads_classes_in_the_order_of_their_names(self, tmp_path: Path) -> None:
+        root = folder(folder(tmp_path, {"b": 2, "a": 3, ".hidden": 1}), {"b": 1}, "test")
+        (root / "train" / "a" / "notes.txt").write_text("not an image")
+        data = ImageFolder(str(root), image_size=SIDE, crop_padding=0, flip=False)
+        assert (data.num_classes, data.image_size, data.class_names) == (2, (SIDE, SIDE), ["a", "b"])
+        data.setup()
+        assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.true_labels is None
+        batch = data.batch("train", torch.arange(5))
+        assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 0, 1]
+        assert data.batch("test", torch.arange(1)).labels.tolist() == [1]
+
+    def test_training_alone_needs_no_test_folder(self, tmp_path: Path) -> None:
+        ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), image_size=SIDE, track_test=False).setup("fit")
+
+    def test_injected_noise_makes_the_folders_the_true_labels(self, tmp_path: Path) -> None:
+        data = ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), noise=Noise("pair", 0.5))
+        assert data.true_labels is not None and data.measured_noise_rate == 0.5
+
+    def test_workers_decode_the_same(self, tmp_path: Path) -> None:
+        root = str(folder(tmp_path, {"a": 3, "b": 2}))
+        one, other = (ImageFolder(root, image_size=SIDE, num_workers=workers, seed=0) for workers in (0, 1))
+        index = torch.arange(5)
+        assert torch.equal(one.batch("train", index).images, other.batch("train", index).images)
+
+    def test_says_what_is_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError, match=r"does not exist.*--data\.root"):
+            ImageFolder(str(tmp_path / "nowhere")).setup()
+        with pytest.raises(FileNotFoundError, match="has no folder 'train'"):
+            ImageFolder(str(tmp_path)).setup()
+        (tmp_path / "train").mkdir()
+        with pytest.raises(ValueError, match="no class folders"):
+            ImageFolder(str(tmp_path)).setup()
+        (tmp_path / "train" / "a").mkdir()
+        with pytest.raises(ValueError, match=r"train/a'? has no images"):
+            ImageFolder(str(tmp_path)).setup()
+        flat("RGB", (1, 2, 3)).save(tmp_path / "train" / "a" / "0.png")
+        with pytest.raises(FileNotFoundError, match="has no folder 'test'"):
+            ImageFolder(str(tmp_path)).setup()
+        folder(tmp_path, {"z": 1}, "test")
+        with pytest.raises(ValueError, match="test class 'z' is not among the 1 training classes"):
+            ImageFolder(str(tmp_path)).setup()
+        with pytest.raises(ValueError, match="1 pixel or more"):
+            ImageFolder(image_size=0)

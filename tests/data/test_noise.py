@@ -1,0 +1,270 @@
+"""Label noise: exact counts, frozen copies, files."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sanm_lightning.data.noise import (
+    CIFAR10_MAP,
+    CIFAR100_SUPERCLASSES,
+    Noise,
+    asymmetric,
+    cifar100_superclass_map,
+    class_map,
+    pair_flip,
+    read_labels,
+    symmetric,
+    symmetric_exclusive,
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def some_labels(size: int, classes: int, seed: int = 0) -> Tensor:
+    return torch.randint(classes, (size,), generator=generator(seed + 1))
+
+
+sizes = st.integers(0, 200)
+rates = st.floats(0, 1)
+classes = st.integers(2, 12)
+seeds = st.integers(0, 2**32)
+quick = settings(max_examples=40, deadline=None)
+
+
+class TestSymmetric:
+    @quick
+    @given(sizes, rates, classes, seeds)
+    def test_touches_at_most_the_asked_number_and_stays_in_range(
+        self, size: int, rate: float, c: int, seed: int
+    ) -> None:
+        labels = some_labels(size, c)
+        noisy = symmetric(labels, rate, c, generator(seed))
+        assert (noisy != labels).sum() <= round(rate * size)
+        assert ((noisy >= 0) & (noisy < c)).all()
+
+    def test_may_keep_a_label_so_that_a_share_of_one_in_c_stays_right(self) -> None:
+        labels = some_labels(20_000, 4)
+        kept = (symmetric(labels, 1.0, 4, generator()) == labels).double().mean().item()
+        assert kept == pytest.approx(0.25, abs=0.02)
+
+    def test_draws_every_class_from_every_class(self) -> None:
+        labels = some_labels(4_000, 5)
+        noisy = symmetric(labels, 1.0, 5, generator())
+        assert ((labels * 5 + noisy).bincount(minlength=25) > 0).all()
+
+
+class TestSymmetricExclusive:
+    @quick
+    @given(sizes, rates, classes, seeds)
+    def test_flips_exactly_the_asked_number(self, size: int, rate: float, c: int, seed: int) -> None:
+        labels = some_labels(size, c)
+        noisy = symmetric_exclusive(labels, rate, c, generator(seed))
+        assert (noisy != labels).sum() == round(rate * size)
+        assert ((noisy >= 0) & (noisy < c)).all()
+
+    def test_reaches_every_other_class(self) -> None:
+        labels = some_labels(4_000, 5)
+        counts = (labels * 5 + symmetric_exclusive(labels, 1.0, 5, generator())).bincount(minlength=25).view(5, 5)
+        assert ((counts > 0) == ~torch.eye(5, dtype=torch.bool)).all()
+
+    def test_refuses_a_single_class(self) -> None:
+        with pytest.raises(ValueError, match="2 or more classes"):
+            symmetric_exclusive(torch.zeros(3, dtype=torch.int64), 0.5, 1, generator())
+
+
+class TestAsymmetric:
+    @quick
+    @given(sizes, rates, seeds)
+    def test_every_changed_label_follows_the_map_once(self, size: int, rate: float, seed: int) -> None:
+        labels = some_labels(size, 10)
+        noisy = asymmetric(labels, rate, 10, generator(seed), CIFAR10_MAP)
+        changed = noisy != labels
+        assert changed.sum() <= round(rate * size)
+        expected = torch.tensor([CIFAR10_MAP.get(int(c), int(c)) for c in labels], dtype=torch.int64)
+        assert torch.equal(noisy[changed], expected[changed])
+
+    def test_sends_everything_through_the_map_at_rate_1_without_a_way_back(self) -> None:
+        # Class by class in place, cats would become dogs, and then all dogs cats.
+        labels = torch.tensor([3, 5, 3, 5, 0])
+        assert asymmetric(labels, 1.0, 10, generator(), CIFAR10_MAP).tolist() == [5, 3, 5, 3, 0]
+
+    def test_half_of_balanced_cifar10_can_change(self) -> None:
+        labels = torch.arange(10).repeat(1_000)
+        rate = (asymmetric(labels, 0.4, 10, generator(), CIFAR10_MAP) != labels).double().mean().item()
+        assert rate == pytest.approx(0.2, abs=0.01)
+
+    def test_refuses_a_map_of_other_classes(self) -> None:
+        with pytest.raises(ValueError, match=r"classes \[7, 9\], but there are only 6"):
+            asymmetric(some_labels(9, 6), 0.5, 6, generator(), {1: 7, 9: 1})
+
+
+class TestPairFlip:
+    @quick
+    @given(sizes, rates, classes, seeds)
+    def test_moves_exactly_the_asked_number_to_the_next_class(self, size: int, rate: float, c: int, seed: int) -> None:
+        labels = some_labels(size, c)
+        noisy = pair_flip(labels, rate, c, generator(seed))
+        changed = noisy != labels
+        assert changed.sum() == round(rate * size)
+        assert torch.equal(noisy[changed], (labels[changed] + 1) % c)
+
+
+class TestEveryKind:
+    kinds = (
+        Noise("symmetric", 0.7),
+        Noise("symmetric_exclusive", 0.7),
+        Noise("asymmetric", 0.7, mapping="cifar10"),
+        Noise("pair", 0.7),
+    )
+
+    @pytest.mark.parametrize("noise", (*kinds, Noise()), ids=lambda n: n.kind)
+    def test_leaves_the_given_labels_alone(self, noise: Noise) -> None:
+        labels = some_labels(100, 10)
+        before = labels.clone()
+        noise.apply(labels, 10, 0).fill_(-1)
+        assert torch.equal(labels, before)
+
+    @pytest.mark.parametrize("noise", kinds, ids=lambda n: n.kind)
+    def test_is_a_function_of_the_seed_and_of_nothing_else(self, noise: Noise) -> None:
+        labels = some_labels(100, 10)
+        first = noise.apply(labels, 10, 3)
+        torch.rand(5)
+        assert torch.equal(first, noise.apply(labels, 10, 3))
+        assert not torch.equal(first, noise.apply(labels, 10, 4))
+
+    def test_prefers_its_own_seed(self) -> None:
+        labels = some_labels(100, 10)
+        assert torch.equal(Noise("pair", 0.5, seed=9).apply(labels, 10, 1), Noise("pair", 0.5).apply(labels, 10, 9))
+
+    def test_at_rate_0_nothing_changes(self) -> None:
+        labels = some_labels(50, 10)
+        for kind in ("symmetric", "symmetric_exclusive", "pair"):
+            assert torch.equal(Noise(kind).apply(labels, 10, 0), labels)  # type: ignore[arg-type]
+
+
+class TestClassMaps:
+    def test_cifar100_classes_stay_in_their_super_class_and_form_cycles_of_five(self) -> None:
+        names = sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members)
+        group = {name: parent for parent, members in CIFAR100_SUPERCLASSES.items() for name in members}
+        mapping = cifar100_superclass_map()
+        assert len(set(names)) == len(mapping) == len(set(mapping.values())) == 100
+        for start in range(100):
+            assert group[names[start]] == group[names[mapping[start]]]
+            walk = [start]
+            while mapping[walk[-1]] != start:
+                walk.append(mapping[walk[-1]])
+            assert len(walk) == 5
+
+    def test_known_steps_of_cifar100(self) -> None:
+        # beaver 4, dolphin 30, otter 55, seal 72, whale 95, in the order of torchvision's fine ids
+        mapping = cifar100_superclass_map()
+        assert [mapping[c] for c in (4, 30, 55, 72, 95)] == [30, 55, 72, 95, 4]
+
+    def test_a_map_is_a_fresh_copy(self) -> None:
+        class_map("cifar10").clear()
+        assert class_map("cifar10") == CIFAR10_MAP
+
+
+class TestReadLabels:
+    def test_reads_every_format(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        labels = np.array([2, 0, 1, 1])
+        np.save(tmp_path / "a.npy", labels)
+        np.savez(tmp_path / "one.npz", labels)
+        np.savez(tmp_path / "two.npz", clean=labels * 0, worse=labels.astype(np.float32))
+        files = {
+            "column.csv": "2\n0\n1\n1\n",
+            "header.csv": "label\n2\n0\n1\n1\n",
+            "pairs.csv": "3,1\n0,2\n2,1\n1,0\n",
+            "pairs_header.csv": "index,label\r\n3,1\r\n0,2\r\n2,1\r\n1,0\r\n",
+            "named.csv": "\ufefffile,clean,worse\na,0,2\nb,0,0\nc,0,1\nd,0,1\n",
+            "named_index.csv": "worse,index,clean\n1,3,0\n2,0,0\n1,2,0\n0,1,0\n",
+        }
+        for name, text in files.items():
+            (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+        for name in ("a.npy", "one.npz", "column.csv", "header.csv", "pairs.csv", "pairs_header.csv"):
+            assert read_labels(tmp_path / name, 4, 3).tolist() == [2, 0, 1, 1], name
+        for name in ("two.npz", "named.csv", "named_index.csv"):
+            read = read_labels(tmp_path / name, 4, 3, key="worse")
+            assert read.tolist() == [2, 0, 1, 1] and read.dtype == torch.int64, name
+
+    def test_never_unpickles(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        class Bomb:
+            def __reduce__(self) -> tuple[object, tuple[str]]:
+                return (exec, ("raise SystemExit('unpickled')",))
+
+        np.save(tmp_path / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+        np.savez(tmp_path / "a.npz", labels=np.array([Bomb()], dtype=object))
+        for name in ("a.npy", "a.npz"):
+            with pytest.raises(ValueError, match="cannot be read"):
+                read_labels(tmp_path / name, 1, 2)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "key", "match"),
+        [
+            ("a.npy", np.zeros(3, int), None, r"must hold 4 labels.*\(3,\)"),
+            ("a.npy", np.zeros((4, 2), int), None, r"must hold 4 labels.*\(4, 2\)"),
+            ("a.npy", np.array([0, 1, 2, 3]), None, "must lie in 0 to 2, got 0 to 3"),
+            ("a.npy", np.array([0, 1, -1, 2]), None, "must lie in 0 to 2, got -1"),
+            ("a.npy", np.array([0, 1, 0.5, 2]), None, "whole numbers"),
+            ("a.npy", np.array([0, 1, np.nan, 2]), None, "whole numbers"),
+            ("a.npy", np.array(["0", "1", "1", "1"]), None, "whole numbers"),
+            ("a.npz", {"x": np.zeros(4, int), "y": np.zeros(4, int)}, None, r"\['x', 'y'\]: name one"),
+            ("a.npz", {"x": np.zeros(4, int)}, "z", r"no array 'z', only \['x'\]"),
+            ("a.npy", b"not an array", None, "cannot be read"),
+            ("a.csv", b"", None, "must hold 4 labels"),
+            ("a.csv", b"0\n1\nx\n1\n", None, "'x' where a label"),
+            ("a.csv", b"0\n1\n", "label", "no header line"),
+            ("a.csv", b"a,b,c\n0,1,2\n", None, "3 columns"),
+            ("a.csv", b"a,b\n0,1\n", "c", r"no column 'c', only \['a', 'b'\]"),
+            ("a.csv", b"0,1\n0,2\n1,1\n2,1\n", None, "each once"),
+            ("a.csv", b"0,1\n1\n", None, "2 columns, but 1 in row 1"),
+            ("a.txt", b"0\n", None, r"must end in \['.csv', '.npy', '.npz'\]"),
+        ],
+    )
+    def test_refuses_with_one_sentence(self, tmp_path, name, content, key, match) -> None:  # type: ignore[no-untyped-def]
+        path = tmp_path / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif isinstance(content, dict):
+            np.savez(path, **content)
+        else:
+            np.save(path, content)
+        with pytest.raises(ValueError, match=match) as error:
+            read_labels(path, 4, 3, key)
+        assert "\n" not in str(error.value)
+
+    def test_says_that_the_file_is_missing(self, tmp_path) -> None:  # type: ignore[no-untyped-def]
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            read_labels(tmp_path / "a.npy", 4, 3)
+
+
+class TestNoise:
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"kind": "symetric"}, "unknown: choose one of"),
+            ({"kind": "symmetric", "rate": 1.5}, r"\[0, 1\], got 1.5"),
+            ({"kind": "symmetric", "rate": float("nan")}, "got nan"),
+            ({"kind": "none", "rate": 0.5}, "has no rate"),
+            ({"kind": "asymmetric", "rate": 0.5}, "needs a mapping"),
+            (
+                {"kind": "asymmetric", "rate": 0.5, "mapping": "cifar"},
+                r"choose one of \['cifar10', 'cifar100_superclass'\]",
+            ),
+            ({"kind": "file"}, "needs the path"),
+            ({"seed": -1}, "0 or more"),
+        ],
+    )
+    def test_refuses(self, arguments, match) -> None:  # type: ignore[no-untyped-def]
+        with pytest.raises(ValueError, match=match):
+            Noise(**arguments)
+
+    @pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(3, 1).long(), torch.tensor([0, 10])], ids=str)
+    def test_refuses_labels_that_are_none(self, labels: Tensor) -> None:
+        with pytest.raises(ValueError, match="The labels must"):
+            Noise("pair", 0.5).apply(labels, 10, 0)
