@@ -1,5 +1,6 @@
 """SANM (Self-supervised Adversarial Noisy Masking, CVPR 2023) over methods for learning with noisy labels, on Lightning."""
 
+from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.data import CIFAR10, CIFAR100, Digits, ImageFolder, Noise, NoisyDataModule
 from sanm_lightning.methods import CrossEntropy, NoisyLabelModule
@@ -20,6 +21,5 @@ __all__ = [
     "NoisyLabelModule",
     "SANMCallback",
     "SANMMixin",
+    "__version__",
 ]
-
-__version__ = "0.1.0"

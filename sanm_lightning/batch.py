@@ -22,5 +22,5 @@ class NoisyBatch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a batch
     true_labels: Tensor | None = None

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import sanm_lightning.data
 import sanm_lightning.methods
 import sanm_lightning.models
+import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
 from sanm_lightning.run_record import RunRecord
 
@@ -25,9 +26,7 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
         for name in ("num_classes", "image_size"):
-            parser.link_arguments(
-                "data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate"
-            )
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
 
 
 def _reader(name: str) -> Any:

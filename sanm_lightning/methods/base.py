@@ -67,8 +67,12 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
         sanm = SANM.off() if sanm is None else SANM(**sanm) if isinstance(sanm, dict) else sanm
         super().__init__(sanm=sanm)
-        self.save_hyperparameters(ignore=["sanm", "optimizer", "scheduler", *(["network"] if not isinstance(network, str) else [])])
-        if "sanm" not in self.hparams and sanm.enabled:  # outside the command line: plain Python, so that a file opens safely
+        self.save_hyperparameters(
+            ignore=["sanm", "optimizer", "scheduler", *(["network"] if not isinstance(network, str) else [])]
+        )
+        if (
+            "sanm" not in self.hparams and sanm.enabled
+        ):  # outside the command line: plain Python, so that a file opens safely
             self.hparams["sanm"] = sanm.options
         self.num_classes = num_classes
         self.image_size = (int(image_size[0]), int(image_size[1]))

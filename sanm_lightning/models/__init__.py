@@ -3,5 +3,6 @@
 from sanm_lightning.models.cnn9 import CNN9
 from sanm_lightning.models.normalized import Normalized, create_network
 from sanm_lightning.models.preact_resnet import PreActResNet
+from sanm_lightning.models.small_cnn import SmallCNN
 
-__all__ = ["CNN9", "Normalized", "PreActResNet", "create_network"]
+__all__ = ["CNN9", "Normalized", "PreActResNet", "SmallCNN", "create_network"]

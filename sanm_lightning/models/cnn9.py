@@ -75,4 +75,5 @@ def cnn9(pretrained: bool = False, **kwargs: Any) -> CNN9:
     """Build Co-teaching's nine-layer network. There are no pre-trained weights."""
     if pretrained:
         raise ValueError("cnn9 has no pre-trained weights; leave pretrained out")
-    return CNN9(**{key: kwargs[key] for key in ("num_classes", "in_chans", "drop_rate") if key in kwargs})
+    timms_own = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # what timm's factory passes to every model
+    return CNN9(**{key: value for key, value in kwargs.items() if key not in timms_own})

@@ -35,8 +35,9 @@ class Normalized(nn.Module):
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError(f"expected three means and three positive standard deviations, got {mean} and {std}")
-        self.network: Any = network
-        self.num_features: int = self.network.num_features
+        inner: Any = network
+        self.network = inner
+        self.num_features = int(inner.num_features)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
@@ -81,8 +82,10 @@ def create_network(
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"expected the name of a timm model, got {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
-    network = timm.create_model(name, num_classes=num_classes, **options)
+        raise ValueError(
+            f"expected the name of a timm model, got {name!r}" + (f"; near: {', '.join(near)}" if near else "")
+        )
+    network: Any = timm.create_model(name, num_classes=num_classes, **options)
     if options.get("pretrained"):
         own = network.pretrained_cfg
         mean, std = mean or own["mean"], std or own["std"]

@@ -32,8 +32,8 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Four stages of two pre-activation blocks on a 3 x 3 stem without pooling.
 
-    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: no batch norm and no ReLU after the last
-    stage, so the last feature map has either sign.
+    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem, none
+    after the last stage, so the last feature map has either sign.
 
     Args:
         num_classes: C, number of classes.
@@ -54,7 +54,9 @@ class PreActResNet(nn.Module):
         super().__init__()
         widths = [width << stage for stage in range(len(blocks))]
         self.num_classes, self.num_features = num_classes, widths[-1]
-        self.stem = nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
+        )
         layers: list[nn.Module] = []
         inputs = width
         for stage, (outputs, depth) in enumerate(zip(widths, blocks, strict=True)):
@@ -99,4 +101,8 @@ def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
 
 def _own(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Drop what timm's factory passes to every model."""
-    return {key: value for key, value in kwargs.items() if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }

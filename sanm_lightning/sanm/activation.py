@@ -41,14 +41,25 @@ def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> T
         Activation maps, shape (B, h, w), in float32 or, for float64 input, float64. Any sign, any scale.
 
     Raises:
-        ValueError: if the shapes do not fit together, or (on CPU) a class is outside [0, C).
+        ValueError: if the shapes do not fit together, ``classes`` are no integers, or (on CPU) a class is outside [0, C).
     """
-    if features.ndim != 4 or weight.ndim != 2 or weight.shape[1] != features.shape[1] or classes.shape != (len(features),):
+    if (
+        features.ndim != 4
+        or weight.ndim != 2
+        or weight.shape[1] != features.shape[1]
+        or classes.shape != (len(features),)
+    ):
         raise ValueError(
             "expected features (B, D, h, w), weight (C, D) and classes (B,), got "
             f"{tuple(features.shape)}, {tuple(weight.shape)} and {tuple(classes.shape)}"
         )
-    if classes.device.type == "cpu" and len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(weight):
+    if classes.dtype not in (torch.int64, torch.int32):  # a mask of bools or bytes would pick rows instead
+        raise ValueError(f"expected classes in int64, got {classes.dtype}")
+    if (
+        classes.device.type == "cpu"
+        and len(classes)
+        and not 0 <= int(classes.min()) <= int(classes.max()) < len(weight)
+    ):
         raise ValueError(f"expected classes in [0, {len(weight)}), got {int(classes.min())} to {int(classes.max())}")
     dtype = torch.promote_types(features.dtype, torch.float32)
     with torch.autocast(features.device.type, enabled=False):  # the maximum of a bf16 map would be full of ties

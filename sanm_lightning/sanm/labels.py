@@ -21,7 +21,8 @@ def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
         Regularised probabilities, shape (B, C), rows sum to 1.
 
     Raises:
-        ValueError: if ``targets`` is not floating (B, C) with C >= 2, or ``ratio`` is not (B,).
+        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), or (on CPU) a ratio is outside
+            [0, 1].
 
     Example:
         >>> regularize_labels(torch.tensor([[0.8, 0.1, 0.1]]), torch.tensor([0.3]))
@@ -32,6 +33,8 @@ def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
             f"expected floating targets (B, C) with C >= 2 and ratio (B,), got {tuple(targets.shape)} of "
             f"{targets.dtype} and {tuple(ratio.shape)}"
         )
+    if ratio.device.type == "cpu" and not bool(((ratio >= 0) & (ratio <= 1)).all()):
+        raise ValueError(f"expected ratio in [0, 1], got {float(ratio.min())} to {float(ratio.max())}")
     mass, top = targets.max(dim=1, keepdim=True)  # (B, 1) each, the first of equal classes
     moved = torch.minimum(ratio.to(targets.dtype).unsqueeze(1), mass)  # (B, 1)
     return (targets + moved / targets.shape[1]).scatter_add(1, top, -moved)

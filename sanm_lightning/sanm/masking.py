@@ -65,7 +65,7 @@ def random_ratio(quality: Tensor, low: float, high: float, generator: torch.Gene
     _check_share("high", high)
     _check_quality(quality)
     drawn = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32)
-    return low + (high - low) * drawn
+    return (low + (high - low) * drawn).clamp(max=1)  # rounding may step over it
 
 
 def two_level_ratio(quality: Tensor, clean: float, noisy: float) -> Tensor:
@@ -103,17 +103,23 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor) -> Tensor:
         Edges up, down, left, right, shape (B, 4), float32, in pixels: 0 <= up <= down <= H, 0 <= left <= right <= W.
 
     Raises:
-        ValueError: if the shapes do not fit together.
+        ValueError: if the shapes do not fit together, or (on CPU) a ratio is outside [0, 1] or an aspect not positive.
     """
     if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
         raise ValueError(
             "expected activation (B, H, W), ratio (B,) and aspect (B,), got "
             f"{tuple(activation.shape)}, {tuple(ratio.shape)} and {tuple(aspect.shape)}"
         )
+    if ratio.device.type == "cpu" and not bool(((ratio >= 0) & (ratio <= 1)).all()):
+        raise ValueError(f"expected ratio in [0, 1], got {float(ratio.min())} to {float(ratio.max())}")
+    if aspect.device.type == "cpu" and not bool((aspect > 0).all()):
+        raise ValueError(f"expected a positive aspect, got {float(aspect.min())}")
     height, width = activation.shape[1:]
     where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
     row, column = where // width, where % width
-    area = height * width * ratio.float()  # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    area = (
+        height * width * ratio.float()
+    )  # float32 whatever the precision of the step: bf16 has whole pixels only to 256
     half_height = (area * aspect.float() / 4).sqrt()
     half_width = (area / aspect.float() / 4).sqrt()
     return torch.stack(
@@ -158,9 +164,7 @@ def hidden_share(box: Tensor, size: tuple[int, int]) -> Tensor:
     return inside_box(box, size).float().mean(dim=(1, 2, 3))
 
 
-def apply_mask(
-    images: Tensor, box: Tensor, *, fill: str = "pixel", generator: torch.Generator | None = None
-) -> Tensor:
+def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: torch.Generator | None = None) -> Tensor:
     """Fill each image's box with noise from U(0, 1).
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 5, for images in [0, 1]. The equation does not say whether U(0, 1) is drawn

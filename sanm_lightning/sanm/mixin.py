@@ -1,5 +1,7 @@
 """SANM as a base class: one line in the definition of a LightningModule."""
 
+import functools
+from collections.abc import MutableMapping
 from typing import Any
 
 from sanm_lightning.sanm.callback import SANMCallback
@@ -16,43 +18,63 @@ class SANMMixin:
         class Mine(SANMMixin, L.LightningModule):
             ...
 
-    The module then holds ``self.sanm``: parameters, state dict and options are its own, and a checkpoint restores all. The work
-    is done by :class:`SANMCallback`, which the mixin attaches; what that says of losses, labels and label quality holds here.
+    The mixin comes first among the bases. The module then holds ``self.sanm``: parameters, state dict and options are its own,
+    and a checkpoint restores all. The work is done by :class:`SANMCallback`, which the mixin attaches; what that says of
+    losses, labels, images, label quality, figures and errors holds here.
 
     Args:
-        sanm: hyper-parameters and parts; None means ``SANM()``.
+        sanm: hyper-parameters and parts; None means ``SANM()``. A dictionary of them is what a checkpoint holds.
         sanm_network: name of the submodule that classifies; None finds it.
         sanm_layer: name of that network's submodule whose output is the last feature map; None finds it.
+        sanm_image_size: H, W of the training images; None asks the data module, then looks at a batch.
 
     All other arguments go to the next base class.
+
+    Raises:
+        ValueError: if an option of SANM is out of its range.
     """
 
     sanm: SANM
     wraps_training_step = True
     """False in a class whose own training step calls ``self.sanm``."""
-    warmup_epochs: int = 1
-    """Epochs before the first mask, unless ``sanm`` has a number of its own."""
 
     def __init__(
         self,
         *args: Any,
-        sanm: SANM | None = None,
+        sanm: SANM | dict[str, Any] | None = None,
         sanm_network: str | None = None,
         sanm_layer: str | None = None,
+        sanm_image_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.sanm = SANM() if sanm is None else sanm
-        self._sanm_network, self._sanm_layer = sanm_network, sanm_layer
+        self.sanm = sanm if isinstance(sanm, SANM) else SANM(**(sanm or {}))
+        self._sanm_options = {"network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """See to it that a class with callbacks of its own has SANM's too, whether or not it asks its bases for theirs."""
+        super().__init_subclass__(**kwargs)
+        if "configure_callbacks" in cls.__dict__:
+            own = cls.configure_callbacks
+
+            @functools.wraps(own)
+            def configure_callbacks(self: "SANMMixin") -> list[Any]:
+                return self._with_sanm(own(self))
+
+            cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
     def configure_callbacks(self) -> list[Any]:
-        """Attach the callback that does the work, after the callbacks of the class itself."""
-        own = super().configure_callbacks()  # type: ignore[misc]
-        callback = SANMCallback(
-            self.sanm,
-            network=self._sanm_network,
-            layer=self._sanm_layer,
-            warmup_epochs=self.warmup_epochs,
-            wrap=self.wraps_training_step,
-        )
-        return [*(own if isinstance(own, (list, tuple)) else [own]), callback]
+        """Attach the callback that does the work, after the callbacks of the other bases."""
+        return self._with_sanm(super().configure_callbacks())  # type: ignore[misc]
+
+    def _with_sanm(self, callbacks: Any) -> list[Any]:
+        found = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        if any(isinstance(callback, SANMCallback) for callback in found):
+            return found
+        return [*found, SANMCallback(self.sanm, wrap=self.wraps_training_step, **self._sanm_options)]  # type: ignore[arg-type]
+
+    def _set_hparams(self, hp: Any) -> None:
+        """Let ``save_hyperparameters`` record SANM as plain Python, so that a checkpoint opens safely."""
+        if isinstance(hp, MutableMapping) and isinstance(hp.get("sanm"), SANM):
+            hp = {**hp, "sanm": hp["sanm"].options}
+        super()._set_hparams(hp)  # type: ignore[misc]

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,16 +62,25 @@ class Views(NamedTuple):
 
 
 @contextlib.contextmanager
-def without_trace(network: Any, images: Tensor) -> Iterator[None]:
-    """Run ``network`` in evaluation mode, without gradient, leaving modes, statistics, streams and caches as they were.
+def without_trace(network: Any, images: Tensor, batch_statistics: bool = False) -> Iterator[None]:
+    """Run ``network`` as in evaluation, without gradient, leaving modes, statistics, streams and caches as they were.
+
+    Args:
+        network: the network that is going to be run; its ``modules()`` are looked at.
+        images: what it is going to be run on; their device counts.
+        batch_statistics: let batch norm use the statistics of this batch, as in training, in place of the running ones.
 
     The cache is autocast's: a weight cast to bf16 without gradient would be served again to the training forward, and its
     gradient would be lost.
     """
-    modules = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
+    training = [module for module in network.modules() if module.training] if hasattr(network, "modules") else []
+    norms = [m for m in training if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     device = images.device
-    for module in modules:
+    for module in training:
         module.training = False
+    if batch_statistics:
+        for norm in norms:  # in training mode but without tracking: the batch's own statistics, and no update
+            norm.training, norm.track_running_stats = True, False
     try:
         with (
             torch.no_grad(),
@@ -84,8 +94,10 @@ def without_trace(network: Any, images: Tensor) -> Iterator[None]:
         ):
             yield
     finally:
-        for module in modules:
+        for module in training:
             module.training = True
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class FrozenNetwork:
@@ -105,19 +117,20 @@ class FrozenNetwork:
     def __init__(self, name: str, pretrained: bool = True, checkpoint: str | None = None) -> None:
         self.options = {"name": name, "pretrained": pretrained, "checkpoint": checkpoint}
         with torch.random.fork_rng(devices=[]):
-            self.network = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
+            self.network: Any = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
         self.network.eval().requires_grad_(False)
-        config = timm.data.resolve_data_config({}, model=self.network)
+        config = resolve_data_config({}, model=self.network)
         self.size = tuple(config["input_size"][1:])
         self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
         self.std = torch.tensor(config["std"]).view(3, 1, 1)
+        self(torch.zeros(1, 3, *self.size))  # a network that cannot do it says so now, not after the warm-up
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> activation map (B, h, w) of the class that the frozen network sees."""
         self.network.to(images.device)
-        resized = F.interpolate(images, size=self.size, mode="bilinear", align_corners=False, antialias=True)
-        normalised = (resized - self.mean.to(images)) / self.std.to(images)
+        resized = F.interpolate(images.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        normalised = (resized - self.mean.to(resized)) / self.std.to(resized)
         features = self.network.forward_features(normalised)
         maps = feature_map(features, self.network.num_features)
         classes = self.network.forward_head(features).argmax(1)
@@ -152,6 +165,10 @@ class SANM(nn.Module):
         evidence: what the estimate is made of, see :class:`LabelQuality`.
         history: over which epochs, see :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
+        batch_statistics: let batch norm use the batch's own statistics in the pass over the unmasked images (as the released
+            code does, whose network is in training mode there); False uses the running ones. Those come from masked images
+            only, and lag: on digits with half of the labels wrong the maps and losses made with them are so poor
+            in mid-training that SANM falls behind plain cross-entropy. Either way no statistic is updated.
         keep_unmasked: learn from the unmasked images and their given labels beside the masked ones. Departure: the paper
             learns from the masked ones only.
         warmup_epochs: epochs before the first mask; None means the method's own warm-up.
@@ -178,6 +195,7 @@ class SANM(nn.Module):
         evidence: Literal["loss", "margin"] = "loss",
         history: Literal["last", "mean"] | float = "last",
         fill: Literal["pixel", "channel"] = "pixel",
+        batch_statistics: bool = True,
         keep_unmasked: bool = False,
         warmup_epochs: int | None = None,
         seed: int | None = None,
@@ -197,6 +215,7 @@ class SANM(nn.Module):
         self.mask, self.labels, self.reconstruct = mask, labels, reconstruct and beta > 0
         self.place, self.ratio, self.ratio_range = place, ratio, (low, high)
         self.quality, self.fill, self.keep_unmasked, self.warmup_epochs = quality, fill, keep_unmasked, warmup_epochs
+        self.batch_statistics = batch_statistics
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality = LabelQuality(evidence, history)
         self.decoder: Decoder | None = None
@@ -209,7 +228,7 @@ class SANM(nn.Module):
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
             "place": place if isinstance(place, str) else frozen, "ratio": ratio,
             "ratio_range": None if ratio_range is None else [low, high], "quality": quality, "evidence": evidence,
-            "history": history, "fill": fill, "keep_unmasked": keep_unmasked, "warmup_epochs": warmup_epochs, "seed": seed,
+            "history": history, "fill": fill, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked, "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
         """The arguments as plain Python, for a checkpoint."""
 
@@ -252,14 +271,16 @@ class SANM(nn.Module):
             )
         if self.reconstruct and self.decoder is None:
             self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
-            assert self.decoder is not None
-            self.decoder.to(like.device)
+        if self.decoder is not None:
+            self.decoder.to(like.device, like.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
         """Say whether masks are drawn in ``epoch``, given the method's own number of warm-up epochs."""
         return self.enabled and epoch >= (method_warmup if self.warmup_epochs is None else self.warmup_epochs)
 
-    def source_of_quality(self, targets: Tensor, index: Tensor | None = None, true_labels: Tensor | None = None) -> Quality:
+    def source_of_quality(
+        self, targets: Tensor, index: Tensor | None = None, true_labels: Tensor | None = None
+    ) -> Quality:
         """Return what :meth:`forward` takes as ``quality``: the estimate, or the oracle's answer where that was asked for.
 
         Args:
@@ -344,21 +365,27 @@ class SANM(nn.Module):
         if not self.reconstruct:
             return features.new_zeros(())
         if self.decoder is None:
-            raise RuntimeError("SANM has no decoder yet; call sanm.build(network, image_size) before the optimizer is made")
+            raise RuntimeError(
+                "SANM has no decoder yet; call sanm.build(network, image_size) before the optimizer is made"
+            )
         if self._idle:
             return 0.0 * torch.stack([parameter.sum() for parameter in self.decoder.parameters()]).sum()
         masked = features[len(images) :] if self.keep_unmasked else features
         if len(masked) != len(images):
-            raise ValueError(f"expected features of the views of {len(images)} images, got {len(features)} feature maps")
+            raise ValueError(
+                f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
+            )
         loss = reconstruction_loss(self.decoder(feature_map(masked, self.decoder.shape[0])), images)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
 
-    def _look(self, network: Backbone, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Logits (B, C) and activation maps (B, h, w) of the unmasked images."""
-        with without_trace(network, images):
+    def _look(self, network: Backbone, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, C) of the unmasked images and, where masks are drawn, activation maps (B, h, w)."""
+        with without_trace(network, images, self.batch_statistics):
             features = network.forward_features(images)
             logits = network.forward_head(features)
+            if not self.mask:
+                return logits, None
             if isinstance(self.place, FrozenNetwork):
                 return logits, self.place(images)
             if self.place == "random":

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from sanm_lightning.per_sample import SampleBank
 
-__all__ = ["LabelQuality", "Mixture", "clean_probability", "fit_mixture", "label_loss", "label_margin", "mixture_posterior"]
+__all__ = [
+    "LabelQuality",
+    "Mixture",
+    "clean_probability",
+    "fit_mixture",
+    "label_loss",
+    "label_margin",
+    "mixture_posterior",
+]
 
 
 class Mixture(NamedTuple):
@@ -110,7 +118,7 @@ def clean_probability(losses: Tensor) -> Tensor:
 
 def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each sample: logits (B, C), targets (B, C) -> (B,) float32, >= 0, small for a trusted label."""
-    return -(targets * logits.float().log_softmax(1)).sum(1)
+    return -(targets.float() * logits.float().log_softmax(1)).sum(1)
 
 
 def label_margin(logits: Tensor, targets: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
         raise ValueError(
             f"expected a reconstruction of the images' shape {tuple(images.shape)}, got {tuple(reconstruction.shape)}"
         )
-    dtype = torch.promote_types(images.dtype, torch.float32)
+    dtype = torch.promote_types(torch.promote_types(reconstruction.dtype, images.dtype), torch.float32)
     return F.mse_loss(reconstruction.to(dtype), images.to(dtype))
 
 
@@ -62,10 +62,13 @@ class Decoder(nn.Module):
         growth = max(image_size[0] / map_size[0], image_size[1] / map_size[1])
         doublings = max(0, math.ceil(math.log2(growth)))
         widths = [channels, *(max(16, min(channels, 256) >> stage) for stage in range(doublings - 1)), 3]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too, for good
             self.layers = nn.Sequential(
-                *(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in zip(widths[:-1], widths[1:], strict=True))
+                *(
+                    nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
+                    for i, o in zip(widths[:-1], widths[1:], strict=True)
+                )
                 if doublings
                 else [nn.Conv2d(channels, 3, 3, padding=1)]
             )
@@ -74,5 +77,6 @@ class Decoder(nn.Module):
         """Feature maps (B, D, h, w) -> reconstructed images (B, 3, H, W), unbounded."""
         image: Tensor = self.layers(features)
         if image.shape[2:] != self.image_size:
-            image = F.interpolate(image.float(), size=self.image_size, mode="bilinear", align_corners=False)
+            image = image.to(torch.promote_types(image.dtype, torch.float32))
+            image = F.interpolate(image, size=self.image_size, mode="bilinear", align_corners=False)
         return image

@@ -1,0 +1,42 @@
+# make quickstart: train on real images with wrong labels.  make test: the tests.  make check: tests, ruff, types.
+# Each does all the set-up it needs: a virtual environment in .venv with everything installed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test check lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+check: test lint
+
+lint: $(VENV)/.check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V); name another: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# torch and torchvision in one command, so that their builds fit each other
+$(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

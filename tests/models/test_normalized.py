@@ -1,0 +1,109 @@
+"""Normalisation as the first layer of a network."""
+
+import io
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from sanm_lightning.models import CNN9, Normalized, PreActResNet, create_network
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.125)
+
+
+def small(seed: int = 0) -> PreActResNet:
+    torch.manual_seed(seed)
+    return PreActResNet(num_classes=4, width=4).eval()
+
+
+class TestNormalized:
+    def test_shows_the_network_normalised_images(self) -> None:
+        seen: list[Tensor] = []
+        network, images = small(), torch.rand(2, 3, 16, 16)
+        network.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        Normalized(network, MEAN, STD)(images)
+        for channel in range(3):
+            expected = (images[:, channel] - MEAN[channel]) / STD[channel]
+            torch.testing.assert_close(seen[0][:, channel], expected)
+
+    def test_with_mean_zero_and_deviation_one_is_the_network(self) -> None:
+        network, images = small(), torch.rand(2, 3, 16, 16)
+        assert torch.equal(Normalized(network, (0.0, 0, 0), (1.0, 1, 1))(images), network(images))
+
+    def test_forward_is_the_head_after_the_features(self) -> None:
+        network, images = Normalized(small(), MEAN, STD), torch.rand(2, 3, 16, 16)
+        features = network.forward_features(images)
+        assert features.shape[1] == network.num_features
+        assert torch.equal(network(images), network.forward_head(features))
+        assert torch.equal(network.get_classifier()(network.forward_head(features, pre_logits=True)), network(images))
+
+    def test_keeps_the_statistics_in_its_state(self) -> None:
+        file, images = io.BytesIO(), torch.rand(2, 3, 16, 16)
+        saved, loaded = Normalized(small(0), MEAN, STD), Normalized(small(1), (0.5,) * 3, (0.5,) * 3)
+        torch.save(saved.state_dict(), file)
+        file.seek(0)
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        assert torch.equal(saved.eval()(images), loaded.eval()(images))
+
+    def test_leaves_the_images_alone(self) -> None:
+        images = torch.rand(2, 3, 16, 16)
+        before = images.clone()
+        Normalized(small(), MEAN, STD)(images)
+        assert torch.equal(images, before)
+
+    @pytest.mark.parametrize(
+        ("mean", "std"), [((0.5,), (0.5,)), (MEAN, (0.5, 0.5)), (MEAN, (0.5, 0.0, 0.5)), (MEAN, (0.5, -1.0, 0.5))]
+    )
+    def test_refuses_statistics_that_do_not_normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        with pytest.raises(ValueError, match="expected three means and three positive standard deviations, got"):
+            Normalized(small(), mean, std)
+
+
+class TestCreateNetwork:
+    @pytest.mark.parametrize(
+        ("name", "options", "kind"), [("preact_resnet18", {"width": 4}, PreActResNet), ("cnn9", {}, CNN9)]
+    )
+    def test_builds_our_own_networks_by_name(self, name: str, options: dict[str, int], kind: type) -> None:
+        with torch.device("meta"):
+            network = create_network(name, 6, MEAN, STD, **options)
+            assert isinstance(network.network, kind)
+            assert network.eval()(torch.ones(1, 3, 32, 32)).shape == (1, 6)
+
+    def test_builds_any_timm_model(self) -> None:
+        network = create_network("test_resnet", 6)
+        assert type(network.network) is type(timm.create_model("test_resnet"))
+        assert network(torch.rand(2, 3, 32, 32)).shape == (2, 6)
+
+    def test_of_unknown_images_takes_neutral_statistics(self) -> None:
+        network = create_network("preact_resnet18", 4, width=4)
+        assert network.mean.flatten().tolist() == [0.5] * 3
+        assert network.std.flatten().tolist() == [0.25] * 3
+
+    def test_takes_the_statistics_that_are_given(self) -> None:
+        network = create_network("preact_resnet18", 4, MEAN, STD, width=4)
+        assert torch.equal(network.mean.flatten(), torch.tensor(MEAN))
+        assert torch.equal(network.std.flatten(), torch.tensor(STD))
+
+    def test_of_a_pre_trained_network_takes_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def downloaded(name: str, num_classes: int, pretrained: bool) -> PreActResNet:
+            network = small()
+            network.pretrained_cfg = {"mean": MEAN, "std": STD}  # type: ignore[assignment]
+            return network
+
+        monkeypatch.setattr(timm, "create_model", downloaded)
+        assert torch.equal(create_network("resnet18", 4, pretrained=True).mean.flatten(), torch.tensor(MEAN))
+        own = create_network("resnet18", 4, (0.5,) * 3, pretrained=True)
+        assert own.mean.flatten().tolist() == [0.5] * 3
+        assert torch.equal(own.std.flatten(), torch.tensor(STD))
+
+    def test_of_a_name_with_a_typing_error_shows_the_nearest(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"expected the name of a timm model, got 'preact_resnet_18'; near: .*preact_resnet18"
+        ):
+            create_network("preact_resnet_18", 4)
+
+    @pytest.mark.parametrize("name", ["preact_resnet18", "cnn9"])
+    def test_refuses_weights_that_do_not_exist(self, name: str) -> None:
+        with pytest.raises(ValueError, match=f"{name} has no pre-trained weights"):
+            create_network(name, 4, pretrained=True)

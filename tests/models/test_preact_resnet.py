@@ -1,0 +1,86 @@
+"""PreAct ResNet-18 for small images."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sanm_lightning.models import PreActResNet
+
+
+def published_parameters(width: int, classes: int) -> int:
+    """Count by hand: the stem with its norm, 4 x 2 blocks of norm, conv, norm, conv (and shortcut), the classifier."""
+    total = 3 * width * 9 + 2 * width
+    inputs = width
+    for outputs in (width, 2 * width, 4 * width, 8 * width):
+        for _ in range(2):
+            total += 2 * inputs + 9 * inputs * outputs + 2 * outputs + 9 * outputs * outputs
+            if inputs != outputs:
+                total += inputs * outputs
+            inputs = outputs
+    return total + inputs * classes + classes
+
+
+class TestPreActResNet18:
+    def test_has_the_parameters_of_the_published_network(self) -> None:
+        with torch.device("meta"):
+            network = timm.create_model("preact_resnet18", num_classes=10)
+        assert sum(p.numel() for p in network.parameters()) == published_parameters(64, 10) == 11_171_274
+        assert network.num_features == 512
+
+    @pytest.mark.parametrize("width", [4, 8])
+    def test_width_scales_every_stage(self, width: int) -> None:
+        network = timm.create_model("preact_resnet18", num_classes=7, width=width)
+        assert isinstance(network, PreActResNet)
+        assert sum(p.numel() for p in network.parameters()) == published_parameters(width, 7)
+        assert network.num_features == 8 * width
+        assert network(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+
+    def test_has_a_map_of_512_times_4_times_4_on_small_images(self) -> None:
+        with torch.device("meta"):
+            network, images = timm.create_model("preact_resnet18", num_classes=10), torch.ones(2, 3, 32, 32)
+            assert network.forward_features(images).shape == (2, 512, 4, 4)
+
+    def test_a_stride_in_the_stem_halves_the_map(self) -> None:
+        network = timm.create_model("preact_resnet18", width=4, stem_stride=2)
+        assert network.forward_features(torch.rand(2, 3, 32, 32)).shape == (2, 32, 2, 2)
+
+    def test_forward_is_the_head_after_the_features(self) -> None:
+        network, images = timm.create_model("preact_resnet18", num_classes=5, width=4).eval(), torch.rand(2, 3, 32, 32)
+        features = network.forward_features(images)
+        assert torch.equal(network(images), network.forward_head(features))
+        pooled = network.forward_head(features, pre_logits=True)
+        assert torch.equal(pooled, features.mean(dim=(2, 3)))
+        assert torch.equal(network.get_classifier()(pooled), network(images))
+
+    def test_the_map_has_either_sign(self) -> None:
+        features = timm.create_model("preact_resnet18", width=4).forward_features(torch.rand(2, 3, 32, 32))
+        assert features.min() < 0 < features.max()
+
+    def test_a_block_without_its_convolutions_passes_its_input_on(self) -> None:
+        network = timm.create_model("preact_resnet18", width=4)
+        block, x = network.stages[0], torch.randn(2, 4, 8, 8)
+        nn.init.zeros_(block.conv2.weight)
+        assert torch.equal(block(x), x)
+
+    def test_where_the_size_changes_the_shortcut_sees_the_activated_input(self) -> None:
+        network = timm.create_model("preact_resnet18", width=4).eval()
+        block, x = network.stages[2], torch.randn(2, 4, 8, 8)
+        nn.init.zeros_(block.conv2.weight)
+        assert torch.equal(block(x), block.shortcut(torch.relu(block.norm1(x))))
+
+    def test_its_classifier_can_be_replaced(self) -> None:
+        network = timm.create_model("preact_resnet18", width=4)
+        network.reset_classifier(3)
+        assert network(torch.rand(1, 3, 32, 32)).shape == (1, network.num_classes) == (1, 3)
+
+    def test_takes_images_of_other_channels(self) -> None:
+        assert timm.create_model("preact_resnet18", width=4, in_chans=1)(torch.rand(1, 1, 16, 16)).shape == (1, 10)
+
+    def test_refuses_weights_that_do_not_exist(self) -> None:
+        with pytest.raises(ValueError, match="preact_resnet18 has no pre-trained weights"):
+            timm.create_model("preact_resnet18", pretrained=True)
+
+    def test_refuses_an_option_it_does_not_have(self) -> None:
+        with pytest.raises(TypeError, match="depth"):
+            timm.create_model("preact_resnet18", depth=3)
