@@ -14,7 +14,7 @@ class Mine(SANMMixin, L.LightningModule):
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = timm.create_model("preact_resnet18", num_classes=10, width=8)
+        self.net = timm.create_model("preact_resnet18", num_classes=10, width=6)
         self.lr = lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -29,7 +29,7 @@ class Mine(SANMMixin, L.LightningModule):
         return torch.optim.SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
 
-def main(epochs: int = 4, samples: int = 600) -> float:
+def main(epochs: int = 4, samples: int = 400) -> float:
     L.seed_everything(0, verbose=False)
     train, test = Digits().load_train(), Digits().load_test()
     noisy = Noise("symmetric", 0.4).apply(train.labels[:samples], num_classes=10, seed=0)
@@ -38,7 +38,7 @@ def main(epochs: int = 4, samples: int = 600) -> float:
 
     trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)  # fmt: skip
-    trainer.fit(Mine(), DataLoader(train_set, 50, shuffle=True), DataLoader(test_set, 250))
+    trainer.fit(Mine(), DataLoader(train_set, 25, shuffle=True), DataLoader(test_set, 250))
     figures = trainer.callback_metrics
     accuracy, quality = float(figures["val/acc"]), float(figures.get("train/quality", 1))
     print(f"mixin: {accuracy:.1%} right on the test digits after {epochs} epochs, mean label quality {quality:.2f}")

@@ -7,13 +7,13 @@ from torch.nn import functional as F
 from sanm_lightning import SANM, Digits, Noise
 
 
-def main(epochs: int = 4, samples: int = 600) -> float:
+def main(epochs: int = 4, samples: int = 400) -> float:
     torch.manual_seed(0)
     train, test = Digits().load_train(), Digits().load_test()
     images, labels = train.images[:samples].float() / 255, train.labels[:samples]
     labels = Noise("symmetric", 0.4).apply(labels, num_classes=10, seed=0)
 
-    network = timm.create_model("preact_resnet18", num_classes=10, width=8)
+    network = timm.create_model("preact_resnet18", num_classes=10, width=6)
     sanm = SANM()
     sanm.build(network, image_size=(32, 32))  # before the optimizer: the decoder has parameters
     sanm.label_quality.resize(len(images))
@@ -22,7 +22,7 @@ def main(epochs: int = 4, samples: int = 600) -> float:
     for epoch in range(epochs):
         if epoch > 0:
             sanm.label_quality.refresh()
-        for index in torch.randperm(len(images)).split(50):
+        for index in torch.randperm(len(images)).split(25):
             x, targets = images[index], F.one_hot(labels[index], 10).float()
             quality = sanm.source_of_quality(targets, index) if epoch >= 1 else None  # None: warm-up, no masks
             views = sanm(network, x, targets, quality)

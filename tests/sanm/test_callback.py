@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
     "ignore:`training_step` returned `None`",
     "ignore:You passed in a `val_dataloader` but have no",
+    "ignore:Checkpoint directory .* exists",
 )
 
 SIZE, CLASSES = 8, 3
@@ -264,8 +265,7 @@ class TestBatchesAndSteps:
         fit(module, SANMCallback())
         assert_same(weights(trained("callback", SANM)[0]), weights(module))
 
-    @pytest.mark.parametrize("container", [list, tuple])
-    @pytest.mark.parametrize("keep_unmasked", [False, True])
+    @pytest.mark.parametrize(("container", "keep_unmasked"), [(list, False), (tuple, True)])
     def test_what_else_is_in_a_batch_is_passed_on(self, container: Any, keep_unmasked: bool) -> None:
         extras = []
 
@@ -532,9 +532,8 @@ class TestLabelsReadAsIndices:
         fit(module, SANMCallback(SANM(labels=False, warmup_epochs=0)), epochs=1)
         assert module.updates == 4
 
-    @pytest.mark.parametrize("batch_size", [1, 3])
+    @pytest.mark.parametrize(("batch_size", "precision"), [(3, "32-true"), (6, "bf16-mixed")])
     @pytest.mark.parametrize("step", [handles_both, class_weights, restless])
-    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
     def test_a_legal_step_is_not_refused(self, step: Any, batch_size: int, precision: str) -> None:
         module = Stepping(step)
         fit(module, SANMCallback(), data=pairs(batch_size=batch_size), precision=precision, epochs=1)

@@ -15,7 +15,9 @@ from sanm_lightning.sanm import SANM
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.mixin import SANMMixin
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*", "ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LeafSpec.*", "ignore:.*does not have many workers", "ignore:Checkpoint directory .* exists"
+)
 
 
 class Plain(L.LightningModule):

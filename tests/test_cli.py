@@ -1,0 +1,162 @@
+"""The command line, as a user types it."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from sanm_lightning import CrossEntropy
+from sanm_lightning.cli import entry_point, main
+
+TOY = [
+    "--data", "Toy", "--data.num_samples", "24", "--data.num_test_samples", "16",
+    "--trainer.accelerator", "cpu", "--trainer.logger", "false", "--trainer.enable_progress_bar", "false",
+    "--trainer.enable_model_summary", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", "1",
+]  # fmt: skip
+SMALL = ["--model", "CrossEntropy", "--model.network", "small_cnn", "--model.network_args", "{width: 4}"]
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sanm"])
+
+
+def typed(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sanm", *words])
+    entry_point()
+
+
+class TestFit:
+    def test_class_number_and_image_size_flow_from_data_to_model(self):
+        model = main(["fit", *SMALL, *TOY, "--data.num_classes", "5", "--data.image_size", "12"]).model
+        assert (model.num_classes, model.image_size) == (5, (12, 12))
+
+    def test_options_on_the_line_reach_sanm(self):
+        model = main(["fit", *SMALL, "--model.sanm", "SANM", "--model.sanm.mu", "0.2", *TOY]).model
+        assert model.sanm.enabled
+        assert model.sanm.mu == 0.2
+
+    def test_leaves_results_with_every_key(self):
+        noise = ["--data.noise.kind", "symmetric_exclusive", "--data.noise.rate", "0.5"]
+        sanm = ["--model.sanm", "SANM", "--model.warmup_epochs", "0"]
+        main(["fit", *SMALL, *sanm, *TOY, *noise, "--seed_everything", "7", "--trainer.default_root_dir", "here"])
+        with open("here/results.json") as file:
+            results = json.load(file)
+        assert list(results) == [
+            "method", "sanm", "seed", "epochs", "seconds", "noise_kind", "noise_rate", "measured_noise_rate",
+            "test_accuracy_best", "test_accuracy_last", "test_accuracy_last10", "quality_auc",
+        ]  # fmt: skip
+        assert results["method"] == "CrossEntropy"
+        assert results["sanm"] is True
+        assert results["seed"] == 7
+        assert results["epochs"] == 1
+        assert results["noise_rate"] == results["measured_noise_rate"] == 0.5
+        assert results["test_accuracy_best"] == results["test_accuracy_last"] == results["test_accuracy_last10"]
+        assert 0 <= results["quality_auc"] <= 1
+
+    def test_saves_the_labels_it_trained_on(self):
+        import numpy
+
+        noise = ["--data.noise.kind", "symmetric_exclusive", "--data.noise.rate", "0.25"]
+        main(["fit", *SMALL, *TOY, *noise, "--trainer.default_root_dir", "here"])
+        with numpy.load("here/labels.npz") as saved:
+            assert (saved["labels"] != saved["true_labels"]).mean() == 0.25
+
+    def test_what_is_unknown_is_null(self):
+        main(["fit", *SMALL, *TOY, "--data.track_test", "false", "--trainer.default_root_dir", "here"])
+        with open("here/results.json") as file:
+            results = json.load(file)
+        unknown = ("noise_rate", "test_accuracy_best", "test_accuracy_last", "test_accuracy_last10", "quality_auc")
+        assert [results[key] for key in unknown] == [None] * 5
+
+    def test_one_cycle_takes_its_length_from_the_trainer(self):
+        cycle = ["--model.scheduler", "OneCycle", "--model.scheduler.max_lr", "0.1", "--trainer.max_epochs", "3"]
+        run = main(["fit", *SMALL, *TOY, *cycle]).trainer
+        (schedule,) = run.lr_scheduler_configs
+        assert schedule.interval == "step"
+        assert schedule.scheduler.total_steps == run.global_step == 3 * 2
+
+    def test_a_checkpoint_of_the_line_loads_without_being_told_anything(self):
+        cli = main(["fit", *SMALL, "--model.sanm", "SANM", *TOY, "--model.optimizer", "Adam", "--model.optimizer.lr", "0.01"])
+        cli.trainer.save_checkpoint("run.ckpt")
+        again = CrossEntropy.load_from_checkpoint("run.ckpt", weights_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), cli.model.parameters(), strict=True))
+        assert again.sanm.enabled
+
+
+class TestOtherCommands:
+    def test_validate_test_and_predict_run(self):
+        cli = main(["fit", *SMALL, *TOY])
+        cli.trainer.save_checkpoint("run.ckpt")
+        trained = ["--ckpt_path", "run.ckpt"]
+        toy = [word for word in TOY if word not in ("--trainer.max_epochs", "1")]
+        for command in ("validate", "test", "predict"):
+            main([command, *SMALL, *toy, *trained])
+
+    def test_predict_answers_index_and_probabilities_of_every_sample(self):
+        cli = main(["fit", *SMALL, *TOY])
+        batches = cli.trainer.predict(cli.model, cli.datamodule)
+        assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(16))
+        torch.testing.assert_close(torch.cat([batch["probabilities"] for batch in batches]).sum(1), torch.ones(16))
+
+    def test_a_printed_config_comes_back_the_same(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["fit", *SMALL, "--model.sanm", "SANM", *TOY, "--print_config"])
+        first = capsys.readouterr().out
+        with open("printed.yaml", "w") as file:
+            file.write(first)
+        with pytest.raises(SystemExit):
+            main(["fit", "--config", "printed.yaml", "--print_config"])
+        assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load(first)
+
+
+def test_a_users_own_module_and_data_in_the_working_directory_can_be_named(tmp_path):
+    (tmp_path / "my_own.py").write_text(
+        "import lightning as L, torch\n"
+        "from torch.utils.data import DataLoader, TensorDataset\n"
+        "from sanm_lightning import SANMMixin\n"
+        "class Mine(SANMMixin, L.LightningModule):\n"
+        "    def __init__(self, width: int = 4, **kwargs):\n"
+        "        super().__init__(**kwargs)\n"
+        "        self.conv = torch.nn.Conv2d(3, width, 3)\n"
+        "        self.pool = torch.nn.AdaptiveAvgPool2d(1)\n"
+        "        self.fc = torch.nn.Linear(width, 3)\n"
+        "    def forward(self, x):\n"
+        "        return self.fc(self.pool(self.conv(x)).flatten(1))\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        x, y = batch\n"
+        "        return torch.nn.functional.cross_entropy(self(x), y)\n"
+        "    def configure_optimizers(self):\n"
+        "        return torch.optim.SGD(self.parameters(), lr=0.1)\n"
+        "class Data(L.LightningDataModule):\n"
+        "    def train_dataloader(self):\n"
+        "        return DataLoader(TensorDataset(torch.rand(8, 3, 9, 9), torch.arange(8) % 3), 4)\n"
+    )
+    quiet = [word for word in TOY if not word.startswith(("--data", "Toy", "24", "16"))]
+    model = main(["fit", "--model", "my_own.Mine", "--model.width", "5", "--data", "my_own.Data", *quiet]).model
+    assert model.sanm.decoder is not None
+
+
+class TestWrongInput:
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "SANM expected mu in [0, 1], got 1.5"),
+            ([*SMALL, *TOY, "--data.noise.kind", "symmetric", "--data.noise.rate", "1.5"], "1.5"),
+            ([*SMALL, "--data", "ImageFolder", "--data.root", "nowhere"], "nowhere"),
+            ([*SMALL, *TOY, "--data.max_train_samples", "25"], "max_train_samples must lie between"),
+            (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
+            ([*SMALL, *TOY, "--model.mu", "1"], "mu"),
+            (["--model", "NoSuchMethod", *TOY], "NoSuchMethod"),
+        ],
+        ids=["mu", "noise rate", "root", "too many samples", "config", "unknown option", "unknown method"],
+    )
+    def test_ends_with_a_sentence_and_status_2(self, monkeypatch, capsys, words, message):
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", *words)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert "Traceback" not in said
