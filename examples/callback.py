@@ -32,7 +32,7 @@ class Theirs(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
 
-def main(epochs: int = 4, samples: int = 600) -> float:
+def main(epochs: int = 3, samples: int = 400) -> float:
     L.seed_everything(0, verbose=False)
     data = Digits(max_train_samples=samples, noise=Noise("symmetric", 0.4), batch_size=50)
     trainer = L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,

@@ -29,7 +29,7 @@ class Mine(SANMMixin, L.LightningModule):
         return torch.optim.SGD(self.net.parameters(), lr=self.lr, momentum=0.9)
 
 
-def main(epochs: int = 4, samples: int = 400) -> float:
+def main(epochs: int = 3, samples: int = 300) -> float:
     L.seed_everything(0, verbose=False)
     train, test = Digits().load_train(), Digits().load_test()
     noisy = Noise("symmetric", 0.4).apply(train.labels[:samples], num_classes=10, seed=0)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from sanm_lightning import SANM, Digits, Noise
 
 
-def main(epochs: int = 4, samples: int = 400) -> float:
+def main(epochs: int = 3, samples: int = 300) -> float:
     torch.manual_seed(0)
     train, test = Digits().load_train(), Digits().load_test()
     images, labels = train.images[:samples].float() / 255, train.labels[:samples]

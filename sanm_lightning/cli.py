@@ -1,5 +1,6 @@
 """The command line: ``sanm fit|validate|test|predict``. The only place that parses arguments."""
 
+import functools
 import os
 import sys
 from importlib.resources import files
@@ -26,17 +27,13 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
         for name in ("num_classes", "image_size"):
-            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=_reader(name), apply_on="instantiate")
+            # Data without the property give None, which a model that needs it refuses and any other never sees.
+            read = functools.partial(_read, name=name)
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
 
 
-def _reader(name: str) -> Any:
-    def read(data: Any) -> Any:
-        value = getattr(data, name, None)
-        if value is None:
-            raise ValueError(f"the method needs {name}, and {type(data).__name__} has no property of that name")
-        return value
-
-    return read
+def _read(data: L.LightningDataModule, name: str) -> Any:
+    return getattr(data, name, None)
 
 
 def _with_packaged_configs(args: list[str]) -> list[str]:
@@ -57,8 +54,9 @@ def _packaged(name: str) -> str:
     parts = Path(name).parts
     if Path(name).exists() or not parts or parts[0] != "configs":
         return name
-    packaged = Path(str(files("sanm_lightning"))).joinpath(*parts)
-    return str(packaged) if packaged.exists() else name
+    package = Path(str(files("sanm_lightning")))
+    candidates = (package.joinpath(*parts), package.parent.joinpath(*parts))  # installed; or a checkout in development
+    return next((str(path) for path in candidates if path.exists()), name)
 
 
 def main(args: list[str] | None = None) -> SANMCLI:
@@ -81,6 +79,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
+        seed_everything_default=0,  # a run that nobody seeded can still be repeated
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [RunRecord()]},
         args=args,

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Lightning 2.6.6 calls jsonargparse by names that version 4.53 has replaced (lightning/pytorch/cli.py).
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 import logging
 

@@ -51,7 +51,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def __init__(
         self,
         num_classes: int,
-        image_size: tuple[int, int] = (32, 32),
+        image_size: tuple[int, int] | None = (32, 32),
         network: str | nn.Module = "preact_resnet18",
         network_args: dict[str, Any] | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -63,6 +63,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(f"expected num_classes >= 2, got {num_classes}; a data module gives it as a property")
+        if image_size is None:
+            raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
         if warmup_epochs < 0:
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
         sanm = SANM.off() if sanm is None else SANM(**sanm) if isinstance(sanm, dict) else sanm
