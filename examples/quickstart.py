@@ -3,7 +3,7 @@
 Two command lines, run one after the other, and a table of what came of them:
 
     sanm fit --config configs/quickstart.yaml --trainer.default_root_dir runs/quickstart/cross_entropy
-    sanm fit --config configs/quickstart.yaml --config configs/sanm.yaml --trainer.default_root_dir runs/quickstart/sanm
+    sanm fit --config configs/quickstart.yaml --config configs/quickstart_sanm.yaml --trainer.default_root_dir runs/quickstart/sanm
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.table import Table
 
 from sanm_lightning.cli import main
 
-RUNS = {"cross_entropy": [], "sanm": ["--config", "configs/sanm.yaml", "--trainer.callbacks+=SANMPictures"]}
+RUNS = {"cross_entropy": [], "sanm": ["--config", "configs/quickstart_sanm.yaml", "--trainer.callbacks+=SANMPictures"]}
 
 
 def train(name: str, seed: int, extra: list[str]) -> dict:

@@ -67,15 +67,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
         if warmup_epochs < 0:
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
-        sanm = SANM.off() if sanm is None else SANM(**sanm) if isinstance(sanm, dict) else sanm
-        super().__init__(sanm=sanm)
-        self.save_hyperparameters(
-            ignore=["sanm", "optimizer", "scheduler", *(["network"] if not isinstance(network, str) else [])]
-        )
-        if (
-            "sanm" not in self.hparams and sanm.enabled
-        ):  # outside the command line: plain Python, so that a file opens safely
-            self.hparams["sanm"] = sanm.options
+        super().__init__(sanm=SANM.off() if sanm is None else sanm)
+        live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
+        self.save_hyperparameters(ignore=live)  # what is left is plain Python, so that a checkpoint opens safely
         self.num_classes = num_classes
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.warmup_epochs = warmup_epochs
@@ -86,8 +80,6 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             self.network = network
         self.sanm.build(self.network, self.image_size)
         self.accuracy = nn.ModuleDict()  # one per evaluation set, made when it is first seen
-        for name in ("val", "test"):
-            self.accuracy[name] = MulticlassAccuracy(num_classes, average="micro")
 
     # What a method calls
 
@@ -125,9 +117,12 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
 
     def _evaluate(self, batch: NoisyBatch, name: str) -> None:
         images, labels = batch[0], batch[1]
+        if name not in self.accuracy:
+            self.accuracy[name] = MulticlassAccuracy(self.num_classes, average="micro").to(self.device)
         metric = self.accuracy[name]
         metric.update(self(images), labels)  # type: ignore[operator]
-        self.log(f"{name}/acc", metric, on_step=False, on_epoch=True, add_dataloader_idx=False, prog_bar=True)  # type: ignore[arg-type]
+        options = {"on_epoch": True, "add_dataloader_idx": False, "prog_bar": True, "metric_attribute": f"accuracy.{name}"}
+        self.log(f"{name}/acc", metric, **options)  # type: ignore[arg-type]
 
     def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count right predictions of each evaluation set of the data module."""

@@ -201,6 +201,8 @@ class SANM(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(place, dict):  # the options of a SANM whose place was a frozen network
+            place = FrozenNetwork(**place["init_args"])
         low, high = ratio_range if ratio_range is not None else self._ranges.get(ratio, (0.0, 1.0))
         _require(0 <= mu <= 1, "mu in [0, 1]", mu)
         _require(0 < delta <= 1, "delta in (0, 1]", delta)
@@ -417,13 +419,13 @@ class SANM(nn.Module):
         self.decoder = Decoder(channels, map_size, image_size, seed=derived_seed(self.seed))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the step counter that names the random streams, and the decoder's shape, so that a load can build it."""
+        """Return seed and step counter, which name the random streams, and the decoder's shape, so that a load can build it."""
         decoder = None if self.decoder is None else [list(self.decoder.shape), list(self.decoder.image_size)]
-        return {"steps": self._steps, "decoder": decoder}
+        return {"seed": self.seed, "steps": self._steps, "decoder": decoder}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a state; a decoder that is in it and not here yet is built, its weights follow."""
-        self._steps = state["steps"]
+        self.seed, self._steps = state["seed"], state["steps"]
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
             (channels, *map_size), image_size = state["decoder"]
             self._build_decoder(channels, (map_size[0], map_size[1]), (image_size[0], image_size[1]))

@@ -190,7 +190,7 @@ class LabelQuality(nn.Module):
             self.bank.observe(index, evidence)
             return
         if not len(self._recent):
-            self._recent = torch.zeros(self.window, device=evidence.device)
+            self._recent = torch.zeros(self.window, device=evidence.device, dtype=torch.float32)
         place = (self._seen + torch.arange(len(evidence), device=evidence.device)) % self.window
         self._recent.index_copy_(0, place[-self.window :], evidence[-self.window :])
         self._seen += len(evidence)

@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         self.shape = (channels, int(map_size[0]), int(map_size[1]))
         growth = max(image_size[0] / map_size[0], image_size[1] / map_size[1])
         doublings = max(0, math.ceil(math.log2(growth)))
-        widths = [channels, *(max(16, min(channels, 256) >> stage) for stage in range(doublings - 1)), 3]
+        widths = [channels, *(max(16, min(channels // 2, 256) >> stage) for stage in range(doublings - 1)), 3]
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too, for good
             self.layers = nn.Sequential(

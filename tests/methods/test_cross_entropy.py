@@ -268,3 +268,32 @@ class TestWrongInput:
 def test_a_noisy_batch_is_a_tuple_of_images_and_labels():
     images, labels, *_ = NoisyBatch(torch.zeros(1), torch.ones(1))
     assert (float(images), float(labels)) == (0.0, 1.0)
+
+
+def test_a_resumed_run_draws_as_the_first_whatever_the_process_was_seeded_with(tmp_path):
+    first = method(SANM())
+    run = trainer(2)
+    run.fit(first, data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = CrossEntropy.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert again.sanm.seed == first.sanm.seed
+
+
+def test_a_frozen_network_comes_back_from_a_checkpoint(tmp_path):
+    from sanm_lightning.sanm import FrozenNetwork
+
+    module = method(SANM(place=FrozenNetwork("test_resnet", pretrained=False)))
+    run = trainer(2)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    again = CrossEntropy.load_from_checkpoint(tmp_path / "run.ckpt", weights_only=True)
+    assert again.sanm.options == module.sanm.options
+    assert isinstance(again.sanm.place, FrozenNetwork)
+
+
+def test_several_evaluation_sets_of_a_user_each_have_their_accuracy():
+    images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
+    loader = DataLoader(TensorDataset(images, labels), 4)
+    run = trainer(1)
+    run.fit(method(), loader, [loader, loader])
+    assert {"val/acc", "val1/acc"} <= set(run.callback_metrics)
