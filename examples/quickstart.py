@@ -2,8 +2,10 @@
 
 Two command lines, run one after the other, and a table of what came of them:
 
-    sanm fit --config configs/quickstart.yaml --trainer.default_root_dir runs/quickstart/cross_entropy
-    sanm fit --config configs/quickstart.yaml --config configs/quickstart_sanm.yaml --trainer.default_root_dir runs/quickstart/sanm
+    sanm fit --config configs/quickstart.yaml
+    sanm fit --config configs/quickstart.yaml --config configs/quickstart_sanm.yaml
+
+each with a --trainer.default_root_dir of its own, runs/quickstart/cross_entropy and runs/quickstart/sanm.
 """
 
 import argparse

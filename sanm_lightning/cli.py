@@ -91,10 +91,13 @@ def entry_point() -> None:
 
     ``SANM_TRACEBACK=1`` shows the traceback.
     """
+    mistakes = (ValueError, FileNotFoundError, MisconfigurationException)
     try:
         main()
-    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+    except mistakes as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise
+        while isinstance(error.__cause__, mistakes):  # the parser wraps the sentence in the whole configuration
+            error = error.__cause__
         print(f"sanm: {error}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)

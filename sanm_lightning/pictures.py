@@ -39,10 +39,10 @@ def draw_views(path: Path, images: Tensor, views: Views, reconstruction: Tensor 
     )
     for row, (name, pictures) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(name)
-        for axis, picture in zip(row, pictures.detach().float().cpu(), strict=True):
+        for axis, picture in zip(row, pictures.detach().float().cpu().numpy(), strict=True):
             axis.set(xticks=[], yticks=[])
             if picture.ndim == 3:
-                axis.imshow(picture.permute(1, 2, 0).clamp(0, 1))
+                axis.imshow(picture.transpose(1, 2, 0).clip(0, 1))
             else:
                 axis.imshow(picture, cmap="magma")
     for axis, title in zip(axes[0], titles, strict=True):

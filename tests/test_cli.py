@@ -79,7 +79,9 @@ class TestFit:
         assert schedule.scheduler.total_steps == run.global_step == 3 * 2
 
     def test_a_checkpoint_of_the_line_loads_without_being_told_anything(self):
-        cli = main(["fit", *SMALL, "--model.sanm", "SANM", *TOY, "--model.optimizer", "Adam", "--model.optimizer.lr", "0.01"])
+        cli = main(
+            ["fit", *SMALL, "--model.sanm", "SANM", *TOY, "--model.optimizer", "Adam", "--model.optimizer.lr", "0.01"]
+        )
         cli.trainer.save_checkpoint("run.ckpt")
         again = CrossEntropy.load_from_checkpoint("run.ckpt", weights_only=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), cli.model.parameters(), strict=True))

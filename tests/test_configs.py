@@ -19,7 +19,13 @@ def name(path: Path) -> str:
 def one_step(monkeypatch, *configs: Path, classes: int = 10):
     monkeypatch.setattr(sys, "argv", ["sanm"])
     words = [word for config in configs for word in ("--config", str(config))]
-    toy = {"num_classes": classes, "image_size": 32, "num_samples": max(24, classes), "num_test_samples": 8, "batch_size": 8}
+    toy = {
+        "num_classes": classes,
+        "image_size": 32,
+        "num_samples": max(24, classes),
+        "num_test_samples": 8,
+        "batch_size": 8,
+    }
     words += ["--data", "Toy", *(word for key, value in toy.items() for word in (f"--data.{key}", str(value)))]
     words += ["--data.max_train_samples", "null", "--data.crop_padding", "2"]
     quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
@@ -65,3 +71,8 @@ def test_noise_goes_on_top_of_a_method(monkeypatch, noise):
     kind = {"sym": "symmetric", "asym": "asymmetric"}[noise.stem.split("_")[0].rstrip("0123456789")]
     assert cli.datamodule.noise_kind == kind + ("_exclusive" if noise.stem.endswith("exclusive") else "")
     assert cli.datamodule.noise_rate == int("".join(c for c in noise.stem if c.isdigit())) / 100
+
+
+def test_the_quickstart_runs_a_step_under_its_own_sanm(monkeypatch):
+    cli = one_step(monkeypatch, CONFIGS / "quickstart.yaml", CONFIGS / "quickstart_sanm.yaml")
+    assert cli.model.sanm.last["hidden_share"].ndim == 0

@@ -121,7 +121,12 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             self.accuracy[name] = MulticlassAccuracy(self.num_classes, average="micro").to(self.device)
         metric = self.accuracy[name]
         metric.update(self(images), labels)  # type: ignore[operator]
-        options = {"on_epoch": True, "add_dataloader_idx": False, "prog_bar": True, "metric_attribute": f"accuracy.{name}"}
+        options = {
+            "on_epoch": True,
+            "add_dataloader_idx": False,
+            "prog_bar": True,
+            "metric_attribute": f"accuracy.{name}",
+        }
         self.log(f"{name}/acc", metric, **options)  # type: ignore[arg-type]
 
     def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -230,7 +230,8 @@ class SANM(nn.Module):
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
             "place": place if isinstance(place, str) else frozen, "ratio": ratio,
             "ratio_range": None if ratio_range is None else [low, high], "quality": quality, "evidence": evidence,
-            "history": history, "fill": fill, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked, "warmup_epochs": warmup_epochs, "seed": seed,
+            "history": history, "fill": fill, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
+            "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
         """The arguments as plain Python, for a checkpoint."""
 

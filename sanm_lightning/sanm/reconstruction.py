@@ -1,6 +1,7 @@
 """Paint the hidden part back from the features of the masked image (SANM, Eq. 9 and 10)."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -65,10 +66,7 @@ class Decoder(nn.Module):
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too, for good
             self.layers = nn.Sequential(
-                *(
-                    nn.ConvTranspose2d(i, o, 4, stride=2, padding=1)
-                    for i, o in zip(widths[:-1], widths[1:], strict=True)
-                )
+                *(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in pairwise(widths))
                 if doublings
                 else [nn.Conv2d(channels, 3, 3, padding=1)]
             )

@@ -1,15 +1,13 @@
 """Nothing in these tests may reach for the network."""
 
 import socket
-from collections.abc import Iterator
 
 import pytest
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a test tried to reach the network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    yield

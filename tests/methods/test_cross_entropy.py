@@ -240,8 +240,14 @@ class TestWrongInput:
             ({"num_classes": 4, "warmup_epochs": -1}, "expected warmup_epochs >= 0, got -1"),
             ({"num_classes": 4, "network": "resnet_of_my_dreams"}, "expected the name of a timm model"),
             ({"num_classes": 4, "network": "small_cnn", "std": (1.0, 0.0, 1.0)}, "three positive standard deviations"),
-            ({"num_classes": 4, "network": "resnet18", "image_size": (32, 32), "sanm": SANM()}, "1 x 1 cannot say where"),
-            ({"num_classes": 4, "network": "vgg11", "sanm": SANM()}, "one linear classifier on the 512 pooled features"),
+            (
+                {"num_classes": 4, "network": "resnet18", "image_size": (32, 32), "sanm": SANM()},
+                "1 x 1 cannot say where",
+            ),
+            (
+                {"num_classes": 4, "network": "vgg11", "sanm": SANM()},
+                "one linear classifier on the 512 pooled features",
+            ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

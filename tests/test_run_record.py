@@ -1,0 +1,92 @@
+"""results.json: what it says, and that nothing is lost."""
+
+import json
+
+import pytest
+import torch
+
+from sanm_lightning import SANM
+from sanm_lightning.pictures import SANMPictures, draw_views
+from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
+from sanm_lightning.sanm import Views
+from tests.methods.toy import data, method, trainer
+
+
+def results() -> dict:
+    with open("results.json") as file:
+        return json.load(file)
+
+
+class TestResults:
+    def test_best_last_and_last10_are_those_of_the_series(self):
+        record = RunRecord()
+        run, module = trainer(1, callbacks=[record]), method()
+        run.fit(module, data())
+        record.accuracies = {epoch: epoch / 100 for epoch in range(20)} | {3: 0.9}
+        said = record.results(run, module, epochs=20)
+        assert said["test_accuracy_best"] == 0.9
+        assert said["test_accuracy_last"] == 0.19
+        assert said["test_accuracy_last10"] == pytest.approx(sum(range(10, 20)) / 1000)
+
+    def test_are_there_after_every_epoch_of_a_run_that_dies(self):
+        class Die(SANMPictures):
+            def on_train_epoch_start(self, trainer, pl_module):
+                if trainer.current_epoch == 2:
+                    raise RuntimeError("power cut")
+
+        with pytest.raises(RuntimeError, match="power cut"):
+            trainer(4, callbacks=[RunRecord(), Die()]).fit(method(), data())
+        assert results()["epochs"] == 2
+
+    def test_of_a_resumed_run_are_those_of_the_whole(self, tmp_path):
+        trainer(4, callbacks=[RunRecord()]).fit(method(SANM(seed=0)), data())
+        whole = results()
+        run = trainer(2, callbacks=[RunRecord()])
+        run.fit(method(SANM(seed=0)), data())
+        run.save_checkpoint("half.ckpt")
+        torch.load("half.ckpt", weights_only=True)
+        trainer(4, callbacks=[RunRecord()]).fit(method(SANM(seed=0)), data(), ckpt_path="half.ckpt")
+        resumed = results()
+        assert resumed.pop("seconds") > 0
+        whole.pop("seconds")
+        assert resumed == whole
+
+    def test_a_crash_while_writing_leaves_the_old_file(self, tmp_path, monkeypatch):
+        write_json(tmp_path / "results.json", {"epochs": 1})
+        with pytest.raises(TypeError):
+            write_json(tmp_path / "results.json", {"epochs": object()})
+        assert results() == {"epochs": 1}
+
+
+class TestLabelQualityAUC:
+    def test_is_one_for_the_oracle_and_none_without_sanm_or_wrong_labels(self):
+        for sanm, source, expected in (
+            (SANM(quality="oracle"), data(), 1.0),
+            (None, data(), None),
+            (SANM(), type(data())(seed=3), None),
+        ):
+            run, module = trainer(2), method(sanm)
+            run.fit(module, source)
+            assert label_quality_auc(run, module) == expected
+
+    def test_counts_pairs_in_the_right_order(self):
+        run, module, source = trainer(2), method(SANM(seed=0)), data()
+        run.fit(module, source)
+        quality, right = module.sanm.label_quality.quality, source.labels == source.true_labels
+        good, bad = quality[right], quality[~right]
+        pairs = (good[:, None] > bad).double() + 0.5 * (good[:, None] == bad).double()
+        assert label_quality_auc(run, module) == pytest.approx(pairs.mean().item(), abs=1e-6)
+
+
+class TestPictures:
+    def test_of_a_fit_are_written_and_leave_the_training_alone(self, tmp_path):
+        with_pictures, without = method(SANM(seed=0)), method(SANM(seed=0))
+        trainer(3, callbacks=[SANMPictures(4)]).fit(with_pictures, data())
+        trainer(3).fit(without, data())
+        assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
+        assert with_pictures.sanm.get_extra_state() == without.sanm.get_extra_state()
+
+    def test_views_without_masks_are_refused(self, tmp_path):
+        images = torch.zeros(2, 3, 8, 8)
+        with pytest.raises(ValueError, match="draw them after the warm-up"):
+            draw_views(tmp_path / "a.png", images, Views(images, torch.eye(2)), None, ["", ""])
