@@ -10,10 +10,12 @@ each with a --trainer.default_root_dir of its own, runs/quickstart/cross_entropy
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin are many times slower beside other programs
+
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +37,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     options, rest = parser.parse_known_args()
     sys.argv[1:] = []
-    torch.set_num_threads(1)  # images this small are done before a second thread has started
     table = Table(
         title="Digits, half of the training labels wrong", caption="best: highest of all epochs on the test set"
     )

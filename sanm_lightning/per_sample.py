@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.random_streams import process_rank
+
 __all__ = ["SampleBank"]
 
 
@@ -46,8 +48,9 @@ class SampleBank(nn.Module):
 
     def resize(self, size: int) -> None:
         """Forget everything and make room for ``size`` samples."""
+        device = getattr(self, "value", torch.zeros(0)).device
         for name in self._names:
-            setattr(self, name, torch.zeros(size))
+            setattr(self, name, torch.zeros(size, device=device, dtype=torch.float32))
 
     def observe(self, index: Tensor, value: Tensor) -> None:
         """Note ``value`` (B,) for the samples ``index`` (B,). Local to this rank, no communication.
@@ -87,7 +90,7 @@ class SampleBank(nn.Module):
         """Take over a state. Partial sums go to rank 0 only, where they came from all ranks: they are added up again."""
         for name in self._names:
             tensor = state[name].to(self.value.device, torch.float32).clone()
-            lost = name in ("sum", "count") and _rank() != 0
+            lost = name in ("sum", "count") and process_rank() != 0
             setattr(self, name, torch.zeros_like(tensor) if lost else tensor)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SampleBank":
@@ -96,10 +99,6 @@ class SampleBank(nn.Module):
             tensor = getattr(self, name)
             setattr(self, name, tensor.to(fn(tensor).device))  # follow the device, never the precision
         return self
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
 
 
 def _distributed() -> bool:

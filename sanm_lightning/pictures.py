@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from sanm_lightning.sanm.activation import feature_map
 from sanm_lightning.sanm.module import Views, without_trace
 
 __all__ = ["SANMPictures", "draw_views"]
@@ -86,9 +87,9 @@ class SANMPictures(L.Callback):
         views = sanm(network, images, targets, sanm.source_of_quality(targets, index, true))
         sanm.set_extra_state(state)  # a look is no step
         masked = views.images[-len(images) :]
-        with without_trace(network, masked):
+        with without_trace(network, masked, sanm.batch_statistics):
             features = network.forward_features(masked)  # type: ignore[operator, union-attr]
-            painted = None if sanm.decoder is None else sanm.decoder(features)
+            painted = None if sanm.decoder is None else sanm.decoder(feature_map(features, sanm.decoder.shape[0]))
         quality = sanm.label_quality(views.unmasked(views.logits), targets, index)  # type: ignore[arg-type]
         titles = [
             f"label {label}" + ("" if true is None else f", true {right}") + f"\nG {trust:.2f}"

@@ -26,6 +26,8 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
         return None
     right = true == given
     quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.quality.cpu()
+    if sanm.quality != "oracle" and not bool(sanm.label_quality.bank.epochs.any()):
+        return None  # nothing was observed yet, or not by index
     if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None
     return float(binary_auroc(quality, right.long()))
@@ -50,7 +52,8 @@ class RunRecord(L.Callback):
         self._started = time.monotonic()
         directory = self._directory(trainer)
         data: Any = getattr(trainer, "datamodule", None)
-        if hasattr(data, "save_labels") and trainer.is_global_zero:
+        rehearsal = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if hasattr(data, "save_labels") and trainer.is_global_zero and not rehearsal:
             data.save_labels(directory / "labels.npz")
         if getattr(data, "noise_kind", "none") != "none":
             asked = "" if data.noise_rate is None else f", {data.noise_rate:.3f} asked"
@@ -87,7 +90,7 @@ class RunRecord(L.Callback):
             "noise_rate": getattr(data, "noise_rate", None),
             "measured_noise_rate": getattr(data, "measured_noise_rate", None),
             "test_accuracy_best": max(series) if series else None,
-            "test_accuracy_last": series[-1] if series else None,
+            "test_accuracy_last": self.accuracies.get(epochs - 1),
             "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
             "quality_auc": label_quality_auc(trainer, pl_module),
         }

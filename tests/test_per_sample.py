@@ -202,7 +202,7 @@ class TestSampleBankOnTwoRanks:
         ranks[0].freeze()  # type: ignore[operator]
         state = ranks[1].complete_state()
         for rank, bank in enumerate(ranks):
-            monkeypatch.setattr(per_sample, "_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(per_sample, "process_rank", lambda rank=rank: rank)
             bank.set_extra_state(state)
         assert ranks[0].sum[0] + ranks[1].sum[0] == 4
         assert ranks[0].count[0] + ranks[1].count[0] == 2

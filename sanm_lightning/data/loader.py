@@ -175,7 +175,7 @@ class IndexLoader:
             if math.ceil(len(share) / self.batch_size) != len(self):
                 return list(share.tensor_split(len(self)))
             return list(torch.split(share, self.batch_size))
-        generator = seeded_generator(self.seed, 0 if self.fixed_order else self._epoch)
+        generator = seeded_generator(self.seed, 0, 0 if self.fixed_order else self._epoch)
         order = torch.randperm(self.num_samples, generator=generator)
         padding = -self.num_samples % self.world_size
         order = order[torch.arange(self.num_samples + padding) % self.num_samples]
@@ -195,7 +195,7 @@ class IndexLoader:
                 pin_memory=torch.cuda.is_available(),
                 # A generator of its own: otherwise every epoch would draw from the global stream, and a resumed run
                 # would differ in whatever else draws from it.
-                generator=seeded_generator(self.seed, self._epoch),
+                generator=seeded_generator(self.seed, 0, self._epoch),
             ),
             strict=True,
         )

@@ -42,6 +42,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         scheduler: makes the learning-rate schedule; one that takes ``total_steps`` gets them from the trainer and is stepped
             per batch, any other is stepped per epoch. None keeps the rate constant.
 
+    A checkpoint holds all of these but a network given as a module, the optimizer and the scheduler (those of the command line
+    it does hold): ``load_from_checkpoint`` needs them only to go on training.
+
     Raises:
         ValueError: if an argument is out of its range, or the network cannot serve SANM.
     """
@@ -75,7 +78,13 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self.warmup_epochs = warmup_epochs
         self.optimizer, self.scheduler = optimizer, scheduler
         if isinstance(network, str):
-            self.network: Any = create_network(network, num_classes, mean, std, **(network_args or {}))
+            options = network_args or {}
+            self.network: Any = create_network(network, num_classes, mean, std, **options)
+            if options.get(
+                "pretrained"
+            ):  # a checkpoint holds the weights: loading it must not fetch the first ones again
+                mean, std = (tuple(part.flatten().tolist()) for part in (self.network.mean, self.network.std))
+                self.hparams.update(network_args={**options, "pretrained": False}, mean=mean, std=std)
         else:
             self.network = network
         self.sanm.build(self.network, self.image_size)
@@ -153,9 +162,3 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             schedule = self.scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg]
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put the evidence of all ranks into the file, the running epoch's too. Every rank calls it."""
-        key = "sanm.label_quality.bank._extra_state"
-        if key in checkpoint["state_dict"]:
-            checkpoint["state_dict"][key] = self.sanm.label_quality.bank.complete_state()

@@ -43,7 +43,10 @@ class Normalized(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> feature map (B, D, h, w)."""
-        features: Tensor = self.network.forward_features((images - self.mean) / self.std)
+        normalised = ((images - self.mean) / self.std).contiguous(
+            memory_format=torch.channels_last
+        )  # convolutions like it
+        features: Tensor = self.network.forward_features(normalised)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

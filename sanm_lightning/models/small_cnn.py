@@ -59,4 +59,9 @@ def small_cnn(pretrained: bool = False, **kwargs: Any) -> SmallCNN:
     """Build the small network; ``width`` scales it. There are no pre-trained weights."""
     if pretrained:
         raise ValueError("small_cnn has no pre-trained weights; leave pretrained out")
-    return SmallCNN(**{key: kwargs[key] for key in ("num_classes", "in_chans", "width") if key in kwargs})
+    ours = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }
+    return SmallCNN(**ours)

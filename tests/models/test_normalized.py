@@ -29,7 +29,7 @@ class TestNormalized:
 
     def test_with_mean_zero_and_deviation_one_is_the_network(self) -> None:
         network, images = small(), torch.rand(2, 3, 16, 16)
-        assert torch.equal(Normalized(network, (0.0, 0, 0), (1.0, 1, 1))(images), network(images))
+        torch.testing.assert_close(Normalized(network, (0.0, 0, 0), (1.0, 1, 1))(images), network(images))
 
     def test_forward_is_the_head_after_the_features(self) -> None:
         network, images = Normalized(small(), MEAN, STD), torch.rand(2, 3, 16, 16)

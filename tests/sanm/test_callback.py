@@ -727,7 +727,7 @@ class TestNetworks:
             (
                 lambda: with_net(
                     lambda: nn.Sequential(
-                        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.MaxPool2d(6), nn.Flatten(), nn.Linear(6, CLASSES)
+                        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AvgPool2d(6), nn.Flatten(), nn.Linear(6, CLASSES)
                     )
                 ),
                 {"network": "net", "layer": "1"},
