@@ -22,7 +22,7 @@ class SmallCNN(nn.Module):
         self.num_classes, self.num_features = num_classes, 4 * width
         layers: list[nn.Module] = []
         inputs = in_chans
-        for outputs, stride in ((width, 2), (2 * width, 1), (2 * width, 2), (4 * width, 1)):
+        for outputs, stride in ((width, 2), (2 * width, 2), (2 * width, 1), (4 * width, 1)):
             conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
             inputs = outputs
