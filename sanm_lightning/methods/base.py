@@ -120,6 +120,13 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         if isinstance(labels, Tensor) and len(labels) and int(labels.max()) >= self.num_classes:
             raise ValueError(f"expected labels in [0, {self.num_classes}), got {int(labels.max())}")
 
+    def on_train_batch_end(self, outputs: Any, batch: NoisyBatch, batch_idx: int) -> None:
+        """Log the loss of the step; Lightning hands it over divided by the number of batches that are accumulated."""
+        loss = outputs["loss"] * self.trainer.accumulate_grad_batches
+        self.log(
+            "train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), prog_bar=True, sync_dist=True
+        )
+
     def _evaluation_name(self, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", None) or ["val"]
         return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"val{dataloader_idx}"

@@ -20,6 +20,4 @@ class CrossEntropy(NoisyLabelModule):
         features = self.network.forward_features(views.images)
         logits = self.network.forward_head(features)
         self.observe(batch, views.unmasked(logits), targets)
-        loss = F.cross_entropy(logits, views.targets) + self.sanm.reconstruction(features, batch.images)
-        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=len(targets), prog_bar=True, sync_dist=True)
-        return loss
+        return F.cross_entropy(logits, views.targets) + self.sanm.reconstruction(features, batch.images)

@@ -6,6 +6,8 @@ import torch
 from timm.models import register_model
 from torch import Tensor, nn
 
+from sanm_lightning.models.pooled import PooledClassifier, own_options
+
 __all__ = ["PreActResNet", "preact_resnet18"]
 
 
@@ -29,7 +31,7 @@ class PreActBlock(nn.Module):
         return out
 
 
-class PreActResNet(nn.Module):
+class PreActResNet(PooledClassifier):
     """Four stages of two pre-activation blocks on a 3 x 3 stem without pooling.
 
     Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem, none
@@ -51,9 +53,8 @@ class PreActResNet(nn.Module):
         blocks: tuple[int, ...] = (2, 2, 2, 2),
         stem_stride: int = 1,
     ) -> None:
-        super().__init__()
         widths = [width << stage for stage in range(len(blocks))]
-        self.num_classes, self.num_features = num_classes, widths[-1]
+        super().__init__(widths[-1], num_classes)
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, width, 3, stride=stem_stride, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
@@ -64,45 +65,15 @@ class PreActResNet(nn.Module):
                 layers.append(PreActBlock(inputs, outputs, stride=2 if stage and not block else 1))
                 inputs = outputs
         self.stages = nn.Sequential(*layers)
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> last feature map (B, D, h, w): (B, 8 width, H / 8, W / 8) with four stages."""
         out: Tensor = self.stages(self.stem(x))
         return out
 
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map (B, D, h, w) -> logits (B, C), or, with ``pre_logits``, the pooled features (B, D)."""
-        pooled = features.mean(dim=(2, 3))
-        out: Tensor = pooled if pre_logits else self.fc(pooled)
-        return out
-
-    def get_classifier(self) -> nn.Module:
-        """Return the linear classifier."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for ``num_classes``."""
-        self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, C)."""
-        return self.forward_head(self.forward_features(x))
-
 
 @register_model
 def preact_resnet18(pretrained: bool = False, **kwargs: Any) -> PreActResNet:
     """Build the CIFAR PreAct ResNet-18; ``width`` scales it. There are no pre-trained weights."""
-    if pretrained:
-        raise ValueError("preact_resnet18 has no pre-trained weights; leave pretrained out")
-    return PreActResNet(**_own(kwargs))
-
-
-def _own(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Drop what timm's factory passes to every model."""
-    return {
-        key: value
-        for key, value in kwargs.items()
-        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    }
+    return PreActResNet(**own_options("preact_resnet18", pretrained, kwargs))
