@@ -40,8 +40,8 @@ class Decoder(nn.Module):
 
     Source: the released code's decoder is three transposed convolutions without activation or normalisation (512-256-128-3
     from 4 x 4 to 32 x 32). Departure: every stage here is kernel 4, stride 2, padding 1, an exact doubling, so that one rule
-    serves any feature map and image size (and takes 69 million multiplications an image in place of 153 on CIFAR); what is left over is
-    resized bilinearly.
+    serves any feature map and image size; what is left over is resized bilinearly. On CIFAR it takes 69 million
+    multiplications an image in place of 153.
 
     Args:
         channels: D, channels of the feature map.
