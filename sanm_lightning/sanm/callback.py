@@ -161,10 +161,10 @@ class SANMCallback(L.Callback):
 
     The step receives masked images and regularised labels as class probabilities (B, C), and its loss gets the
     reconstruction term, made from the features of the last forward that the step ran. The loss must accept probabilities, as
-    ``F.cross_entropy`` does; a step that reads ``y`` as class indices is found before the first update, and
-    ``SANM(labels=False)`` leaves ``y`` as it is. Images should be in [0, 1] where the step gets them. Label quality comes
-    from the sample's index where the batch has one (``batch.index``) and the data module says ``num_samples``, else from a
-    window of recent losses. What lies in a batch behind images and labels is passed on.
+    ``F.cross_entropy`` does; a step that reads ``y`` as class indices is looked for before the first update, in a rehearsal on a
+    copy of the module, and ``SANM(labels=False)`` leaves ``y`` as it is. Images should be in [0, 1] where the step gets them.
+    Label quality comes from the sample's index where the batch has one (``batch.index``) and the data module says
+    ``num_samples``, else from a window of recent losses. What lies in a batch behind images and labels is passed on.
 
     Works with modules of ``lightning`` and of ``pytorch_lightning``, with any optimizer and scheduler: a decoder that the
     optimizer does not know joins its first parameter group. The decoder is kept in the callback's own state, so the module's
@@ -340,13 +340,11 @@ class SANMCallback(L.Callback):
         if self.sanm.masking(pl_module.current_epoch, WARMUP_EPOCHS):
             quality = self.sanm.source_of_quality(targets, index, true_labels)
         views = self.sanm(tap, images, targets, quality)
-        rows = torch.arange(len(views.images), device=images.device) % len(
-            images
-        )  # twice, where unmasked images are kept
+        # Every row once, or twice where the unmasked images are kept.
+        rows = torch.arange(len(views.images), device=images.device) % len(images)
+        given = views.targets if self.sanm.labels else labels[rows]
         tap.forget()
-        out = step(
-            _rebuilt(batch, views.images, views.targets if self.sanm.labels else labels[rows], rows), *args, **kwargs
-        )
+        out = step(_rebuilt(batch, views.images, given, rows), *args, **kwargs)
         features, logits = tap.features, tap.logits
         tap.forget()
         if out is None:

@@ -168,8 +168,9 @@ class SANM(nn.Module):
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
         batch_statistics: let batch norm use the batch's own statistics in the pass over the unmasked images (as the released
             code does, whose network is in training mode there); False uses the running ones. Those come from masked images
-            only, and lag: on digits with half of the labels wrong, a PreAct ResNet's test accuracy in mid-training was .25 with
-            them and .76 with statistics of unmasked images (one run). Either way no statistic is updated.
+            only, and lag: on digits with half of the labels wrong, the test accuracy in mid-training of a first version of our
+            PreAct ResNet was .25 with them and .76 with statistics of unmasked images (one run). Either way no statistic is
+            updated.
         keep_unmasked: learn from the unmasked images and their given labels beside the masked ones. Departure: the paper
             learns from the masked ones only.
         warmup_epochs: epochs before the first mask; None means the method's own warm-up. In the first epoch nothing is known

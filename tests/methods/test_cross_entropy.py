@@ -96,6 +96,7 @@ class TestSANMOverCrossEntropy:
 
         module.sanm.label_quality.observe = watched
         trainer(2).fit(module, data())
+        assert len(seen) == 8, "every batch of both epochs is observed"
         losses = torch.zeros(64)
         for index, loss in seen[-4:]:
             losses[index] = loss.detach()
