@@ -161,7 +161,7 @@ class SANMCallback(L.Callback):
 
     The step receives masked images and regularised labels as class probabilities (B, C), and its loss gets the
     reconstruction term, made from the features of the last forward that the step ran. The loss must accept probabilities, as
-    ``F.cross_entropy`` does; a step that reads ``y`` as class indices is looked for before the first update, in a rehearsal on a
+    ``F.cross_entropy`` does; a step that reads ``y`` as class indices is looked for before the first update, rehearsed on a
     copy of the module, and ``SANM(labels=False)`` leaves ``y`` as it is. Images should be in [0, 1] where the step gets them.
     Label quality comes from the sample's index where the batch has one (``batch.index``) and the data module says
     ``num_samples``, else from a window of recent losses. What lies in a batch behind images and labels is passed on.
