@@ -22,12 +22,18 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
     """
     sanm, data = getattr(pl_module, "sanm", None), getattr(trainer, "datamodule", None)
     true, given = getattr(data, "true_labels", None), getattr(data, "labels", None)
-    if sanm is None or not sanm.enabled or true is None or given is None:
+    if true is None or given is None:
         return None
     right = true == given
-    quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.quality.cpu()
-    if sanm.quality != "oracle" and not bool(sanm.label_quality.bank.epochs.any()):
-        return None  # nothing was observed yet, or not by index
+    own = getattr(pl_module, "clean_probability", None)
+    quality = own() if callable(own) else None  # what the method itself makes of the labels
+    if quality is None:
+        if sanm is None or not sanm.enabled:
+            return None
+        if sanm.quality != "oracle" and not bool(sanm.label_quality.bank.epochs.any()):
+            return None  # nothing was observed yet, or not by index
+        quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.quality
+    quality = quality.detach().float().cpu()
     if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None
     return float(binary_auroc(quality, right.long()))

@@ -14,7 +14,7 @@ ALLOWED = {
     "sanm": {"random_streams", "per_sample", "sanm"},
     "data": {"batch", "data"},
     "models": {"models"},
-    "methods": {"batch", "per_sample", "sanm", "models", "methods"},
+    "methods": {"batch", "per_sample", "random_streams", "sanm", "models", "methods"},
 }
 FOREIGN = {
     "sanm": {"torchvision"},

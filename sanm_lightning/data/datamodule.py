@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.data.loader import ImageDataset, IndexLoader, seeded_generator
 from sanm_lightning.data.noise import Noise
-from sanm_lightning.data.views import crop_flip, draw_crop_flip
+from sanm_lightning.data.policies import augment
 
 __all__ = ["NoisyDataModule", "Source"]
 
@@ -483,35 +483,37 @@ class NoisyDataModule(L.LightningDataModule):
         index: Tensor,
         images: Tensor | None = None,
         generator: torch.Generator | None = None,
+        policy: str = "weak",
     ) -> NoisyBatch:
         """A batch, on the device of the index.
 
         Args:
             split: ``train``, ``val`` or ``test``.
             index: positions in the split, shape (B,), int64.
-            images: shape (B, 3, H, W), uint8, for a split that streams; looked up if the split is resident.
-            generator: random crops and flips are drawn from it; none are made without.
+            images: shape (B, 3, H, W), uint8, as a loader of a split that streams serves them; without them a resident
+                split is looked up, and any other decoded in this process, which is slow.
+            generator: the view is drawn from it; no augmentation is made without.
+            policy: which view, a name in `sanm_lightning.data.policies.POLICIES`: ``weak`` (crop and flip as this data
+                module has them), ``none``, ``auto_augment``, ``rand_augment``, ``jitter_affine``, ``simclr``.
 
         Returns:
             Images in [0, 1], float32, with the given labels; true labels for training and validation where known. The
             labels of the test set are true ones, and given as labels.
 
         Raises:
-            ValueError: an unknown split, or no images for a split that streams.
+            ValueError: an unknown split or policy.
         """
         if split not in ("train", "val", "test"):
             raise ValueError(f"The split must be 'train', 'val' or 'test', got {split!r}: choose one of them.")
         resident = self._resident(split, index.device)
         if images is None:
-            if resident.images is None:
-                raise ValueError(
-                    f"The images of the {split} split are not resident, so a batch of it needs images: pass what the "
-                    "loader served, or raise resident_bytes."
-                )
-            images = resident.images[index]
-        if generator is not None and (self.crop_padding or self.flip):
-            view = draw_crop_flip(len(images), self.crop_padding, self.flip, generator)
-            images = crop_flip(images, view, self.crop_padding)  # while they are bytes: a quarter of the traffic
+            if resident.images is not None:
+                images = resident.images[index]
+            else:
+                dataset = cast(ImageDataset, self._splits[split].dataset)
+                images = torch.stack([dataset[row] for row in index.tolist()]).to(index.device)
+        if generator is not None:  # while they are bytes: a quarter of the traffic
+            images = augment(images, policy, generator, self.crop_padding, self.flip)
         true_labels = None if resident.true_labels is None else resident.true_labels[index]
         return NoisyBatch(images.to(torch.float32).div_(255), resident.labels[index], index, true_labels)
 

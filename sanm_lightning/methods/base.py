@@ -1,5 +1,7 @@
 """What every method for learning with noisy labels shares: a network, targets, label quality, metrics, an optimizer."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.schedules import takes_total_steps
 from sanm_lightning.models import create_network
+from sanm_lightning.random_streams import derived_generator, process_rank
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM, Quality
 
@@ -50,6 +53,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     """
 
     wraps_training_step = False
+    needs_data_module = False
+    """True in a method that asks for several views of a sample, or for the whole training set."""
 
     def __init__(
         self,
@@ -89,6 +94,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             self.network = network
         self.sanm.build(self.network, self.image_size)
         self.accuracy = nn.ModuleDict()  # one per evaluation set, made when it is first seen
+        self._begun = -1  # the epoch that begin_epoch was called for last
+        self._bad_step: Tensor | None = None  # step of the first loss that was not finite, or -1; stays on the device
+        self._resumed_stream: Tensor | None = None
 
     # What a method calls
 
@@ -96,16 +104,52 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         """Labels (B,) -> targets (B, C), float32."""
         return F.one_hot(labels, self.num_classes).float()
 
-    def quality(self, batch: NoisyBatch, targets: Tensor) -> Quality:
-        """Return the label quality of a batch, as SANM takes it; None in the warm-up and without SANM."""
+    def quality(
+        self, batch: NoisyBatch, targets: Tensor, estimate: Tensor | None = None, source: SANM | None = None
+    ) -> Quality:
+        """Return the label quality of a batch, as SANM takes it; None in the warm-up and without SANM.
+
+        Args:
+            batch: whose labels are judged.
+            targets: the given labels as class probabilities, shape (B, C).
+            estimate: what the method itself makes of the labels, shape (B,), in [0, 1]; it takes the place of SANM's own
+                estimate, never that of the oracle.
+            source: the SANM whose estimate counts, where there are several; None for ``self.sanm``.
+        """
         if not self.sanm.masking(self.current_epoch, self.warmup_epochs):
             return None
-        return self.sanm.source_of_quality(targets, batch.index, batch.true_labels)
+        if estimate is not None and self.sanm.quality == "estimated":
+            return estimate
+        return (source or self.sanm).source_of_quality(targets, batch.index, batch.true_labels)
 
     def observe(self, batch: NoisyBatch, logits: Tensor, targets: Tensor) -> None:
         """Remember what the network says of the unmasked images: logits (B, C), targets (B, C)."""
         if self.sanm.enabled:
             self.sanm.label_quality.observe(logits, targets, batch.index)
+
+    def random_stream(self, batch_idx: int) -> torch.Generator:
+        """Return the CPU generator of one step on this process: a function of seed, process, epoch and step, so resume is exact."""
+        return derived_generator(torch.device("cpu"), self.sanm.seed, process_rank(), self.current_epoch, batch_idx)
+
+    def views(self, index: Tensor, generator: torch.Generator, *policies: str) -> list[Tensor]:
+        """Make one view (B, 3, H, W) of the training images ``index`` (B,) for each policy of the data module."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return [data.batch("train", index, generator=generator, policy=policy).images for policy in policies]
+
+    def training_set(self) -> Iterator[NoisyBatch]:
+        """Walk through the training set, not augmented: each sample once over all processes. No gradient, evaluation mode."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        share = torch.arange(data.num_samples)[self.trainer.global_rank :: self.trainer.world_size]
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context(), evaluating(self):
+            for index in share.split(data.eval_batch_size):
+                yield data.batch("train", index.to(self.device))
+
+    def begin_epoch(self) -> None:
+        """Do what the method does once per epoch, before its first step; not done again in an epoch that is resumed."""
+
+    def clean_probability(self) -> Tensor | None:
+        """Return what the method makes of each training label, (N,) in [0, 1], 1 = right; None where SANM's estimate counts."""
+        return None
 
     # What Lightning calls
 
@@ -115,17 +159,66 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         return logits
 
     def on_train_start(self) -> None:
-        """Refuse labels that the network has no class for, before the first step."""
-        labels = getattr(getattr(self.trainer, "datamodule", None), "labels", None)
+        """Refuse data that the method cannot learn from, before the first step."""
+        data = getattr(self.trainer, "datamodule", None)
+        if self.needs_data_module and not (hasattr(data, "batch") and hasattr(data, "num_samples")):
+            raise ValueError(
+                f"{type(self).__name__} looks samples up by itself and needs a data module of this package (CIFAR10, "
+                f"ImageFolder, ... or a subclass of NoisyDataModule), got {type(data).__name__}"
+            )
+        labels = getattr(data, "labels", None)
         if isinstance(labels, Tensor) and len(labels) and int(labels.max()) >= self.num_classes:
             raise ValueError(f"expected labels in [0, {self.num_classes}), got {int(labels.max())}")
+        if self._resumed_stream is not None:  # dropout of the steps that follow draws what it would have drawn
+            torch.set_rng_state(self._resumed_stream)
+            self._resumed_stream = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Call :meth:`begin_epoch` once; here, since an epoch that is resumed has no start hook."""
+        if self._begun != self.current_epoch:
+            self.begin_epoch()
+            self._begun = self.current_epoch
 
     def on_train_batch_end(self, outputs: Any, batch: NoisyBatch, batch_idx: int) -> None:
-        """Log the loss of the step; Lightning hands it over divided by the number of batches that are accumulated."""
+        """Log the loss of the step; Lightning hands it over divided by the number of batches that are accumulated.
+
+        Raises:
+            ValueError: at the next logging interval, if a loss was NaN or infinite.
+        """
         loss = outputs["loss"] * self.trainer.accumulate_grad_batches
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), prog_bar=True, sync_dist=True
         )
+        if self._bad_step is None or self._bad_step.device != loss.device:
+            self._bad_step = torch.full((), -1, device=loss.device)
+        first = (self._bad_step < 0) & ~torch.isfinite(loss)
+        self._bad_step = self._bad_step.masked_fill(first, self.trainer.global_step)
+        interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if interval and (batch_idx + 1) % interval == 0:
+            self._require_finite()
+
+    def _require_finite(self) -> None:
+        """Raise if a loss was not finite. Reads the device; the steps themselves do not."""
+        step = -1 if self._bad_step is None else int(self._bad_step)
+        if step >= 0:
+            raise ValueError(
+                f"the loss of {type(self).__name__} was NaN or infinite, first at step {step} (epoch {self.current_epoch} or "
+                "before); lower the learning rate, clip gradients, or look at the images"
+            )
+
+    def on_train_epoch_end(self) -> None:
+        """Look whether the losses of the epoch were finite."""
+        self._require_finite()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the epoch that has begun and the global random stream (dropout); never write after a loss that was not finite."""
+        self._require_finite()
+        checkpoint["method"] = {"begun": self._begun, "stream": torch.get_rng_state()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what :meth:`on_save_checkpoint` added."""
+        state = checkpoint.get("method", {})
+        self._begun, self._resumed_stream = state.get("begun", -1), state.get("stream")
 
     def _evaluation_name(self, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", None) or ["val"]
@@ -169,3 +262,15 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             schedule = self.scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg]
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while, and every part of it back into the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -60,6 +60,10 @@ class Views(NamedTuple):
             return self.logits
         return logits if self.ratio is None else logits[: len(self.ratio)]  # kept unmasked images come first
 
+    def rows(self, chosen: Tensor, batch_size: int) -> Tensor:
+        """Return the rows of all views of the images ``chosen``, (K,) positions in a batch of ``batch_size``: (K V / B,)."""
+        return torch.cat([chosen + first for first in range(0, len(self.images), batch_size)])
+
 
 @contextlib.contextmanager
 def without_trace(network: Any, images: Tensor, batch_statistics: bool = False) -> Iterator[None]:

@@ -253,9 +253,15 @@ class TestBatch:
             Toy(seed=0).batch("train", data._labelled("train").origin[index]).images,
         )
 
-    def test_a_streaming_split_without_images_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="not resident"):
-            Own(resident_bytes=0).batch("train", torch.arange(3))
+    def test_a_streaming_split_decodes_what_no_loader_served(self) -> None:
+        index = torch.tensor([2, 0, 2])
+        for name in ("images", "labels"):
+            resident, streaming = (getattr(Own(resident_bytes=size).batch("train", index), name) for size in (2**31, 0))
+            assert torch.equal(resident, streaming)
+
+    def test_an_unknown_policy_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="view must be one of none, weak"):
+            Toy(seed=0).batch("train", torch.arange(3), generator=torch.Generator(), policy="strong")
 
     def test_an_unknown_split_is_refused(self) -> None:
         with pytest.raises(ValueError, match="'train', 'val' or 'test', got 'dev'"):
