@@ -128,7 +128,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             self.sanm.label_quality.observe(logits, targets, batch.index)
 
     def random_stream(self, batch_idx: int) -> torch.Generator:
-        """Return the CPU generator of one step on this process: a function of seed, process, epoch and step, so resume is exact."""
+        """Return the CPU generator of one step: a function of seed, process, epoch and step, so that resume is exact."""
         return derived_generator(torch.device("cpu"), self.sanm.seed, process_rank(), self.current_epoch, batch_idx)
 
     def views(self, index: Tensor, generator: torch.Generator, *policies: str) -> list[Tensor]:

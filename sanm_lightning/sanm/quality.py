@@ -40,7 +40,7 @@ class Mixture(NamedTuple):
     """(2,), of the normalised losses, positive."""
 
 
-def fit_mixture(losses: Tensor) -> Mixture:
+def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
     """Fit two Gaussians to min-max normalised losses.
 
     Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The k-means
@@ -48,6 +48,7 @@ def fit_mixture(losses: Tensor) -> Mixture:
 
     Args:
         losses: shape (N,), finite, on any device.
+        max_iter: iterations at most; the published number is 10 (C2D takes 200).
 
     Returns:
         The mixture, on the device of ``losses``. Where all losses are equal, or N < 2, every label is trusted: the
@@ -64,9 +65,9 @@ def fit_mixture(losses: Tensor) -> Mixture:
         one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
         fit = Mixture(low, high, one, two, torch.ones(2))
     else:
-        model = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0)
+        model = GaussianMixture(2, max_iter=max_iter, tol=1e-2, reg_covar=5e-4, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # ten iterations are the published number
+            warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations are the published way
             model.fit(((values - low) / (high - low)).numpy().reshape(-1, 1))
         order = torch.from_numpy(model.means_[:, 0].argsort())
         weights, means, variances = (
@@ -98,7 +99,7 @@ def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
     return log_joint.softmax(1)[:, 0].float()
 
 
-def clean_probability(losses: Tensor) -> Tensor:
+def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
     """Turn the losses of a training set into the probability that each label is right.
 
     Source: DivideMix, Section 3.1; used as the label quality G of SANM's Eq. 2. :func:`fit_mixture`, then
@@ -106,6 +107,7 @@ def clean_probability(losses: Tensor) -> Tensor:
 
     Args:
         losses: shape (N,), finite.
+        max_iter: as for :func:`fit_mixture`.
 
     Returns:
         Shape (N,), float32, in [0, 1], 1 = clean. All 1 where the losses are equal or N < 2.
@@ -113,7 +115,7 @@ def clean_probability(losses: Tensor) -> Tensor:
     Raises:
         ValueError: if ``losses`` is not (N,), or holds NaN or infinity.
     """
-    return mixture_posterior(fit_mixture(losses), losses)
+    return mixture_posterior(fit_mixture(losses, max_iter=max_iter), losses)
 
 
 def label_loss(logits: Tensor, targets: Tensor) -> Tensor:

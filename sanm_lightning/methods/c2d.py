@@ -1,0 +1,69 @@
+"""C2D (Zheltonozhskii et al., WACV 2022): DivideMix from networks that were pre-trained without labels."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from sanm_lightning.methods.dividemix import DivideMix
+from sanm_lightning.models.checkpoints import load_weights
+
+__all__ = ["C2D"]
+
+
+class C2D(DivideMix):
+    """DivideMix after self-supervised pre-training: both networks start from the same weights, only their heads differ.
+
+    Source: Zheltonozhskii et al., "Contrast to Divide", WACV 2022, and its code. It differs from DivideMix in a short warm-up
+    (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold inside the range of the
+    probabilities. Departures: as for :class:`DivideMix`; and losses are remembered from the end of the warm-up on, where the
+    code remembers those of the warm-up too.
+
+    Args:
+        pretrained: file of the pre-trained encoder: a checkpoint of ``SimCLR``, or another's (see
+            :func:`sanm_lightning.models.load_weights`). Needed to begin training; a resumed run and a loaded checkpoint have
+            their weights.
+        warmup_epochs: epochs of plain cross-entropy.
+        clip_threshold: as for DivideMix.
+        mixture_iterations: as for DivideMix.
+        warmup_clip: as for DivideMix.
+
+    All other arguments are those of :class:`DivideMix`.
+
+    Raises:
+        ValueError: when training starts without ``pretrained``, or the file does not fit the network.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        pretrained: str | None = None,
+        warmup_epochs: int = 5,
+        clip_threshold: bool = True,
+        mixture_iterations: int = 200,
+        warmup_clip: float | None = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            num_classes,
+            warmup_epochs=warmup_epochs,
+            clip_threshold=clip_threshold,
+            mixture_iterations=mixture_iterations,
+            warmup_clip=warmup_clip,
+            **kwargs,
+        )
+        self.pretrained = pretrained
+
+    def setup(self, stage: str) -> None:
+        """Load the pre-trained encoder into both networks, unless the run is resumed."""
+        super().setup(stage)
+        if stage != "fit" or self.trainer.ckpt_path is not None:  # type: ignore[attr-defined]
+            return
+        if self.pretrained is None:
+            raise ValueError(
+                "C2D starts from networks that were pre-trained without labels, got pretrained: null; run first "
+                "'sanm fit --config configs/cifar10/simclr.yaml', then give its checkpoint with --model.pretrained FILE"
+            )
+        for network, _, _ in self.pairs:
+            report = load_weights(network, self.pretrained)
+        rank_zero_info(f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network")
