@@ -23,7 +23,8 @@ def _uniform(low: float, high: float) -> float:
 
 
 def _affine(image: Tensor, translate: tuple[float, float] = (0, 0), shear: tuple[float, float] = (0, 0)) -> Tensor:
-    return F.affine(image, 0.0, [round(t) for t in translate], 1.0, [float(s) for s in shear])
+    out: Tensor = F.affine(image, 0.0, [round(t) for t in translate], 1.0, [float(s) for s in shear])
+    return out
 
 
 def _sign() -> float:
@@ -54,8 +55,11 @@ _POOL: tuple[Callable[[Tensor, float], Tensor], ...] = (
 
 
 def _rand_augment(image: Tensor, operations: int = 2, levels: int = 10) -> Tensor:
-    """RandAugment as FixMatch's PyTorch ports have it: 2 operations of 14, each with probability 1/2 at a level of 1 to 9,
-    then always a grey square of half the image's side, clipped at the border."""
+    """RandAugment as FixMatch's PyTorch ports have it.
+
+    Two operations of 14, each with probability 1/2 at a level of 1 to 9, then always a grey square of half the image's side,
+    clipped at the border.
+    """
     for _ in range(operations):
         operation = _POOL[int(torch.randint(len(_POOL), ()))]
         strength = int(torch.randint(1, levels, ())) / levels
@@ -76,7 +80,8 @@ def _simclr(image: Tensor) -> Tensor:
     image = v2.RandomHorizontalFlip()(image)
     if torch.rand(()) < 0.8:
         image = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image)
-    return v2.RandomGrayscale(0.2)(image)
+    out: Tensor = v2.RandomGrayscale(0.2)(image)
+    return out
 
 
 _jitter_affine = v2.Compose(

@@ -225,18 +225,21 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"val{dataloader_idx}"
 
     def _evaluate(self, batch: NoisyBatch, name: str) -> None:
-        images, labels = batch[0], batch[1]
+        self._count(name, f"{name}/acc", self(batch[0]), batch[1])
+
+    def _count(self, name: str, figure: str, logits: Tensor, labels: Tensor) -> None:
+        """Count right predictions in the metric ``name``, and log it as ``figure``."""
         if name not in self.accuracy:
             self.accuracy[name] = MulticlassAccuracy(self.num_classes, average="micro").to(self.device)
         metric = self.accuracy[name]
-        metric.update(self(images), labels)  # type: ignore[operator]
+        metric.update(logits, labels)  # type: ignore[operator]
         options = {
             "on_epoch": True,
             "add_dataloader_idx": False,
             "prog_bar": True,
             "metric_attribute": f"accuracy.{name}",
         }
-        self.log(f"{name}/acc", metric, **options)  # type: ignore[arg-type]
+        self.log(figure, metric, **options)  # type: ignore[arg-type]
 
     def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Count right predictions of each evaluation set of the data module."""
