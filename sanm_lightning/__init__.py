@@ -3,17 +3,35 @@
 from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.data import CIFAR10, CIFAR100, Digits, ImageFolder, Noise, NoisyDataModule
-from sanm_lightning.methods import CrossEntropy, NoisyLabelModule
+from sanm_lightning.methods import (
+    C2D,
+    CDR,
+    ELR,
+    SSR,
+    CoTeaching,
+    CrossEntropy,
+    DivideMix,
+    ELRPlus,
+    NoisyLabelModule,
+    SimCLR,
+)
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM
 
 __all__ = [
+    "C2D",
+    "CDR",
     "CIFAR10",
     "CIFAR100",
+    "ELR",
     "SANM",
+    "SSR",
+    "CoTeaching",
     "CrossEntropy",
     "Digits",
+    "DivideMix",
+    "ELRPlus",
     "ImageFolder",
     "Noise",
     "NoisyBatch",
@@ -21,5 +39,6 @@ __all__ = [
     "NoisyLabelModule",
     "SANMCallback",
     "SANMMixin",
+    "SimCLR",
     "__version__",
 ]

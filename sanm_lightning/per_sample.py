@@ -1,4 +1,4 @@
-"""One number for each training sample: saved, reset and merged across ranks in one stated way.
+"""What is remembered of each training sample: saved, reset and merged across ranks in one stated way.
 
 Saved? In the state dict, as tensors (``get_extra_state``). Reset when? At :meth:`SampleBank.fold`, once per epoch, the
 partial sums; the values stay. Merged how? Sums and counts are added over ranks, so a sample that a distributed sampler
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sanm_lightning.random_streams import process_rank
 
-__all__ = ["SampleBank"]
+__all__ = ["SampleBank", "TargetBank"]
 
 
 class SampleBank(nn.Module):
@@ -94,6 +94,83 @@ class SampleBank(nn.Module):
             setattr(self, name, torch.zeros_like(tensor) if lost else tensor)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SampleBank":
+        super()._apply(fn, recurse)
+        for name in self._names:
+            tensor = getattr(self, name)
+            setattr(self, name, tensor.to(fn(tensor).device))  # follow the device, never the precision
+        return self
+
+
+class TargetBank(nn.Module):
+    """A running mean of the class probabilities of each sample, updated at once: the target memory of ELR.
+
+    Saved as tensors (``get_extra_state``). Merged at :meth:`merge`, once per epoch: a row that one process updated is taken
+    from it, a row that several updated is the mean of theirs.
+
+    Args:
+        size: N, the number of training samples.
+        num_classes: C.
+        momentum: share of the old row that stays at an update, in [0, 1).
+    """
+
+    _names = ("value", "touched")
+
+    value: Tensor
+    """(N, C) float32; zeros where a sample was never seen."""
+    touched: Tensor
+    """(N,) float32: 1 where this process updated the row since the last merge."""
+
+    def __init__(self, size: int, num_classes: int, momentum: float) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(f"expected a momentum in [0, 1), got {momentum}")
+        self.num_classes, self.momentum = num_classes, momentum
+        self.resize(size)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def resize(self, size: int) -> None:
+        """Forget everything and make room for ``size`` samples."""
+        device = getattr(self, "value", torch.zeros(0)).device
+        self.value = torch.zeros(size, self.num_classes, device=device, dtype=torch.float32)
+        self.touched = torch.zeros(size, device=device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def update(self, index: Tensor, probabilities: Tensor) -> Tensor:
+        """Move the rows ``index`` (B,) towards ``probabilities`` (B, C); return the new rows (B, C). Local, no communication.
+
+        An index that occurs twice in a batch keeps one of its two new rows.
+        """
+        rows = self.momentum * self.value[index] + (1 - self.momentum) * probabilities.float()
+        self.value[index] = rows
+        self.touched[index] = 1.0
+        return rows
+
+    def merge(self) -> None:
+        """Make the rows those of all processes. A collective under torch.distributed: every rank must call it."""
+        self.value = self._merged()
+        self.touched.zero_()
+
+    def _merged(self) -> Tensor:
+        count = _sum_over_ranks(self.touched).unsqueeze(1)
+        total = _sum_over_ranks(self.value * self.touched.unsqueeze(1))
+        return torch.where(count > 0, total / count.clamp(min=1), self.value)
+
+    def complete_state(self) -> dict[str, Tensor]:
+        """Return the state with the rows of all processes. A collective under torch.distributed."""
+        return {"value": self._merged().cpu(), "touched": torch.zeros_like(self.touched).cpu()}
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Return both tensors, on the CPU."""
+        return {name: getattr(self, name).detach().cpu().clone() for name in self._names}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take over a state, whatever the number of samples was before."""
+        for name in self._names:
+            setattr(self, name, state[name].to(self.value.device, torch.float32).clone())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TargetBank":
         super()._apply(fn, recurse)
         for name in self._names:
             tensor = getattr(self, name)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +65,9 @@ class SimCLR(NoisyLabelModule):
             raise ValueError(f"expected temperature > 0 and projection >= 1, got {temperature} and {projection}")
         super().__init__(num_classes, **kwargs)
         if self.sanm.enabled:
-            raise ValueError("SimCLR reads no labels, so SANM has none to doubt; leave model.sanm out of the pre-training")
+            raise ValueError(
+                "SimCLR reads no labels, so SANM has none to doubt; leave model.sanm out of the pre-training"
+            )
         self.temperature, self.released_scale = temperature, released_scale
         width = int(self.network.num_features)
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection))
@@ -86,6 +87,5 @@ class SimCLR(NoisyLabelModule):
         loss = nt_xent(one, other, self.temperature)
         return loss * (self.temperature / 0.07) if self.released_scale else loss
 
-    def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+    def validation_step(self, batch: NoisyBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Do nothing: there is no classifier to evaluate."""
-        return None

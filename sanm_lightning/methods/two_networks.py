@@ -12,7 +12,7 @@ from sanm_lightning.models import create_network
 from sanm_lightning.random_streams import derived_seed
 from sanm_lightning.sanm.module import SANM, Quality
 
-__all__ = ["TwoNetworks"]
+__all__ = ["TwoNetworks", "draw_anew"]
 
 
 class TwoNetworks(NoisyLabelModule):
@@ -42,7 +42,7 @@ class TwoNetworks(NoisyLabelModule):
         if isinstance(network, str):
             self.network2: Any = create_network(network, num_classes, mean, std, **(network_args or {}))
         else:
-            self.network2 = copy.deepcopy(network).apply(_draw_anew)
+            self.network2 = copy.deepcopy(network).apply(draw_anew)
         self.sanm2 = SANM(**{**self.sanm.options, "place": self.sanm.place, "seed": derived_seed(self.sanm.seed, 2)})
         self.sanm2.build(self.network2, self.image_size)
 
@@ -103,6 +103,7 @@ class TwoNetworks(NoisyLabelModule):
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
 
-def _draw_anew(module: nn.Module) -> None:
+def draw_anew(module: nn.Module) -> None:
+    """Give a module fresh weights, where it knows how; for ``Module.apply``."""
     if hasattr(module, "reset_parameters") and callable(module.reset_parameters):
         module.reset_parameters()

@@ -46,8 +46,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"expected a file of tensors and plain Python in {str(path)!r}, which cannot be opened as one ({reason}); if you trust "
-            "it, load it yourself and save its state dict with torch.save"
+            f"expected a file of tensors and plain Python in {str(path)!r}, which cannot be opened as one ({reason}); if you "
+            "trust it, load it yourself and save its state dict with torch.save"
         ) from error
     weights = _state_dict(held)
     own = {
@@ -55,14 +55,16 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
         for name, tensor in network.state_dict().items()
         if isinstance(tensor, Tensor) and not _is_head(name) and name not in ("mean", "std")
     }
-    fitting = max((_fit(weights, own, prefix, inner) for prefix in _prefixes(weights) for inner in _prefixes(own)), key=len)
+    fitting = max(
+        (_fit(weights, own, prefix, inner) for prefix in _prefixes(weights) for inner in _prefixes(own)), key=len
+    )
     missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
     if not fitting or len(missing) >= len(fitting):
         held_names = ", ".join(list(weights)[:3]) or "none"
         raise ValueError(
-            f"expected weights for {type(network).__name__} in {str(path)!r}, but {len(fitting)} of {len(own)} tensors fit in name "
-            f"and shape (the file begins with {held_names}; the network with {', '.join(list(own)[:3])}); give the network that "
-            "was pre-trained, of the same width"
+            f"expected weights for {type(network).__name__} in {str(path)!r}, but {len(fitting)} of {len(own)} tensors fit in "
+            f"name and shape (the file begins with {held_names}; the network with {', '.join(list(own)[:3])}); give the network "
+            "that was pre-trained, of the same width"
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
@@ -92,6 +94,6 @@ def _prefixes(names: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], prefix: str, inner: str) -> dict[str, str]:
-    """Map the names of ``own`` that begin with ``inner`` to those of ``weights`` that begin with ``prefix``, where shapes agree."""
+    """Map names of ``own`` that begin with ``inner`` to names of ``weights`` that begin with ``prefix``, where shapes agree."""
     pairs = {name: prefix + name.removeprefix(inner) for name in own if name.startswith(inner)}
     return {name: key for name, key in pairs.items() if key in weights and weights[key].shape == own[name].shape}

@@ -1,0 +1,210 @@
+"""What holds for every method, alone and under SANM."""
+
+import contextlib
+import warnings
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sanm_lightning import SANM, methods
+from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.methods.two_networks import TwoNetworks
+from tests.methods.toy import data, same, trainer
+
+SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
+METHODS = {
+    "CrossEntropy": {"warmup_epochs": 1},
+    "CoTeaching": {"warmup_epochs": 1, "forget_rate": 0.5, "num_gradual": 2},
+    "CDR": {"warmup_epochs": 1, "noise_rate": 0.5},
+    "ELR": {"warmup_epochs": 1},
+    "ELRPlus": {"warmup_epochs": 1},
+    "DivideMix": {"warmup_epochs": 1, "ramp_epochs": 1.0},
+    "C2D": {"warmup_epochs": 1, "ramp_epochs": 1.0, "pretrained": "FILE"},
+    "SSR": {"warmup_epochs": 0, "k": 5},
+}
+SANMS = {"alone": None, "sanm": {"mu": 0.5, "beta": 0.02, "seed": 0}}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    """A pre-trained encoder, as C2D wants one."""
+    torch.manual_seed(5)
+    module = methods.CrossEntropy(**SMALL)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pt"
+    torch.save({"state_dict": module.state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture(params=[(name, sanm) for name in METHODS for sanm in SANMS], ids="-".join)
+def make(request, encoder):
+    """Return a factory of fresh, equal modules of one method."""
+    name, sanm = request.param
+
+    def build(**options) -> NoisyLabelModule:
+        torch.manual_seed(0)
+        arguments = {**SMALL, **METHODS[name], **options}
+        if "pretrained" in arguments:
+            arguments["pretrained"] = encoder
+        if SANMS[sanm] is not None and "sanm" not in options:
+            arguments["sanm"] = SANM(**SANMS[sanm])
+        return getattr(methods, name)(**arguments)
+
+    build.under_sanm = SANMS[sanm] is not None
+    return build
+
+
+@contextlib.contextmanager
+def empty_sets_allowed():
+    """On 64 samples a set may well be empty in some epoch; the methods say so and go on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*empty.*")
+        yield
+
+
+def fit(module, source=None, epochs=3, ckpt_path=None, **options):
+    run = trainer(epochs, **options)
+    with empty_sets_allowed():
+        run.fit(module, data() if source is None else source, ckpt_path=ckpt_path)
+    return run
+
+
+def watch(module):
+    """Note the views of every SANM of a module."""
+    seen = []
+    for sanm in (part for part in module.modules() if isinstance(part, SANM)):
+        forward = sanm.forward
+
+        def watched(*args, forward=forward, **options):
+            seen.append(forward(*args, **options))
+            return seen[-1]
+
+        sanm.forward = watched
+    return seen
+
+
+def networks(module):
+    return [module.network, module.network2] if isinstance(module, TwoNetworks) else [module.network]
+
+
+def test_every_method_is_here():
+    public = {getattr(methods, name) for name in methods.__all__}
+    bases = (NoisyLabelModule, TwoNetworks, methods.SimCLR)
+    found = {c.__name__ for c in public if isinstance(c, type) and issubclass(c, NoisyLabelModule) and c not in bases}
+    assert found == set(METHODS)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_it_learns_in_every_part_and_masks_after_the_warm_up(make, precision):
+    module = make()
+    before = {name: value.detach().clone() for name, value in module.named_parameters() if value.requires_grad}
+    seen = watch(module)
+    run = fit(module, precision=precision)
+    assert run.global_step == 3 * 4
+    changed = {
+        name
+        for name, value in module.named_parameters()
+        if value.requires_grad and not torch.equal(before[name], value)
+    }
+    assert changed == set(before), "some part never learned"
+    assert all(
+        bool(torch.isfinite(value).all()) for value in module.state_dict().values() if isinstance(value, torch.Tensor)
+    )
+    assert 0 <= run.callback_metrics["test/acc"] <= 1
+    if make.under_sanm:
+        drawn = [views for views in seen if views.box is not None]
+        assert drawn, "no mask was drawn"
+        assert any(bool((views.ratio > 0.01).any()) for views in drawn)
+        assert any(not torch.equal(views.targets, views.targets.round()) for views in drawn)
+    else:
+        assert all(views.ratio is None for views in seen)
+
+
+class AtStep(L.Callback):
+    """Save in the middle of an epoch."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("step", [6, 8])
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(make, tmp_path, step):
+    whole, first, second = make(), make(), make()
+    path = str(tmp_path / "middle.ckpt")
+    fit(whole, callbacks=[AtStep(step, path)])
+    torch.load(path, weights_only=True)
+    torch.manual_seed(77)
+    fit(second, ckpt_path=path)
+    assert same(whole.network, second.network)
+    for one, other in zip(networks(whole), networks(second), strict=True):
+        assert same(one, other)
+    del first
+    mine, again = whole.state_dict(), second.state_dict()
+    assert mine.keys() == again.keys()
+    torch.testing.assert_close(
+        {key: mine[key] for key in mine}, {key: again[key] for key in mine}, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_it_never_reads_true_labels(make):
+    class Garbage(type(data())):
+        def batch(self, *args, **options):
+            batch = super().batch(*args, **options)
+            return batch._replace(true_labels=torch.full_like(batch.labels, 10**6))
+
+    honest, blind = make(), make()
+    fit(honest, epochs=2)
+    source = data()
+    source.__class__ = Garbage
+    fit(blind, source, epochs=2)
+    for one, other in zip(networks(honest), networks(blind), strict=True):
+        assert same(one, other)
+
+
+def test_accumulation_and_clipping_are_honoured(make):
+    module = make()
+    norms = []
+
+    class Measure(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            for network in networks(pl_module):
+                gradients = [p.grad.norm() for p in network.parameters() if p.grad is not None]
+                if gradients:
+                    norms.append(float(torch.stack(gradients).norm()))
+
+    run = fit(module, epochs=2, accumulate_grad_batches=2, gradient_clip_val=1e-3, callbacks=[Measure()])
+    assert run.global_step == 2 * 2
+    assert norms
+    if not getattr(module, "warmup_clip", None):
+        assert max(norms) <= 1e-3 * 1.001
+
+
+def test_with_mu_and_beta_zero_it_is_the_plain_method(make):
+    if not make.under_sanm:
+        pytest.skip("one comparison per method")
+    plain, idle = make(sanm=None), make(sanm=SANM(mu=0.0, beta=0.0, seed=torch.initial_seed()))
+    plain.sanm.seed = idle.sanm.seed
+    fit(plain, epochs=2)
+    fit(idle, epochs=2)
+    for one, other in zip(networks(plain), networks(idle), strict=True):
+        assert same(one, other)
+
+
+def test_a_checkpoint_loads_by_itself(make, tmp_path):
+    module = make()
+    fit(
+        module,
+        epochs=2,
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(tmp_path, filename="last")],
+        default_root_dir=tmp_path,
+    )
+    loaded = type(module).load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
+    images = torch.rand(3, 3, 16, 16)
+    module.eval(), loaded.eval()
+    assert torch.equal(module(images), loaded(images))
