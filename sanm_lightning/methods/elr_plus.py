@@ -135,16 +135,15 @@ class ELRPlus(TwoNetworks):
                 logits = network(batch.images)
         sanm.label_quality.observe(logits, targets, batch.index)
 
-    @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: NoisyBatch, batch_idx: int) -> None:
-        """Let the teachers follow, once per optimizer step."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.global_step != self._averaged:
-            share = averaging_share(self.global_step - 1, self.gamma, self.ema_ramp_steps)
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the teachers follow: here, so that whatever is saved after the step has both."""
+        super().optimizer_step(*args, **kwargs)
+        share = averaging_share(self._averaged, self.gamma, self.ema_ramp_steps)
+        with torch.no_grad():
             for teacher, (network, _, _) in zip(self.teachers, self.pairs, strict=True):
                 for slow, fast in zip(teacher.parameters(), network.parameters(), strict=True):
                     slow.lerp_(fast.to(slow.dtype), 1 - share)
-            self._averaged = self.global_step
+        self._averaged += 1
 
     def setup(self, stage: str) -> None:
         """Make room for the training samples."""

@@ -229,10 +229,8 @@ class SSR(NoisyLabelModule):
         batch = NoisyBatch(*batch)
         assert batch.index is not None
         generator = self.random_stream(batch_idx)
-        if self.current_epoch < self.warmup_epochs:
-            loss = self._plain(batch)
-        else:
-            loss = self.learn(len(batch.index), generator)
+        warming_up = self.current_epoch < self.warmup_epochs
+        loss = self._plain(batch) if warming_up else self.learn(len(batch.index), generator)
         if self.lambda_fc > 0:
             weak, strong = self.views(batch.index, generator, "weak", self.strong_view)
             with torch.no_grad():

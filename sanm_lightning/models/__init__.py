@@ -1,8 +1,9 @@
 """The papers' own networks, registered with timm, and normalisation as a network's first layer."""
 
+from sanm_lightning.models.checkpoints import LoadReport, load_weights
 from sanm_lightning.models.cnn9 import CNN9
 from sanm_lightning.models.normalized import Normalized, create_network
 from sanm_lightning.models.preact_resnet import PreActResNet
 from sanm_lightning.models.small_cnn import SmallCNN
 
-__all__ = ["CNN9", "Normalized", "PreActResNet", "SmallCNN", "create_network"]
+__all__ = ["CNN9", "LoadReport", "Normalized", "PreActResNet", "SmallCNN", "create_network", "load_weights"]

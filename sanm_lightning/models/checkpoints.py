@@ -63,8 +63,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
         held_names = ", ".join(list(weights)[:3]) or "none"
         raise ValueError(
             f"expected weights for {type(network).__name__} in {str(path)!r}, but {len(fitting)} of {len(own)} tensors fit in "
-            f"name and shape (the file begins with {held_names}; the network with {', '.join(list(own)[:3])}); give the network "
-            "that was pre-trained, of the same width"
+            f"name and shape (the file begins with {held_names}; the network with {', '.join(list(own)[:3])}); give the "
+            "network that was pre-trained, of the same width"
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
