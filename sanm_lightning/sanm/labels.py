@@ -6,8 +6,8 @@ from torch import Tensor
 __all__ = ["regularize_labels"]
 
 
-def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
-    """Take ``ratio`` of probability from each target's top class and spread it evenly over all classes.
+def regularize_labels(targets: Tensor, ratio: Tensor, *, spread: str = "all") -> Tensor:
+    """Take ``ratio`` of probability from each target's top class and spread it evenly.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 7.
     Departure: the move stops at the top class's own mass, so that a flat target (a guess over 100 classes) stays a
@@ -16,12 +16,13 @@ def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
     Args:
         targets: class probabilities, shape (B, C), rows sum to 1. Not modified.
         ratio: masked share of the image area, shape (B,), in [0, 1].
+        spread: ``"all"`` classes get their part, the top class too (Eq. 7), or only the ``"others"`` (released code).
 
     Returns:
         Regularised probabilities, shape (B, C), rows sum to 1.
 
     Raises:
-        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), or (on CPU) a ratio is outside
+        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), ``spread`` is another word, or (on CPU) a ratio is outside
             [0, 1].
 
     Example:
@@ -35,6 +36,11 @@ def regularize_labels(targets: Tensor, ratio: Tensor) -> Tensor:
         )
     if ratio.device.type == "cpu" and not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(f"expected ratio in [0, 1], got {float(ratio.min())} to {float(ratio.max())}")
+    if spread not in ("all", "others"):
+        raise ValueError(f"expected spread 'all' or 'others', got {spread!r}")
     mass, top = targets.max(dim=1, keepdim=True)  # (B, 1) each, the first of equal classes
     moved = torch.minimum(ratio.to(targets.dtype).unsqueeze(1), mass)  # (B, 1)
+    if spread == "others":
+        part = moved / (targets.shape[1] - 1)
+        return (targets + part).scatter_add(1, top, -moved - part)
     return (targets + moved / targets.shape[1]).scatter_add(1, top, -moved)

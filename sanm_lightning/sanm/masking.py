@@ -89,21 +89,25 @@ def affine_ratio(
     return (random_ratio(quality, low, high, generator) + mask_ratio(quality, mu)).clamp(max=1)
 
 
-def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor) -> Tensor:
-    """Draw a box of the asked area and aspect around each map's first maximum, clipped to the image.
+def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
+    """Draw a box of the asked area and aspect at each map's first maximum.
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 4. Near a border the clipped box is smaller than ``ratio`` says.
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's centre, and the box is clipped to the image, so that near a
+    border it is smaller than ``ratio`` says. The released code (``anchor="corner"``) makes the maximum the box's top left pixel,
+    rounds its sides to whole pixels, and shifts a box that crosses the border back inside.
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
         ratio: share of the image area to hide, shape (B,), in [0, 1].
         aspect: height over width of the box, shape (B,), positive.
+        anchor: ``"center"`` or ``"corner"``.
 
     Returns:
         Edges up, down, left, right, shape (B, 4), float32, in pixels: 0 <= up <= down <= H, 0 <= left <= right <= W.
+        A corner box of h rows ends at up + h - 1/2, between its last row and the next.
 
     Raises:
-        ValueError: if the shapes do not fit together, or (on CPU) a ratio is outside [0, 1] or an aspect not positive.
+        ValueError: if the shapes do not fit together, ``anchor`` is another word, or (on CPU) a ratio is outside [0, 1] or an aspect not positive.
     """
     if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
         raise ValueError(
@@ -114,12 +118,20 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor) -> Tensor:
         raise ValueError(f"expected ratio in [0, 1], got {float(ratio.min())} to {float(ratio.max())}")
     if aspect.device.type == "cpu" and not bool((aspect > 0).all()):
         raise ValueError(f"expected a positive aspect, got {float(aspect.min())}")
+    if anchor not in ("center", "corner"):
+        raise ValueError(f"expected anchor 'center' or 'corner', got {anchor!r}")
     height, width = activation.shape[1:]
     where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
     row, column = where // width, where % width
     area = (
         height * width * ratio.float()
     )  # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    if anchor == "corner":
+        rows = (area * aspect.float()).sqrt().round().clamp(max=height)
+        columns = (area / aspect.float()).sqrt().round().clamp(max=width)
+        up, left = torch.minimum(row, height - rows), torch.minimum(column, width - columns)
+        # inside_box counts both edges in, and takes a box whose edges meet for empty
+        return torch.stack([up, (up + rows - 0.5).clamp(min=0), left, (left + columns - 0.5).clamp(min=0)], dim=1)
     half_height = (area * aspect.float() / 4).sqrt()
     half_width = (area / aspect.float() / 4).sqrt()
     return torch.stack(

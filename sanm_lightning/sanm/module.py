@@ -39,7 +39,11 @@ Quality = Tensor | Callable[[Tensor], Tensor] | None
 
 
 class Views(NamedTuple):
-    """What a method learns from in this step. V is B, or 2B when the unmasked images are kept beside the masked ones."""
+    """What a method learns from in this step.
+
+    V is B; 2B with two masked copies of each image (all at the maximum, then all at the minimum); and B more when the unmasked
+    images are kept, which come first.
+    """
 
     images: Tensor
     """(V, 3, H, W), floating."""
@@ -48,7 +52,7 @@ class Views(NamedTuple):
     ratio: Tensor | None = None
     """(B,), the asked share of hidden area; None before the first mask."""
     box: Tensor | None = None
-    """(B, 4), up, down, left, right in pixels; None where nothing was hidden."""
+    """(B, 4), or (2B, 4) with two masked copies: up, down, left, right in pixels; None where nothing was hidden."""
     activation: Tensor | None = None
     """(B, H, W), the map whose maximum was hidden; None where nothing was hidden."""
     logits: Tensor | None = None
@@ -170,6 +174,12 @@ class SANM(nn.Module):
         evidence: what the estimate is made of, see :class:`LabelQuality`.
         history: over which epochs, see :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
+        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see :func:`mask_box`.
+        regions: ``"peak"`` hides at the map's maximum; ``"peak_and_trough"`` (released code) makes two copies of each image, one
+            with a box at the maximum and one at the minimum, of one ratio and aspect, with the same targets. The
+            reconstruction loss is the mean over copies, where the released code has their sum: double ``beta`` for its weight.
+        area: share of the ratio that a box hides, in (0, 1]; the label moves by the whole ratio. 1/2 in the released code.
+        spread: which classes the label's probability moves to, ``"all"`` (Eq. 7) or ``"others"`` (released code).
         batch_statistics: let batch norm use the batch's own statistics in the pass over the unmasked images (as the released
             code does, whose network is in training mode there); False uses the running ones. Those come from masked images
             only, and lag: on digits with half of the labels wrong, the test accuracy in mid-training of a first version of our
@@ -202,6 +212,10 @@ class SANM(nn.Module):
         evidence: Literal["loss", "margin"] = "loss",
         history: Literal["last", "mean"] | float = "last",
         fill: Literal["pixel", "channel"] = "pixel",
+        anchor: Literal["center", "corner"] = "center",
+        regions: Literal["peak", "peak_and_trough"] = "peak",
+        area: float = 1.0,
+        spread: Literal["all", "others"] = "all",
         batch_statistics: bool = True,
         keep_unmasked: bool = False,
         warmup_epochs: int | None = None,
@@ -219,12 +233,17 @@ class SANM(nn.Module):
         _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
         _require(quality in ("estimated", "oracle"), "quality 'estimated' or 'oracle'", quality)
         _require(fill in ("pixel", "channel"), "fill 'pixel' or 'channel'", fill)
+        _require(anchor in ("center", "corner"), "anchor 'center' or 'corner'", anchor)
+        _require(regions in ("peak", "peak_and_trough"), "regions 'peak' or 'peak_and_trough'", regions)
+        _require(0 < area <= 1, "area in (0, 1]", area)
+        _require(spread in ("all", "others"), "spread 'all' or 'others'", spread)
         _require(warmup_epochs is None or warmup_epochs >= 0, "warmup_epochs >= 0 or null", warmup_epochs)
         self.mu, self.delta, self.beta = mu, delta, beta
         self.mask, self.labels, self.reconstruct = mask, labels, reconstruct and beta > 0
         self.place, self.ratio, self.ratio_range = place, ratio, (low, high)
         self.quality, self.fill, self.keep_unmasked, self.warmup_epochs = quality, fill, keep_unmasked, warmup_epochs
         self.batch_statistics = batch_statistics
+        self.anchor, self.regions, self.area, self.spread = anchor, regions, area, spread
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality = LabelQuality(evidence, history)
         self.decoder: Decoder | None = None
@@ -237,7 +256,8 @@ class SANM(nn.Module):
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
             "place": place if isinstance(place, str) else frozen, "ratio": ratio,
             "ratio_range": None if ratio_range is None else [low, high], "quality": quality, "evidence": evidence,
-            "history": history, "fill": fill, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
+            "history": history, "fill": fill, "anchor": anchor, "regions": regions, "area": area, "spread": spread,
+            "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
             "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
         """The arguments as plain Python, for a checkpoint."""
@@ -350,12 +370,16 @@ class SANM(nn.Module):
             if known.shape != images.shape[:1]:
                 raise ValueError(f"expected quality (B,) = ({len(images)},), got {tuple(known.shape)}")
             ratio = self._ratio(known, generator)
-            softened = regularize_labels(targets, ratio) if self.labels else targets
+            softened = regularize_labels(targets, ratio, spread=self.spread) if self.labels else targets
             masked, box, activation = images, None, None
             if self.mask and maps is not None:
                 activation = upsample(maps, (images.shape[2], images.shape[3]))
-                box = mask_box(activation, ratio, self._aspect(ratio, generator))
-                masked = apply_mask(images, box, fill=self.fill, generator=generator)
+                aspect = self._aspect(ratio, generator)
+                extremes = [activation] if self.regions == "peak" else [activation, -activation]
+                boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
+                box, copies = torch.cat(boxes), len(boxes)
+                masked = apply_mask(images.repeat(copies, 1, 1, 1), box, fill=self.fill, generator=generator)
+                softened = softened.repeat(copies, 1)
                 self.last["hidden_share"] = hidden_share(box, (images.shape[2], images.shape[3])).mean()
             self.last["quality"] = known.mean()
             if self.keep_unmasked:
