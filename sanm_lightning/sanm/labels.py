@@ -22,8 +22,8 @@ def regularize_labels(targets: Tensor, ratio: Tensor, *, spread: str = "all") ->
         Regularised probabilities, shape (B, C), rows sum to 1.
 
     Raises:
-        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), ``spread`` is another word, or (on CPU) a ratio is outside
-            [0, 1].
+        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), ``spread`` is another
+            word, or (on CPU) a ratio is outside [0, 1].
 
     Example:
         >>> regularize_labels(torch.tensor([[0.8, 0.1, 0.1]]), torch.tensor([0.3]))

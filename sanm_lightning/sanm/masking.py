@@ -92,9 +92,9 @@ def affine_ratio(
 def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
     """Draw a box of the asked area and aspect at each map's first maximum.
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's centre, and the box is clipped to the image, so that near a
-    border it is smaller than ``ratio`` says. The released code (``anchor="corner"``) makes the maximum the box's top left pixel,
-    rounds its sides to whole pixels, and shifts a box that crosses the border back inside.
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's centre, and the box is clipped to the image, so that
+    near a border it is smaller than ``ratio`` says. The released code (``anchor="corner"``) makes the maximum the box's top
+    left pixel, rounds its sides to whole pixels, and shifts a box that crosses the border back inside.
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
@@ -107,7 +107,8 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
         A corner box of h rows ends at up + h - 1/2, between its last row and the next.
 
     Raises:
-        ValueError: if the shapes do not fit together, ``anchor`` is another word, or (on CPU) a ratio is outside [0, 1] or an aspect not positive.
+        ValueError: if the shapes do not fit together, ``anchor`` is another word, or (on CPU) a ratio is outside [0, 1] or an
+            aspect not positive.
     """
     if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
         raise ValueError(

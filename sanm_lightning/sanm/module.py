@@ -175,8 +175,8 @@ class SANM(nn.Module):
         history: over which epochs, see :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
         anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see :func:`mask_box`.
-        regions: ``"peak"`` hides at the map's maximum; ``"peak_and_trough"`` (released code) makes two copies of each image, one
-            with a box at the maximum and one at the minimum, of one ratio and aspect, with the same targets. The
+        regions: ``"peak"`` hides at the map's maximum; ``"peak_and_trough"`` (released code) makes two copies of each image,
+            one with a box at the maximum and one at the minimum, of one ratio and aspect, with the same targets. The
             reconstruction loss is the mean over copies, where the released code has their sum: double ``beta`` for its weight.
         area: share of the ratio that a box hides, in (0, 1]; the label moves by the whole ratio. 1/2 in the released code.
         spread: which classes the label's probability moves to, ``"all"`` (Eq. 7) or ``"others"`` (released code).

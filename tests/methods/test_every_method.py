@@ -184,9 +184,8 @@ def test_accumulation_and_clipping_are_honoured(make):
         assert max(norms) <= 1e-3 * 1.001
 
 
+@pytest.mark.parametrize("make", [(name, "sanm") for name in METHODS], ids="-".join, indirect=True)
 def test_with_mu_and_beta_zero_it_is_the_plain_method(make):
-    if not make.under_sanm:
-        pytest.skip("one comparison per method")
     plain, idle = make(sanm=None), make(sanm=SANM(mu=0.0, beta=0.0, seed=torch.initial_seed()))
     plain.sanm.seed = idle.sanm.seed
     fit(plain, epochs=2)

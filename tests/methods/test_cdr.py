@@ -1,0 +1,102 @@
+"""CDR: which weights are critical, and what becomes of the gradients, against slow loops."""
+
+import pytest
+import torch
+
+from sanm_lightning import SANM, CrossEntropy
+from sanm_lightning.methods import CDR
+from sanm_lightning.methods.cdr import critical_share, critical_threshold
+from tests.methods.toy import data, same, trainer
+
+SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
+
+
+def method(kind=CDR, **options):
+    torch.manual_seed(0)
+    return kind(**{**SMALL, "warmup_epochs": 1, **options})
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8, 1.0])
+def test_the_threshold_is_the_nth_largest_score_over_all_tensors(share):
+    torch.manual_seed(2)
+    weights, gradients = [torch.randn(3, 4), torch.randn(2, 3, 2, 2)], [torch.randn(3, 4), torch.randn(2, 3, 2, 2)]
+    scores = sorted(
+        (
+            abs(float(w) * float(g))
+            for ws, gs in zip(weights, gradients, strict=True)
+            for w, g in zip(ws.flatten(), gs.flatten(), strict=True)
+        ),
+        reverse=True,
+    )
+    critical = max(1, int(share * 36 + 1e-6))
+    assert float(critical_threshold(weights, gradients, share)) == pytest.approx(scores[critical - 1], rel=1e-6)
+
+
+def test_the_schedules():
+    assert [critical_share(epoch, 0.4, "constant", 20) for epoch in (0, 10, 30)] == pytest.approx([0.6] * 3)
+    gradual = [critical_share(epoch, 0.4, "gradual", 5) for epoch in range(7)]
+    assert gradual == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6, 0.6])
+
+
+def gradients_after(module, **extra):
+    """Gradients before and after CDR's hook, on made-up ones."""
+    torch.manual_seed(3)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+    module.trainer = trainer(1)
+    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), 0.1))
+    return before, {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def test_only_critical_weights_keep_a_shrunk_gradient():
+    module = method(noise_rate=0.75, sanm=SANM(seed=0))
+    before, after = gradients_after(module)
+    competing = {name: p for name, p in module.named_parameters() if name.startswith("network.") and p.ndim in (2, 4)}
+    scores = torch.cat([(competing[name] * before[name]).abs().flatten() for name in competing])
+    kept = 0
+    bound = scores.sort(descending=True).values[int(0.25 * len(scores)) - 1]
+    for name in before:
+        if name not in competing:  # batch norm, biases, the decoder
+            assert torch.equal(before[name], after[name])
+            continue
+        critical = (competing[name] * before[name]).abs() >= bound
+        kept += int(critical.sum())
+        torch.testing.assert_close(after[name], torch.where(critical, 0.25 * before[name], 0.0))
+    assert kept == int(0.25 * len(scores))
+    assert any(name.startswith("sanm.decoder") for name in before)
+
+
+def test_without_noise_it_is_cross_entropy_bit_for_bit():
+    plain, cdr = method(CrossEntropy), method(noise_rate=0.0)
+    trainer(2).fit(plain, data())
+    trainer(2).fit(cdr, data())
+    assert same(plain.network, cdr.network)
+
+
+def test_decay_of_absolute_values_adds_the_sign():
+    options = {"noise_rate": 0.5, "optimizer": lambda p: torch.optim.SGD(p, 0.1)}
+    module, other = method(**options), method(**options, decay="l1", l1_decay=0.25)
+    _, squares = gradients_after(module)
+    _, absolutes = gradients_after(other)
+    for name, parameter in module.named_parameters():
+        sign = parameter.sign() if name.startswith("network.") and parameter.ndim > 1 else torch.zeros(())
+        torch.testing.assert_close(absolutes[name], squares[name] + 0.25 * sign)
+
+
+def test_two_decays_at_once_are_refused():
+    with pytest.raises(ValueError, match="weight_decay 0 beside decay: l1, got 0.0005"):
+        trainer(1).fit(method(decay="l1"), data())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"noise_rate": 1.0}, r"noise_rate in \[0, 1\), got 1.0"),
+        ({"schedule": "linear"}, "schedule 'constant' or 'gradual'"),
+        ({"decay": "l3"}, "decay 'l1' or 'l2'"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)

@@ -1,0 +1,160 @@
+"""SSR: vote, selection, relabelling, balanced draw and consistency against slow loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sanm_lightning import SANM
+from sanm_lightning.methods import SSR
+from sanm_lightning.methods.ssr import balanced_votes, class_balanced_draw, feature_consistency, knn_vote, relabel
+from tests.methods.toy import data, trainer
+
+SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
+
+
+def method(**options) -> SSR:
+    torch.manual_seed(0)
+    return SSR(**{**SMALL, "k": 5, **options})
+
+
+@given(st.integers(2, 25), st.integers(1, 6), st.integers(1, 7), st.integers(0, 100))
+@settings(max_examples=30)
+def test_the_vote_against_a_loop_whatever_the_chunk(count, k, chunk, seed):
+    k = min(k, count)
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(count, 3, generator=generator)
+    labels = torch.randint(4, (count,), generator=generator)
+    shares = knn_vote(features, labels, k, 4, chunk)
+    rows = features.double().tolist()
+    cosine = [
+        [sum(a * b for a, b in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y) for y in rows] for x in rows
+    ]
+    for i in range(count):
+        near = sorted(range(count), key=lambda j, i=i: -cosine[i][j])[:k]
+        assert i in near, "a sample is its own neighbour"
+        assert shares[i].tolist() == pytest.approx([sum(int(labels[j]) == c for j in near) / k for c in range(4)])
+
+
+def test_more_neighbours_than_samples_are_refused():
+    with pytest.raises(ValueError, match="k in 1 to 3, the number of samples, got 4"):
+        knn_vote(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), 4, 2)
+    with pytest.raises(ValueError, match="at least k = 65 training samples, one per neighbour, got 64"):
+        trainer(1).fit(method(k=65), data())
+
+
+def test_votes_are_divided_by_how_often_a_class_is_voted_for():
+    shares, labels = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0, 0, 1])
+    weighed = balanced_votes(shares, labels)
+    assert weighed[0].tolist() == pytest.approx([0.25, 0.75], rel=1e-4)
+    assert weighed[1].tolist() == pytest.approx([1, 0])
+
+
+def test_a_class_without_any_label_never_wins_by_division():
+    assert bool(torch.isfinite(balanced_votes(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))).all())
+
+
+def test_relabelling_follows_the_sure_predictions_only():
+    labels, p = torch.tensor([0, 1, 2]), torch.tensor([[0.05, 0.95, 0], [0.9, 0.1, 0], [0.91, 0, 0.09]])
+    assert relabel(labels, p, 0.9).tolist() == [1, 1, 0]
+    assert relabel(labels, p, 1.0).tolist() == labels.tolist()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(0, 50))
+def test_a_balanced_draw_takes_members_of_the_pool(labels, seed):
+    pool = torch.arange(len(labels)) * 3 + 1
+    drawn = class_balanced_draw(pool, torch.tensor(labels), 40, 6, torch.Generator().manual_seed(seed))
+    assert set(drawn.tolist()) <= set(pool.tolist())
+
+
+def test_a_balanced_draw_takes_every_class_and_every_member_alike():
+    labels = torch.tensor([0] * 90 + [1] * 9 + [3])
+    drawn = class_balanced_draw(torch.arange(100), labels, 60000, 5, torch.Generator().manual_seed(0))
+    counts = labels[drawn].bincount(minlength=5).double() / 60000
+    torch.testing.assert_close(counts, torch.tensor([1, 1, 0, 1, 0]).double() / 3, atol=0.02, rtol=0)
+    members = drawn.bincount(minlength=100)[:90].double()
+    assert members.min() > 0.6 * members.mean()
+    assert members.max() < 1.4 * members.mean()
+
+
+def test_consistency_is_the_negative_cosine_and_the_target_gets_no_gradient():
+    one, other = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    loss = feature_consistency(one, other)
+    pairs = zip(one.tolist(), other.tolist(), strict=True)
+    cosines = [sum(a * b for a, b in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y) for x, y in pairs]
+    assert float(loss.detach()) == pytest.approx(-sum(cosines) / 3, rel=1e-5)
+    loss.backward()
+    assert one.grad is not None
+    assert other.grad is None
+
+
+def test_the_selection_is_what_the_formulas_say():
+    module, source = method(theta_r=0.3), data()
+    module.on_train_batch_start = lambda batch, batch_idx: None  # the vote is called by hand below
+    found = {}
+
+    def vote_once():
+        with torch.no_grad():
+            module.eval()
+            batch = source.batch("train", torch.arange(64))
+            maps = module.network.forward_features(batch.images)
+            found["features"] = module.network.forward_head(maps, pre_logits=True)
+            found["p"] = module.network.forward_head(maps).softmax(1)
+            module.train()
+        module.begin_epoch()
+
+    start = module.on_train_start
+    module.on_train_start = lambda: (start(), vote_once())
+    trainer(1, limit_train_batches=1).fit(module, source)
+    labels = relabel(source.labels, found["p"], 0.3)
+    assert torch.equal(module.selection.labels, labels)
+    votes = balanced_votes(knn_vote(found["features"], labels, 5, 4), labels)
+    for i in range(64):
+        assert bool(module.selection.selected[i]) == (float(votes[i, labels[i]]) >= float(votes[i].max()))
+    torch.testing.assert_close(module.clean_probability(), votes[torch.arange(64), source.labels])
+
+
+def test_an_empty_selection_is_said_and_survived(monkeypatch):
+    module = method()
+    monkeypatch.setattr(
+        "sanm_lightning.methods.ssr.balanced_votes",
+        lambda shares, labels: torch.ones_like(shares).scatter(1, labels[:, None], 0.5),
+    )
+    with pytest.warns(UserWarning, match="SSR, epoch 0: the selection is empty"):
+        trainer(1).fit(module, data())
+    assert bool(module.selection.selected.all())
+
+
+def test_quality_is_the_share_of_votes_and_not_the_score():
+    module = method(sanm=SANM(seed=0))
+    seen = []
+    forward = module.sanm.forward
+    module.sanm.forward = lambda network, images, targets, quality: seen.append(quality) or forward(network, images, targets, quality)
+    trainer(1).fit(module, data())
+    shares = set(module.selection.share.tolist())
+    assert all(set(quality.tolist()) <= shares for quality in seen)
+    assert any(bool((quality < 1).any()) for quality in seen)
+
+
+def test_a_warm_up_is_cross_entropy_on_given_labels():
+    module = method(warmup_epochs=5, lambda_fc=0.0)
+    trainer(1).fit(module, data())
+    assert module.clean_probability() is None
+    assert not hasattr(module, "projection")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"theta_s": 1.1}, r"theta_s in \[0, 1\]"),
+        ({"theta_r": -0.1}, r"theta_r in \[0, 1\]"),
+        ({"k": 0}, "k >= 1, got 0"),
+        ({"lambda_fc": -1.0}, "lambda_fc >= 0"),
+        ({"alpha": -1.0}, "alpha >= 0"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
