@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sanm_lightning import per_sample
-from sanm_lightning.per_sample import SampleBank
+from sanm_lightning.per_sample import SampleBank, TargetBank
 
 quick = settings(max_examples=30, deadline=None)
 batches = st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(-8, 8)), max_size=6), max_size=4)
@@ -206,3 +206,51 @@ class TestSampleBankOnTwoRanks:
             bank.set_extra_state(state)
         assert ranks[0].sum[0] + ranks[1].sum[0] == 4
         assert ranks[0].count[0] + ranks[1].count[0] == 2
+
+
+class TestTargetBank:
+    def test_follows_the_running_mean_of_each_row(self) -> None:
+        bank = TargetBank(3, 2, 0.75)
+        rows = bank.update(torch.tensor([2, 0]), torch.tensor([[0.2, 0.8], [1.0, 0.0]]))
+        assert rows.tolist() == [pytest.approx([0.05, 0.2]), pytest.approx([0.25, 0.0])]
+        bank.update(torch.tensor([2]), torch.tensor([[1.0, 0.0]]))
+        assert bank.value[2].tolist() == pytest.approx([0.75 * 0.05 + 0.25, 0.15])
+        assert bank.value[1].tolist() == [0, 0]
+
+    def test_a_sample_that_came_twice_keeps_one_of_its_rows(self) -> None:
+        bank = TargetBank(2, 2, 0.5)
+        bank.update(torch.tensor([1, 1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        assert bank.value[1].tolist() in ([0.5, 0.0], [0.0, 0.5])
+
+    def test_merging_in_one_process_changes_nothing(self) -> None:
+        bank = TargetBank(4, 3, 0.5)
+        bank.update(torch.tensor([0, 3]), torch.rand(2, 3))
+        before = bank.value.clone()
+        assert torch.equal(bank.complete_state()["value"], before)
+        bank.merge()
+        assert torch.equal(bank.value, before)
+        assert not bank.touched.any()
+
+    def test_rows_of_two_processes_meet(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        mine, theirs = TargetBank(3, 2, 0.0), TargetBank(3, 2, 0.0)
+        mine.update(torch.tensor([0, 1]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        theirs.update(torch.tensor([1, 2]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+        sums = iter([mine.touched + theirs.touched, mine.value * 1 + theirs.value * 1])  # untouched rows are zero here
+        monkeypatch.setattr("sanm_lightning.per_sample._sum_over_ranks", lambda tensor: next(sums))
+        mine.merge()
+        assert mine.value.tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
+
+    def test_is_saved_whatever_size_it_is_loaded_into(self) -> None:
+        bank = TargetBank(4, 3, 0.5)
+        bank.update(torch.tensor([0, 3]), torch.rand(2, 3))
+        other = TargetBank(0, 3, 0.5)
+        other.load_state_dict(bank.state_dict())
+        assert torch.equal(other.value, bank.value)
+        assert torch.equal(other.touched, bank.touched)
+        assert not list(bank.parameters())
+        assert not list(bank.buffers())
+        assert bank.half().value.dtype == torch.float32
+
+    def test_refuses_a_momentum_that_never_learns(self) -> None:
+        with pytest.raises(ValueError, match=r"momentum in \[0, 1\), got 1"):
+            TargetBank(1, 2, 1.0)
