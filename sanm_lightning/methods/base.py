@@ -179,6 +179,13 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             self.begin_epoch()
             self._begun = self.current_epoch
 
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Note on the device whether the loss is finite: before anything that the step leads to can be saved."""
+        if self._bad_step is None or self._bad_step.device != loss.device:
+            self._bad_step = torch.full((), -1, device=loss.device)
+        first = (self._bad_step < 0) & ~torch.isfinite(loss.detach())
+        self._bad_step = self._bad_step.masked_fill(first, self.trainer.global_step + 1)
+
     def on_train_batch_end(self, outputs: Any, batch: NoisyBatch, batch_idx: int) -> None:
         """Log the loss of the step; Lightning hands it over divided by the number of batches that are accumulated.
 
@@ -189,10 +196,6 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self.log(
             "train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch[1]), prog_bar=True, sync_dist=True
         )
-        if self._bad_step is None or self._bad_step.device != loss.device:
-            self._bad_step = torch.full((), -1, device=loss.device)
-        first = (self._bad_step < 0) & ~torch.isfinite(loss)
-        self._bad_step = self._bad_step.masked_fill(first, self.trainer.global_step)
         interval = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if interval and (batch_idx + 1) % interval == 0:
             self._require_finite()
