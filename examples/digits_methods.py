@@ -4,7 +4,8 @@
 
 Each row is a command line on the recipe of the quickstart, of this form (C2D pre-trains with SimCLR first):
 
-    sanm fit --config configs/quickstart.yaml [--config configs/quickstart_sanm.yaml] --model METHOD --data.noise.rate RATE
+    sanm fit --config configs/quickstart.yaml [--config configs/sanm.yaml] --data.image_size 16 \
+        --model METHOD --data.noise.rate RATE
 
 Figures go to runs/digits_methods/*/results.json as they come; a run whose figures are there is not done again.
 """
@@ -39,7 +40,7 @@ def fit(home: Path, seed: int, *words: str) -> dict:
     record = home / "results.json"
     if not record.exists():
         print(f"{home}", flush=True)
-        common = ["fit", "--config", "configs/quickstart.yaml", "--seed_everything", str(seed)]
+        common = ["fit", "--config", "configs/quickstart.yaml", "--data.image_size", "16", "--seed_everything", str(seed)]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         main([*common, *words, *quiet, "--trainer.default_root_dir", str(home)])
     return json.loads(record.read_text())
@@ -83,7 +84,7 @@ if __name__ == "__main__":
     for rate in options.rates:
         for method in options.methods:
             cells, auc = [], None
-            for overlay in ([], ["--config", "configs/quickstart_sanm.yaml"]):
+            for overlay in ([], ["--config", "configs/sanm.yaml"]):
                 name = f"{method}{'_sanm' if overlay else ''}_{round(100 * rate)}"
                 results = [
                     fit(

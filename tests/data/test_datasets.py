@@ -28,6 +28,18 @@ class TestDigits:
         assert torch.equal(batch.images[:, 0], batch.images[:, 2])
         assert batch.images.min() == 0 and batch.images.max() > 0.95
 
+    def test_can_be_smaller_and_of_their_own_size_they_are_the_originals(self) -> None:
+        from sklearn.datasets import load_digits
+
+        assert Digits(image_size=16).batch("test", torch.arange(2)).images.shape == (2, 3, 16, 16)
+        own = Digits(image_size=8)
+        sums = torch.cat([source.images[:, 0].sum((1, 2)) for source in (own.load_train(), own.load_test())])  # type: ignore
+        # counts in 0 to 16 become bytes: each is off by half of one at most
+        counts = torch.from_numpy(load_digits().images).sum((1, 2))
+        assert torch.allclose(sums.sort().values.double() * 16 / 255, counts.sort().values, atol=64 * 0.5 * 16 / 255)
+        with pytest.raises(ValueError, match="image_size must be 8 pixels or more"):
+            Digits(image_size=7)
+
     def test_is_neither_cropped_nor_mirrored_unless_asked(self) -> None:
         data = Digits(seed=0)
         index = torch.arange(5)
