@@ -349,7 +349,7 @@ class SANM(nn.Module):
                 backbone is made here.
 
         Raises:
-            ValueError: if shapes do not fit, or (on CPU) a quality is outside [0, 1].
+            ValueError: if shapes do not fit, or (on CPU; elsewhere at the next refresh) a quality is outside [0, 1].
         """
         if images.ndim != 4 or targets.ndim != 2 or len(images) != len(targets):
             raise ValueError(
@@ -369,6 +369,7 @@ class SANM(nn.Module):
             assert isinstance(known, Tensor)
             if known.shape != images.shape[:1]:
                 raise ValueError(f"expected quality (B,) = ({len(images)},), got {tuple(known.shape)}")
+            self.label_quality.look_later(known)
             ratio = self._ratio(known, generator)
             softened = regularize_labels(targets, ratio, spread=self.spread) if self.labels else targets
             masked, box, activation = images, None, None

@@ -172,6 +172,7 @@ class LabelQuality(nn.Module):
         self._recent = torch.zeros(0)  # (W,), a ring of the latest evidence
         self._seen = 0  # samples that went through the ring
         self._mixture: Mixture | None = None
+        self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last refresh
 
     def resize(self, num_samples: int) -> None:
         """Make room for ``num_samples`` training samples, if the room is not already right."""
@@ -197,12 +198,27 @@ class LabelQuality(nn.Module):
         self._recent.index_copy_(0, place[-self.window :], evidence[-self.window :])
         self._seen += len(evidence)
 
+    def look_later(self, quality: Tensor) -> None:
+        """Remember on the device whether a quality (B,) that somebody else made lies outside [0, 1]; :meth:`refresh` raises.
+
+        On the CPU nothing is remembered: there the functions that use it raise at once.
+        """
+        if quality.device.type != "cpu":
+            bad = ~((quality >= 0) & (quality <= 1)).all()
+            self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
+
     def refresh(self) -> None:
         """Fit the mixture to the evidence so far; once per epoch. Every rank must call it.
 
         Raises:
-            ValueError: if the evidence holds NaN or infinity.
+            ValueError: if the evidence holds NaN or infinity, or a quality outside [0, 1] was used since the last call.
         """
+        wrong, self._out_of_range = self._out_of_range, None
+        if wrong is not None and bool(wrong):
+            raise ValueError(
+                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a probability "
+                "that the given label is right"
+            )
         if len(self.bank):
             self.bank.fold()
             seen = self.bank.epochs > 0

@@ -284,6 +284,21 @@ class TestLabelQualityWithIndices:
         with pytest.raises(ValueError, match="expected finite losses, got 3 NaN or infinite of 3"):
             label_quality.refresh()
 
+    @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+    def test_a_wrong_quality_on_another_device_is_told_at_the_next_refresh_once(self, wrong: float) -> None:
+        class Elsewhere(torch.Tensor):
+            """A tensor that says it is on a GPU."""
+
+            device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
+
+        label_quality = LabelQuality()
+        for values in ([0.0, 1.0], [wrong, 0.5], [0.5, 0.5]):  # a later good one does not forgive
+            label_quality.look_later(torch.tensor(values).as_subclass(Elsewhere))
+        with pytest.raises(ValueError, match=r"expected label quality in \[0, 1\], got values outside of it"):
+            label_quality.refresh()
+        label_quality.look_later(torch.tensor([0.0, 1.0]).as_subclass(Elsewhere))
+        label_quality.refresh()
+
     def test_takes_logits_with_gradient_and_keeps_none(self) -> None:
         label_quality, logits = LabelQuality(), random(4, 2).requires_grad_()
         label_quality.resize(4)
