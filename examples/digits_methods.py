@@ -40,7 +40,15 @@ def fit(home: Path, seed: int, *words: str) -> dict:
     record = home / "results.json"
     if not record.exists():
         print(f"{home}", flush=True)
-        common = ["fit", "--config", "configs/quickstart.yaml", "--data.image_size", "16", "--seed_everything", str(seed)]
+        common = [
+            "fit",
+            "--config",
+            "configs/quickstart.yaml",
+            "--data.image_size",
+            "16",
+            "--seed_everything",
+            str(seed),
+        ]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         main([*common, *words, *quiet, "--trainer.default_root_dir", str(home)])
     return json.loads(record.read_text())

@@ -1,112 +1,298 @@
-"""Augmentation policies by name, on bytes, one image after the other with torchvision's own operations.
+"""Augmentation policies by name: what is drawn for each image, on the CPU, and then applied to the whole batch, where it lies.
 
-Each policy is a function (3, H, W) uint8 -> (3, H, W) uint8 that draws from torch's global stream; :func:`augment` runs it on
-a batch with a stream of its own. ``weak`` (crop and flip) is done for the whole batch at once, see ``views``.
+Drawing first keeps the device busy: which images an operation is for is known without asking it.
 """
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
+from sanm_lightning.data.operations import OPERATIONS, affine, cutout, resized_crop
 from sanm_lightning.data.views import crop_flip, draw_crop_flip
 
-__all__ = ["POLICIES", "augment"]
+__all__ = [
+    "POLICIES",
+    "Stage",
+    "apply_stage",
+    "augment",
+    "draw_auto_augment",
+    "draw_color_jitter",
+    "draw_rand_augment",
+    "draw_resized_crop",
+]
 
-_to_cifar = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10, interpolation=v2.InterpolationMode.NEAREST)
+NAMES = list(OPERATIONS)
+NUMBER = {name: number for number, name in enumerate(NAMES)}
 
 
-def _uniform(low: float, high: float) -> float:
-    return low + (high - low) * float(torch.rand(()))
+class Stage(NamedTuple):
+    """One operation for each image of a batch."""
+
+    operation: Tensor
+    """Positions in :data:`NAMES`, shape (B,), int64, on the CPU."""
+    amount: Tensor
+    """What :data:`OPERATIONS` takes, shape (B,), float32, on the CPU."""
 
 
-def _affine(image: Tensor, translate: tuple[float, float] = (0, 0), shear: tuple[float, float] = (0, 0)) -> Tensor:
-    out: Tensor = F.affine(image, 0.0, [round(t) for t in translate], 1.0, [float(s) for s in shear])
+def apply_stage(images: Tensor, stage: Stage) -> Tensor:
+    """Apply its operation to each image: bytes (B, 3, H, W) on any device -> new bytes."""
+    out = images.clone()
+    for number in stage.operation.unique().tolist():
+        if NAMES[number] != "identity":
+            rows = (stage.operation == number).nonzero()[:, 0]
+            here = rows.to(images.device, non_blocking=True)
+            amount = stage.amount[rows].to(images.device, non_blocking=True)
+            out[here] = OPERATIONS[NAMES[number]](images[here], amount)
     return out
 
 
-def _sign() -> float:
-    return 1.0 if bool(torch.rand(()) < 0.5) else -1.0
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator)
 
 
-def _degrees(slope: float) -> float:
-    return float(torch.rad2deg(torch.atan(torch.tensor(slope))))
+def _coin(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator) < 0.5
 
 
-# FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12); each takes an image and a strength in (0, 1).
-_POOL: tuple[Callable[[Tensor, float], Tensor], ...] = (
-    lambda x, m: F.autocontrast(x),
-    lambda x, m: F.adjust_brightness(x, 0.05 + 0.9 * m),
-    lambda x, m: F.adjust_saturation(x, 0.05 + 0.9 * m),
-    lambda x, m: F.adjust_contrast(x, 0.05 + 0.9 * m),
-    lambda x, m: F.equalize(x),
-    lambda x, m: x,
-    lambda x, m: F.posterize(x, 4 + int(4 * m)),
-    lambda x, m: F.rotate(x, _sign() * 30 * m),
-    lambda x, m: F.adjust_sharpness(x, 0.05 + 0.9 * m),
-    lambda x, m: _affine(x, shear=(_degrees(_sign() * 0.3 * m), 0)),
-    lambda x, m: _affine(x, shear=(0, _degrees(_sign() * 0.3 * m))),
-    lambda x, m: F.solarize(x, int(256 * m)),
-    lambda x, m: _affine(x, translate=(_sign() * 0.3 * m * x.shape[2], 0)),
-    lambda x, m: _affine(x, translate=(0, _sign() * 0.3 * m * x.shape[1])),
+def _sign(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.where(_coin(shape, generator), 1.0, -1.0)
+
+
+# RandAugment ---------------------------------------------------------------------------------------------------------
+
+LEVELS = 10
+POOL: tuple[tuple[str, Callable[[Tensor, Tensor, int, int], Tensor]], ...] = (
+    ("autocontrast", lambda m, sign, height, width: m),
+    ("brightness", lambda m, sign, height, width: 0.05 + 0.9 * m),
+    ("saturation", lambda m, sign, height, width: 0.05 + 0.9 * m),
+    ("contrast", lambda m, sign, height, width: 0.05 + 0.9 * m),
+    ("equalize", lambda m, sign, height, width: m),
+    ("identity", lambda m, sign, height, width: m),
+    ("posterize", lambda m, sign, height, width: 4 + (4 * m).floor()),
+    ("rotate", lambda m, sign, height, width: 30 * m * sign),
+    ("sharpness", lambda m, sign, height, width: 0.05 + 0.9 * m),
+    ("shear_x", lambda m, sign, height, width: 0.3 * m * sign),
+    ("shear_y", lambda m, sign, height, width: 0.3 * m * sign),
+    ("solarize", lambda m, sign, height, width: (256 * m).floor()),
+    ("translate_x", lambda m, sign, height, width: (0.3 * m * width).round() * sign),
+    ("translate_y", lambda m, sign, height, width: (0.3 * m * height).round() * sign),
 )
+"""FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12): name, and its amount at strength m = level / 10."""
 
 
-def _rand_augment(image: Tensor, operations: int = 2, levels: int = 10) -> Tensor:
-    """RandAugment as FixMatch's PyTorch ports have it.
+def draw_rand_augment(
+    batch: int, height: int, width: int, generator: torch.Generator, operations: int = 2
+) -> list[Stage]:
+    """Draw RandAugment as FixMatch's PyTorch ports have it: each operation with probability 1/2, at a level of 1 to 9.
 
-    Two operations of 14, each with probability 1/2 at a level of 1 to 9, then always a grey square of half the image's side,
-    clipped at the border.
+    Args:
+        batch: B.
+        height: of the images in pixels.
+        width: of the images in pixels.
+        generator: source of all randomness, on the CPU.
+        operations: stages, each drawn from the pool with replacement.
     """
+    numbers = torch.tensor([NUMBER[name] for name, _ in POOL])
+    stages = []
     for _ in range(operations):
-        operation = _POOL[int(torch.randint(len(_POOL), ()))]
-        strength = int(torch.randint(1, levels, ())) / levels
-        if torch.rand(()) < 0.5:
-            image = operation(image, strength)
-    height, width = image.shape[1:]
-    row, column = int(torch.randint(height, ())), int(torch.randint(width, ()))
-    top, left = max(0, row - height // 4), max(0, column - width // 4)
-    image = image.clone()
-    image[:, top : row + height // 4, left : column + width // 4] = 127
-    return image
+        place = torch.randint(len(POOL), (batch,), generator=generator)
+        m = torch.randint(1, LEVELS, (batch,), generator=generator) / LEVELS
+        sign, used = _sign((batch,), generator), _coin((batch,), generator)
+        amounts = torch.stack([amount(m, sign, height, width) for _, amount in POOL])
+        operation = torch.where(used, numbers[place], NUMBER["identity"])
+        stages.append(Stage(operation, amounts.gather(0, place[None])[0]))
+    return stages
 
 
-def _simclr(image: Tensor) -> Tensor:
-    """SimCLR's views for small images: resized crop of a fifth to all of the area, flip, colour jitter, grey; no blur."""
-    size = list(image.shape[1:])
-    image = v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True)(image)
-    image = v2.RandomHorizontalFlip()(image)
-    if torch.rand(()) < 0.8:
-        image = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)(image)
-    out: Tensor = v2.RandomGrayscale(0.2)(image)
-    return out
+# AutoAugment ---------------------------------------------------------------------------------------------------------
 
-
-_jitter_affine = v2.Compose(
-    [v2.ColorJitter(0.4, 0.4, 0.4, 0.4), v2.RandomAffine(15, (0.1, 0.1), (2 / 3, 3 / 2), shear=(-0.1, 0.1))]
+_SUB_POLICIES = (
+    "invert .1 0, contrast .2 6", "rotate .7 2, translate_x .3 9", "sharpness .8 1, sharpness .9 3",
+    "shear_y .5 8, translate_y .7 9", "autocontrast .5 0, equalize .9 0", "shear_y .2 7, posterize .3 7",
+    "saturation .4 3, brightness .6 7", "sharpness .3 9, brightness .7 9", "equalize .6 0, equalize .5 0",
+    "contrast .6 7, sharpness .6 5", "saturation .7 7, translate_x .5 8", "equalize .3 0, autocontrast .4 0",
+    "translate_y .4 3, sharpness .2 6", "brightness .9 6, saturation .2 8", "solarize .5 2, invert 0 0",
+    "equalize .2 0, autocontrast .6 0", "equalize .2 0, equalize .6 0", "saturation .9 9, equalize .6 0",
+    "autocontrast .8 0, solarize .2 8", "brightness .1 3, saturation .7 0", "solarize .4 5, autocontrast .9 0",
+    "translate_y .9 9, translate_y .7 9", "autocontrast .9 0, solarize .8 3", "equalize .8 0, invert .1 0",
+    "translate_y .7 9, autocontrast .9 0",
+)  # fmt: skip
+CIFAR10_POLICY = tuple(
+    tuple(
+        (name, float(probability), int(level))
+        for name, probability, level in (step.split() for step in sub.split(", "))
+    )
+    for sub in _SUB_POLICIES
 )
+"""AutoAugment's policy for CIFAR-10 (Cubuk et al., CVPR 2019, Table 7): 25 pairs of (operation, probability, level 0 to 9)."""
 
-POLICIES: dict[str, tuple[bool, Callable[[Tensor], Tensor] | None]] = {
-    "none": (False, None),
-    "weak": (True, None),
-    "auto_augment": (True, lambda image: _to_cifar(image)),
-    "rand_augment": (True, _rand_augment),
-    "jitter_affine": (True, lambda image: _jitter_affine(image)),
-    "simclr": (False, _simclr),
+
+def _auto_augment_amount(name: str, level: int, sign: Tensor, height: int, width: int) -> Tensor:
+    """Return the amount of an operation at a level, shape of ``sign``, by the ranges of AutoAugment's Table 6."""
+    part = level / 9
+    if name in ("shear_x", "shear_y"):
+        return 0.3 * part * sign
+    if name in ("translate_x", "translate_y"):
+        return math.floor(150 / 331 * (width if name == "translate_x" else height) * part) * sign
+    if name == "rotate":
+        return 30 * part * sign
+    if name in ("brightness", "saturation", "contrast", "sharpness"):
+        return 1 + 0.9 * part * sign
+    unsigned = {"posterize": 8 - round(4 * part), "solarize": 255 * (1 - part)}.get(name, 0.0)
+    return torch.full_like(sign, unsigned)
+
+
+def draw_auto_augment(batch: int, height: int, width: int, generator: torch.Generator) -> list[Stage]:
+    """Draw one of the 25 pairs of AutoAugment's policy for CIFAR-10 for each image; each of the two with its probability.
+
+    Arguments are those of :func:`draw_rand_augment`.
+    """
+    pair = torch.randint(len(CIFAR10_POLICY), (batch,), generator=generator)
+    stages = []
+    for step in (0, 1):
+        steps = [sub[step] for sub in CIFAR10_POLICY]
+        sign, draw = _sign((batch,), generator), torch.rand((batch,), generator=generator)
+        amounts = torch.stack([_auto_augment_amount(name, level, sign, height, width) for name, _, level in steps])
+        used = draw < torch.tensor([probability for _, probability, _ in steps])[pair]
+        numbers = torch.tensor([NUMBER[name] for name, _, _ in steps])
+        stages.append(Stage(torch.where(used, numbers[pair], NUMBER["identity"]), amounts.gather(0, pair[None])[0]))
+    return stages
+
+
+# Colour jitter, resized crops ----------------------------------------------------------------------------------------
+
+
+def draw_color_jitter(
+    batch: int, strength: float, hue: float, generator: torch.Generator, probability: float = 1.0
+) -> list[Stage]:
+    """Draw brightness, contrast and saturation factors from U(1 - strength, 1 + strength) and a hue shift, in any order.
+
+    Args:
+        batch: B.
+        strength: in [0, 1].
+        hue: largest shift, in turns, in [0, .5].
+        generator: source of all randomness, on the CPU.
+        probability: that an image is jittered at all.
+    """
+    numbers = torch.tensor([NUMBER[name] for name in ("brightness", "contrast", "saturation", "hue")])
+    order = torch.rand((batch, 4), generator=generator).argsort(1)
+    amount = _uniform((batch, 4), 1 - strength, 1 + strength, generator)
+    amount[:, 3] = _uniform((batch,), -hue, hue, generator)
+    used = torch.rand((batch,), generator=generator) < probability
+    return [
+        Stage(torch.where(used, numbers[place], NUMBER["identity"]), amount.gather(1, place[:, None])[:, 0])
+        for place in order.unbind(1)
+    ]
+
+
+def draw_resized_crop(
+    batch: int, height: int, width: int, smallest: float, generator: torch.Generator, tries: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw windows of a share U(smallest, 1) of the area and a log-uniform aspect of 3/4 to 4/3, as torchvision does.
+
+    A window that does not fit is drawn again; after ``tries``, the largest one in the middle is taken.
+
+    Returns:
+        top, left, height, width of each window, shape (B,), int64.
+    """
+    shape = (tries, batch)
+    area = height * width * _uniform(shape, smallest, 1.0, generator)
+    aspect = _uniform(shape, math.log(3 / 4), math.log(4 / 3), generator).exp()  # width over height
+    rows, columns = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (rows >= 1) & (rows <= height) & (columns >= 1) & (columns <= width)
+    first = fits.int().argmax(0, keepdim=True)
+    largest = (min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3)))
+    found = fits.any(0)
+    rows = torch.where(found, rows.gather(0, first)[0], largest[0])
+    columns = torch.where(found, columns.gather(0, first)[0], largest[1])
+    corner = torch.where(found, torch.rand((2, batch), generator=generator), 0.5)
+    # 1/2 is the middle: a window of largest size leaves no room in one direction, and its rest is halved in the other
+    top, left = ((corner[0] * (height - rows + found)).floor(), (corner[1] * (width - columns + found)).floor())
+    return top.long(), left.long(), rows.long(), columns.long()
+
+
+# The policies --------------------------------------------------------------------------------------------------------
+
+
+def _weak(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    if not padding and not flip:
+        return images
+    return crop_flip(images, draw_crop_flip(len(images), padding, flip, generator), padding)
+
+
+def _auto_augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    images = _weak(images, generator, padding, flip)
+    for stage in draw_auto_augment(len(images), images.shape[2], images.shape[3], generator):
+        images = apply_stage(images, stage)
+    return images
+
+
+def _rand_augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    """RandAugment, then always a grey square of half the image's side."""
+    images = _weak(images, generator, padding, flip)
+    batch, height, width = len(images), images.shape[2], images.shape[3]
+    for stage in draw_rand_augment(batch, height, width, generator):
+        images = apply_stage(images, stage)
+    row, column = (torch.randint(size, (batch,), generator=generator) for size in (height, width))
+    row, column = row.to(images.device, non_blocking=True), column.to(images.device, non_blocking=True)
+    return cutout(images, row, column, 2 * (height // 4))
+
+
+def _jitter_affine(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    batch, height, width = len(images), images.shape[2], images.shape[3]
+    for stage in draw_color_jitter(batch, 0.4, 0.4, generator):
+        images = apply_stage(images, stage)
+    images = _weak(images, generator, padding, flip)
+    angle, across, down, scale, shear = (
+        part.to(images.device, non_blocking=True)
+        for part in (
+            _uniform((batch,), -15, 15, generator),
+            _uniform((batch,), -0.1 * width, 0.1 * width, generator).round(),
+            _uniform((batch,), -0.1 * height, 0.1 * height, generator).round(),
+            _uniform((batch,), 2 / 3, 3 / 2, generator),
+            _uniform((batch,), -0.1, 0.1, generator),
+        )
+    )
+    return affine(images, angle, across, down, scale, shear)
+
+
+def _simclr(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
+    """Resized crop of a fifth to all of the area, flip, colour jitter in four of five, grey in one of five; no blur."""
+    batch, device = len(images), images.device
+    window = draw_resized_crop(batch, images.shape[2], images.shape[3], 0.2, generator)
+    images = resized_crop(images, *(part.to(device, non_blocking=True) for part in window))
+    flipped = _coin((batch,), generator).to(device, non_blocking=True)
+    images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+    grey = torch.rand((batch,), generator=generator) < 0.2
+    last = Stage(torch.where(grey, NUMBER["grey"], NUMBER["identity"]), torch.zeros(batch))
+    for stage in [*draw_color_jitter(batch, 0.4, 0.1, generator, 0.8), last]:
+        images = apply_stage(images, stage)
+    return images
+
+
+POLICIES: dict[str, Callable[[Tensor, torch.Generator, int, bool], Tensor]] = {
+    "none": lambda images, generator, padding, flip: images,
+    "weak": _weak,
+    "auto_augment": _auto_augment,
+    "rand_augment": _rand_augment,
+    "jitter_affine": _jitter_affine,
+    "simclr": _simclr,
 }
-"""Name -> (crop and flip first, what is done to each image after that). Sources: AutoAugment (Cubuk et al., CVPR 2019, the
-CIFAR-10 policy), RandAugment as in FixMatch, SimCLR (Chen et al., ICML 2020), and the warm-up views of C2D's code."""
+"""Name -> function (images, generator, padding, flip). Sources: AutoAugment (Cubuk et al., CVPR 2019, the CIFAR-10 policy) and
+RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 2020); the warm-up views of C2D's code, colour
+jitter before crop and flip, an affine map after them."""
 
 
 def augment(images: Tensor, policy: str, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
     """Make one view of each image.
 
     Args:
-        images: shape (B, 3, H, W), uint8.
+        images: shape (B, 3, H, W), uint8. Not modified.
         policy: a name in :data:`POLICIES`.
-        generator: source of all randomness, on the CPU; torch's global stream is left as it was.
+        generator: source of all randomness, on the CPU; torch's global stream is not drawn from.
         padding: pixels of zero padding for the crop, where the policy crops.
         flip: whether a policy that crops may mirror as well.
 
@@ -118,12 +304,4 @@ def augment(images: Tensor, policy: str, generator: torch.Generator, padding: in
     """
     if policy not in POLICIES:
         raise ValueError(f"The view must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them.")
-    crops, operation = POLICIES[policy]
-    if crops and (padding or flip):
-        images = crop_flip(images, draw_crop_flip(len(images), padding, flip, generator), padding)
-    if operation is None or not len(images):
-        return images
-    seed = int(torch.randint(2**31, (), generator=generator))
-    with torch.random.fork_rng([]):  # the parameters are drawn on the CPU
-        torch.manual_seed(seed)
-        return torch.stack([operation(image) for image in images])
+    return POLICIES[policy](images, generator, padding, flip) if len(images) else images

@@ -70,7 +70,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"expected num_classes >= 2, got {num_classes}; the data module gives it, from what it has read")
+            raise ValueError(
+                f"expected num_classes >= 2, got {num_classes}; the data module gives it, from what it has read"
+            )
         if image_size is None:
             raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
         if warmup_epochs < 0:

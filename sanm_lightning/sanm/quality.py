@@ -216,8 +216,8 @@ class LabelQuality(nn.Module):
         wrong, self._out_of_range = self._out_of_range, None
         if wrong is not None and bool(wrong):
             raise ValueError(
-                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a probability "
-                "that the given label is right"
+                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a "
+                "probability that the given label is right"
             )
         if len(self.bank):
             self.bank.fold()

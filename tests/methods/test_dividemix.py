@@ -247,7 +247,9 @@ def test_both_networks_of_c2d_start_from_the_encoder_with_heads_of_their_own(tmp
     torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
     module = C2D(**SMALL, pretrained=str(tmp_path / "encoder.pt"), warmup_epochs=1)
     starts = []
-    module.on_train_start = lambda: starts.append({k: v.clone() for k, v in module.state_dict().items() if "extra" not in k})
+    module.on_train_start = lambda: starts.append(
+        {k: v.clone() for k, v in module.state_dict().items() if "extra" not in k}
+    )
     trainer(1, limit_train_batches=1).fit(module, data())
     for key, value in encoder.state_dict().items():
         if ".fc." not in key:

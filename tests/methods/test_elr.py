@@ -26,7 +26,9 @@ def test_the_term_against_a_loop_and_its_gradient_goes_to_the_prediction_only():
     p = torch.rand(5, 3).softmax(1).requires_grad_()
     t = torch.rand(5, 3).softmax(1).requires_grad_()
     term = early_learning_regularization(p, t)
-    logs = [math.log(1 - sum(a * b for a, b in zip(r, s, strict=True))) for r, s in zip(p.tolist(), t.tolist(), strict=True)]
+    logs = [
+        math.log(1 - sum(a * b for a, b in zip(r, s, strict=True))) for r, s in zip(p.tolist(), t.tolist(), strict=True)
+    ]
     assert float(term.detach()) == pytest.approx(sum(logs) / 5, rel=1e-5)
     term.backward()
     assert p.grad is not None

@@ -19,7 +19,10 @@ def test_the_loss_against_a_loop():
     rows = torch.cat([one, other]).double().tolist()
     total = 0.0
     for i, anchor in enumerate(rows):
-        cosine = [sum(a * b for a, b in zip(anchor, row, strict=True)) / math.hypot(*anchor) / math.hypot(*row) for row in rows]
+        cosine = [
+            sum(a * b for a, b in zip(anchor, row, strict=True)) / math.hypot(*anchor) / math.hypot(*row)
+            for row in rows
+        ]
         rest = sum(math.exp(cosine[j] / 0.5) for j in range(8) if j != i)
         total -= math.log(math.exp(cosine[(i + 4) % 8] / 0.5) / rest)
     assert float(nt_xent(one, other, 0.5)) == pytest.approx(total / 8, rel=1e-5)
@@ -37,7 +40,9 @@ def test_it_reads_no_label():
         module, source = SimCLR(**SMALL), data(track_test=False)
         if wrong:
             batch = source.batch
-            source.batch = lambda *a, batch=batch, **k: batch(*a, **k)._replace(labels=torch.zeros(16, dtype=torch.int64))
+            source.batch = lambda *a, batch=batch, **k: batch(*a, **k)._replace(
+                labels=torch.zeros(16, dtype=torch.int64)
+            )
         trainer(1).fit(module, source)
         modules.append(module)
     for one, other in zip(*(module.parameters() for module in modules), strict=True):

@@ -131,7 +131,9 @@ def test_quality_is_the_share_of_votes_and_not_the_score():
     module = method(sanm=SANM(seed=0))
     seen = []
     forward = module.sanm.forward
-    module.sanm.forward = lambda network, images, targets, quality: seen.append(quality) or forward(network, images, targets, quality)
+    module.sanm.forward = lambda network, images, targets, quality: (
+        seen.append(quality) or forward(network, images, targets, quality)
+    )
     trainer(1).fit(module, data())
     shares = set(module.selection.share.tolist())
     assert all(set(quality.tolist()) <= shares for quality in seen)

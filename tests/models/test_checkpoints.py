@@ -46,7 +46,7 @@ def test_what_is_missing_is_listed(tmp_path):
     gone = "stages.0.conv1.weight"
     del weights[gone]
     torch.save(weights, tmp_path / "file.pt")
-    assert [name for name in load_weights(network(2), tmp_path / "file.pt").missing] == [f"network.{gone}"]
+    assert list(load_weights(network(2), tmp_path / "file.pt").missing) == [f"network.{gone}"]
 
 
 def test_another_width_is_refused(tmp_path):

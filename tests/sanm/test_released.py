@@ -20,7 +20,13 @@ RELEASED = {
 
 
 class TestCornerBox:
-    @given(st.integers(2, 12), st.integers(2, 12), st.floats(0, 1, width=32), st.floats(0.5, 2, width=32), st.integers(0, 99))
+    @given(
+        st.integers(2, 12),
+        st.integers(2, 12),
+        st.floats(0, 1, width=32),
+        st.floats(0.5, 2, width=32),
+        st.integers(0, 99),
+    )
     def test_against_a_loop(self, height, width, ratio, aspect, seed):
         activation = torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed))
         box = mask_box(activation, torch.tensor([ratio]), torch.tensor([aspect]), anchor="corner")
@@ -35,8 +41,8 @@ class TestCornerBox:
             expected[top : top + rows, left : left + columns] = True
         assert torch.equal(inside_box(box, (height, width))[0, 0], expected)
         up, down, across, right = box[0].tolist()
-        assert 0 <= up
-        assert 0 <= across
+        assert up >= 0
+        assert across >= 0
         assert down <= height
         assert right <= width
 
@@ -68,9 +74,12 @@ class TestSpread:
     def test_is_the_papers_with_another_ratio(self):
         targets = F.one_hot(torch.tensor([1, 3]), 5).float()
         ratio = torch.tensor([0.1, 0.4])
-        torch.testing.assert_close(
-            regularize_labels(targets, ratio * 0.8, spread="others"), regularize_labels(targets, ratio)
-        ), "r (C - 1) / C"
+        (
+            torch.testing.assert_close(
+                regularize_labels(targets, ratio * 0.8, spread="others"), regularize_labels(targets, ratio)
+            ),
+            "r (C - 1) / C",
+        )
 
     def test_another_word_is_refused(self):
         with pytest.raises(ValueError, match="spread 'all' or 'others'"):
@@ -101,7 +110,10 @@ class TestTwoCopies:
         sanm, net = built(**{**RELEASED, "ratio": "fixed", "mu": 0.5, "area": 1.0, "ratio_range": None}, seed=0)
         images, targets, quality = batch()
         views = sanm(net, images, targets, quality)
-        fills = [view[:, inside_box(box[None], tuple(images.shape[2:]))[0, 0]][:, 0] for view, box in zip(views.images, views.box, strict=True)]
+        fills = [
+            view[:, inside_box(box[None], tuple(images.shape[2:]))[0, 0]][:, 0]
+            for view, box in zip(views.images, views.box, strict=True)
+        ]
         assert len({tuple(fill.tolist()) for fill in fills}) == 12
 
     def test_the_reconstruction_is_the_mean_over_copies(self):

@@ -1,0 +1,131 @@
+"""Each batched operation against torchvision's function on single images."""
+
+import math
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as V
+
+from sanm_lightning.data.operations import OPERATIONS, affine, cutout, resized_crop
+
+B = 24
+
+
+@pytest.fixture(params=[(32, 32), (20, 13)], ids=["square", "not square"])
+def images(request) -> torch.Tensor:
+    """Noise, smooth images, and flat ones."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(B, 3, *request.param, generator=generator)
+    coarse = torch.rand(B, 3, 3, 3, generator=generator)
+    noise[8:16] = torch.nn.functional.interpolate(coarse, size=request.param, mode="bilinear")[8:16]
+    noise[16:20] = noise[16:20, :, :1, :1]
+    return (noise * 255).round().to(torch.uint8)
+
+
+def drawn(low: float, high: float, seed: int = 1) -> torch.Tensor:
+    return low + (high - low) * torch.rand(B, generator=torch.Generator().manual_seed(seed))
+
+
+def sheared(image: torch.Tensor, x: float, y: float) -> torch.Tensor:
+    degrees = [math.degrees(math.atan(slope)) for slope in (x, y)]
+    return V.affine(image, 0.0, [0, 0], 1.0, degrees, center=[0, 0])
+
+
+SINGLE = {
+    "identity": (lambda x, a: x, (0, 1), 0),
+    "autocontrast": (lambda x, a: V.autocontrast(x), (0, 1), 0),
+    "equalize": (lambda x, a: V.equalize(x), (0, 1), 0),
+    "invert": (lambda x, a: V.invert(x), (0, 1), 0),
+    "grey": (lambda x, a: V.rgb_to_grayscale(x, 3), (0, 1), 0),
+    "brightness": (V.adjust_brightness, (0, 2), 1),
+    "saturation": (V.adjust_saturation, (0, 2), 1),
+    "contrast": (V.adjust_contrast, (0, 2), 1),
+    "sharpness": (V.adjust_sharpness, (0, 2), 1),
+    "hue": (V.adjust_hue, (-0.5, 0.5), 1),
+    "posterize": (lambda x, a: V.posterize(x, round(a)), (0, 8), 0),
+    "solarize": (V.solarize, (0, 255), 0),
+    "rotate": (V.rotate, (-40, 40), 0),
+    "shear_x": (lambda x, a: sheared(x, a, 0), (-0.4, 0.4), 0),
+    "shear_y": (lambda x, a: sheared(x, 0, a), (-0.4, 0.4), 0),
+    "translate_x": (lambda x, a: V.affine(x, 0.0, [round(a), 0], 1.0, [0.0, 0.0]), (-9, 9), 0),
+    "translate_y": (lambda x, a: V.affine(x, 0.0, [0, round(a)], 1.0, [0.0, 0.0]), (-9, 9), 0),
+}
+"""Name -> torchvision's function of one image and one amount, the range of amounts, grey levels that rounding may part."""
+
+
+def near(views: torch.Tensor, expected: torch.Tensor, levels: int, share: float = 0.001) -> None:
+    """Compare bytes: all within ``levels``, or, where a pixel may be another one, all but ``share`` of them equal."""
+    away = (views.int() - expected.int()).abs()
+    assert int((away > levels).sum()) <= share * away.numel()
+
+
+def test_every_operation_is_compared():
+    assert set(SINGLE) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_equals_torchvision_image_by_image(name, images):
+    single, (low, high), levels = SINGLE[name]
+    amount = drawn(low, high)
+    if name in ("posterize", "translate_x", "translate_y"):
+        amount = amount.round()
+    before = images.clone()
+    views = OPERATIONS[name](images, amount)
+    expected = torch.stack([single(image, float(a)) for image, a in zip(images, amount, strict=True)])
+    assert views.dtype == torch.uint8
+    moves = name in ("rotate", "shear_x", "shear_y")  # the edge between two pixels is met by rounding
+    near(views, expected, levels, 0.001 if moves else 0)
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("name", ["brightness", "saturation", "contrast", "sharpness"])
+def test_a_factor_of_one_changes_nothing(name, images):
+    near(OPERATIONS[name](images, torch.ones(B)), images, 0 if name in ("brightness", "sharpness") else 1, 0)
+
+
+def test_images_too_small_to_be_smoothed_stay():
+    tiny = torch.randint(256, (B, 3, 2, 5), dtype=torch.uint8)
+    assert torch.equal(OPERATIONS["sharpness"](tiny, drawn(0, 2)), tiny)
+
+
+def test_an_affine_map_of_all_parts_equals_torchvision(images):
+    parts = [
+        drawn(-30, 30, 1),
+        drawn(-5, 5, 2).round(),
+        drawn(-5, 5, 3).round(),
+        drawn(0.6, 1.5, 4),
+        drawn(-20, 20, 5),
+        drawn(-20, 20, 6),
+    ]
+    expected = [
+        V.affine(image, float(a), [int(x), int(y)], float(s), [float(h), float(v)])
+        for image, a, x, y, s, h, v in zip(images, *parts, strict=True)
+    ]
+    near(affine(images, *parts), torch.stack(expected), 0)
+
+
+def test_a_resized_crop_equals_torchvision(images):
+    height, width = images.shape[2:]
+    rows, columns = drawn(1, height, 1).round().long(), drawn(1, width, 2).round().long()
+    top, left = (drawn(0, 1, 3) * (height - rows + 1)).long(), (drawn(0, 1, 4) * (width - columns + 1)).long()
+    views = resized_crop(images, top, left, rows, columns)
+    for image, view, *window in zip(images, views, top, left, rows, columns, strict=True):
+        asked = [int(part) for part in window]
+        exact = V.resized_crop(image.float(), *asked, [height, width], antialias=True)
+        assert float((view - exact).abs().max()) <= 0.51
+        near(view, V.resized_crop(image, *asked, [height, width], antialias=True), 1, 0)
+
+
+def test_the_whole_image_is_a_resized_crop_of_itself(images):
+    zero, ones = torch.zeros(B, dtype=torch.long), torch.ones(B, dtype=torch.long)
+    assert torch.equal(resized_crop(images, zero, zero, ones * images.shape[2], ones * images.shape[3]), images)
+
+
+def test_a_square_is_cut_out_and_clipped_at_the_border(images):
+    height, width = images.shape[2:]
+    row, column = drawn(0, height - 1).long(), drawn(0, width - 1, 2).long()
+    views = cutout(images, row, column, 8)
+    for image, view, r, c in zip(images, views, row.tolist(), column.tolist(), strict=True):
+        expected = image.clone()
+        expected[:, max(0, r - 4) : r + 4, max(0, c - 4) : c + 4] = 127
+        assert torch.equal(view, expected)
