@@ -1,0 +1,203 @@
+"""No training step waits for the device.
+
+There is no GPU here, so the step runs on tensors that only say they are on one (``FakeTensorMode``: shapes and devices, no
+numbers). Whoever asks such a tensor for a number, or for as many elements as a condition is true for, gets an exception; a copy
+to the CPU is looked for here. Not run here: SSR, whose step draws on the CPU in between, and the backward passes.
+"""
+
+import contextlib
+import importlib
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sanm_lightning import SANM, methods
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.methods.mixup import Mixed
+from sanm_lightning.per_sample import SampleBank, TargetBank
+from sanm_lightning.sanm.quality import LabelQuality
+
+N, B, C = 64, 8, 4
+SMALL = {
+    "network": "small_cnn",
+    "network_args": {"width": 4},
+    "num_classes": C,
+    "image_size": (16, 16),
+    "warmup_epochs": 0,
+}
+SANMS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {
+        "place": "energy",
+        "ratio": "affine",
+        "regions": "peak_and_trough",
+        "anchor": "corner",
+        "area": 0.5,
+        "spread": "others",
+        "fill": "channel",
+    },
+    "random": {"place": "random", "ratio": "random", "evidence": "margin", "history": 0.5},
+    "two levels, unmasked too": {"ratio": "two_level", "keep_unmasked": True, "batch_statistics": False},
+}
+
+
+class NoCopyBack(TorchDispatchMode):
+    """Refuse what waits and has a known shape: a copy to the CPU, and a condition as an index."""
+
+    def __torch_dispatch__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.device.type == "cuda"]
+        assert not (given and isinstance(out, torch.Tensor) and out.device.type == "cpu"), f"{func} copies to the CPU"
+        if "index" in str(func):
+            indices = [part for arg in args if isinstance(arg, list) for part in arg if isinstance(part, torch.Tensor)]
+            assert all(part.dtype != torch.bool for part in indices), f"{func} counts a condition"
+        return out
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Move a module to the GPU that is not there, and keep away what needs a real one."""
+    monkeypatch.setattr(torch.random, "fork_rng", lambda *args, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: contextlib.nullcontext())
+
+    def move(module: nn.Module) -> None:
+        for part in module.modules():
+            for name, value in list(part._parameters.items()):
+                if value is not None:
+                    part._parameters[name] = nn.Parameter(torch.empty(value.shape, device="cuda"), value.requires_grad)
+            for name, value in list(part._buffers.items()):
+                if value is not None:
+                    part._buffers[name] = torch.empty(value.shape, device="cuda", dtype=value.dtype)
+            names = part._names if isinstance(part, (SampleBank, TargetBank)) else ()
+            for name in (*names, *(["quality"] if isinstance(part, LabelQuality) else [])):
+                setattr(part, name, torch.empty(getattr(part, name).shape, device="cuda"))
+
+    def without_generators(*_: Any) -> None:
+        return None
+
+    for name in ("sanm.module", "methods.base"):
+        monkeypatch.setattr(importlib.import_module(f"sanm_lightning.{name}"), "derived_generator", without_generators)
+    return move
+
+
+def ready(name: str, monkeypatch: Any, sanm: SANM | None = None, **options: Any) -> Any:
+    """Build a method that believes to be in the second epoch of a fit."""
+    torch.manual_seed(0)
+    module = getattr(methods, name)(**SMALL, **options, sanm=sanm)
+    trainer = types.SimpleNamespace(current_epoch=1, global_step=9, num_training_batches=8, world_size=1, global_rank=0)
+    trainer.fit_loop = trainer.datamodule = None
+    monkeypatch.setattr(type(module), "trainer", trainer)
+    monkeypatch.setattr(type(module), "current_epoch", 1)
+    monkeypatch.setattr(type(module), "global_step", 9)
+    for part in module.modules():
+        if isinstance(part, LabelQuality):
+            part.resize(N)
+        if isinstance(part, TargetBank):
+            part.resize(N)
+    return module
+
+
+def mixed_without_draws(images, targets, generator, alpha, larger_half=True):
+    """Stand in for mixup, whose draws are made and read on the CPU."""
+    mixed = Mixed(images, targets, 0.7, torch.arange(len(images), device=images.device).flip(0))
+    return mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+
+def batch() -> NoisyBatch:
+    labels = torch.zeros(B, dtype=torch.int64, device="cuda")
+    return NoisyBatch(torch.rand(B, 3, 16, 16, device="cuda"), labels, torch.arange(B, device="cuda"), labels)
+
+
+def step(module: Any, move: Any, run: Any) -> torch.Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=True), NoCopyBack():
+        move(module)
+        loss = run()
+        assert loss.device.type == "cuda"
+        assert loss.ndim == 0
+        return loss
+
+
+@pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
+@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus"])
+def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
+    sanm = SANM(seed=0, **options)
+    module = ready(name, monkeypatch, sanm)
+    monkeypatch.setattr(importlib.import_module("sanm_lightning.methods.elr_plus"), "mixup", mixed_without_draws)
+    loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    assert loss.requires_grad
+    assert "quality" in sanm.last
+
+
+@pytest.mark.parametrize("sanm_views", ["all", "first"])
+@pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
+def test_a_step_of_dividemix_asks_the_device_nothing(options, sanm_views, on_gpu, monkeypatch):
+    """With the orders of the epoch drawn, which is done once, on the CPU."""
+    module = ready("DivideMix", monkeypatch, SANM(seed=0, **options), sanm_views=sanm_views)
+    monkeypatch.setattr(importlib.import_module("sanm_lightning.methods.dividemix"), "mixup", mixed_without_draws)
+    monkeypatch.setattr(
+        type(module), "views", lambda self, index, generator, *policies: [batch().images for _ in policies]
+    )
+    module.trainer.datamodule = types.SimpleNamespace(batch_size=B, batch=lambda split, index: batch())
+
+    def run():
+        half = torch.arange(B // 2, device="cuda")
+        module._drawn = (1, [(half, half), (half, half)])
+        module.division.clean = torch.empty(2, N, device="cuda")
+        return module.training_step(batch(), 0)
+
+    assert step(module, on_gpu, run).requires_grad
+
+
+def test_the_gradient_of_cdr_asks_the_device_nothing(on_gpu, monkeypatch):
+    module = ready("CDR", monkeypatch, noise_rate=0.5)
+
+    def run():
+        for parameter in module.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        module.on_before_optimizer_step(None)
+        return module.network.get_classifier().weight.grad.sum()
+
+    step(module, on_gpu, run)
+
+
+def test_a_loss_that_is_not_finite_is_noted_without_asking(on_gpu, monkeypatch):
+    module = ready("CrossEntropy", monkeypatch)
+
+    def run():
+        loss = torch.zeros((), device="cuda")
+        module.on_before_backward(loss)
+        return loss
+
+    step(module, on_gpu, run)
+
+
+@pytest.mark.parametrize("ask", [bool, float, lambda loss: loss.tolist(), lambda loss: loss[None].nonzero()])
+def test_whoever_asks_is_found(ask, on_gpu, monkeypatch):
+    module = ready("CrossEntropy", monkeypatch)
+
+    def run():
+        loss = torch.zeros((), device="cuda")
+        ask(loss)
+        return loss
+
+    with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+        step(module, on_gpu, run)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.masked_fill_(x > 0, 1)[x > 0].sum()]
+)
+def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
+    module = ready("CrossEntropy", monkeypatch)
+
+    def run():
+        ask(torch.zeros(3, device="cuda"))
+        return torch.zeros((), device="cuda")
+
+    with pytest.raises((AssertionError, DynamicOutputShapeException)):
+        step(module, on_gpu, run)
