@@ -66,4 +66,8 @@ class C2D(DivideMix):
             )
         for network, _, _ in self.pairs:
             report = load_weights(network, self.pretrained)
-        rank_zero_info(f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network")
+        missing = f"; not found in it: {', '.join(report.missing)}" if report.missing else ""
+        rank_zero_info(
+            f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network "
+            f"({', '.join(report.matched[:3])}, ...){missing}"
+        )
