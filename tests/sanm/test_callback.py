@@ -873,7 +873,9 @@ class TestNoWaiting:
         class Profiled(L.Callback):
             def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
                 if trainer.global_step == 5:
-                    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                    with torch.profiler.profile(
+                        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+                    ) as profile:
                         pl_module.training_step(batch, 0)
                     asked.update({event.key: event.count for event in profile.key_averages()})
 
