@@ -526,6 +526,15 @@ class TestLabelsReadAsIndices:
         assert module.updates == 0
         assert_same(before, weights(module))
 
+    @pytest.mark.parametrize("predicted", range(CLASSES))
+    def test_are_found_whatever_the_network_predicts(self, predicted: int) -> None:
+        """One image of class 1 counts as one hit read either way: a rehearsal takes two at least."""
+        module = Stepping(count)
+        with torch.no_grad():
+            module.net.fc.bias[predicted] += 100
+        with pytest.raises(MisconfigurationException, match="reads its labels as class indices"):
+            fit(module, SANMCallback(), data=pairs(batch_size=1))
+
     @pytest.mark.parametrize("step", [accuracy, count, metric_logged, metric_updated, nll, picked])
     def test_run_where_labels_are_left_alone(self, step: Any) -> None:
         module = Stepping(step)
