@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import sanm_lightning.data
@@ -17,6 +19,8 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
 from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
+from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
 
 __all__ = ["SANMCLI", "main"]
 
@@ -30,6 +34,44 @@ class SANMCLI(LightningCLI):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and keep a way to tell what was given from what is a default."""
+        super().parse_arguments(parser, args)
+        self._given = functools.partial(parser.parse_args, args, defaults=False)
+
+    def _parse_ckpt_path(self) -> None:
+        """Let the checkpoint say what nobody gave; Lightning would let it overrule what was given, too."""
+        part = self.config.get(self.config.get("subcommand") or "") or {}
+        self._settings = {name: plain(part.get(name)) for name in ("model", "data", "seed_everything", "trainer")}
+        path = part.get("ckpt_path")
+        if not path or not Path(path).exists():
+            return  # a keyword such as "last", which the trainer resolves; RunSettings compares then
+        checkpoint = read_checkpoint(path)
+        then, given = settings_of(checkpoint), plain(self._given()).get(self.config.subcommand) or {}
+        fitting = self.config.subcommand == "fit"
+        now = {"model": given.get("model")}
+        if fitting:  # a trained model may be evaluated on whatever data
+            now |= {"data": self._settings["data"], "seed_everything": given.get("seed_everything")}
+        refuse_other_settings(now, then)
+        if fitting and "settings" not in checkpoint and given.get("model"):
+            rank_zero_warn(
+                f"{str(path)!r} does not say which settings it was made with: learning rate, momentum and the state of the "
+                "schedule are the checkpoint's, whatever was given"
+            )
+        if fitting and then.get("seed_everything") is not None:
+            part["seed_everything"] = then["seed_everything"]
+        self._settings.update({name: then[name] for name in ("model", "seed_everything") if then.get(name) is not None})
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Make the trainer; its checkpoints hold the settings, and are written whole or not at all."""
+        callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody asked for another one
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
 
 
 def _read(data: L.LightningDataModule, name: str) -> Any:
@@ -91,13 +133,16 @@ def entry_point() -> None:
 
     ``SANM_TRACEBACK=1`` shows the traceback.
     """
-    mistakes = (ValueError, FileNotFoundError, MisconfigurationException)
     try:
         main()
-    except mistakes as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise
-        while isinstance(error.__cause__, mistakes):  # the parser wraps the sentence in the whole configuration
-            error = error.__cause__
-        print(f"sanm: {error}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"sanm: {_sentence(error)}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+def _sentence(error: BaseException) -> str:
+    while error.__cause__ is not None and str(error).startswith("Does not validate"):
+        error = error.__cause__  # the parser wraps the sentence in the whole configuration
+    return str(error)

@@ -11,6 +11,8 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.functional.classification import binary_auroc
 
+from sanm_lightning.safe_files import require_folder, write_whole
+
 __all__ = ["RunRecord", "label_quality_auc"]
 
 
@@ -52,6 +54,21 @@ class RunRecord(L.Callback):
         self.accuracies: dict[int, float] = {}
         self._seconds = 0.0
         self._started = 0.0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run directory, or one of checkpoints, that cannot be written.
+
+        Raises:
+            OSError: before training; at its end everything would be lost.
+        """
+        places = [self._directory(trainer)]  # every rank asks, the answer is broadcast
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            places += [
+                Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))
+            ]
+            for place in places:
+                if "://" not in str(place):
+                    require_folder(place)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the labels and say how wrong they are."""
@@ -123,7 +140,6 @@ class RunRecord(L.Callback):
 @rank_zero_only
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` so that a crash leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    text = json.dumps(content, indent=2) + "\n"
+    with write_whole(path) as file:
+        file.write(text.encode())

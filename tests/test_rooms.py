@@ -12,7 +12,7 @@ ALLOWED = {
     "random_streams.py": set(),
     "per_sample.py": {"random_streams"},
     "sanm": {"random_streams", "per_sample", "sanm"},
-    "data": {"batch", "data"},
+    "data": {"batch", "data", "safe_files"},
     "models": {"models"},
     "methods": {"batch", "per_sample", "random_streams", "sanm", "models", "methods"},
 }

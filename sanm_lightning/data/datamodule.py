@@ -1,7 +1,5 @@
 """The data module that all data sets share: labels, splits, loaders, and the look-up and augmentation on the device."""
 
-import os
-import tempfile
 import zlib
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.data.loader import ImageDataset, IndexLoader, seeded_generator
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.data.policies import augment
+from sanm_lightning.safe_files import write_whole
 
 __all__ = ["NoisyDataModule", "Source"]
 
@@ -237,6 +236,7 @@ class NoisyDataModule(L.LightningDataModule):
 
         Raises:
             ValueError: the name does not end in ``.npz``.
+            OSError: the file cannot be written; what was there before is untouched.
         """
         path = Path(path)
         if path.suffix != ".npz":
@@ -252,16 +252,8 @@ class NoisyDataModule(L.LightningDataModule):
         }
         if split.true_labels is not None:
             arrays["true_labels"] = split.true_labels.numpy()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez_compressed(file, **arrays)
-            os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with write_whole(path) as file:
+            np.savez_compressed(file, **arrays)
 
     # Splits --------------------------------------------------------------------------------------------------------
 
@@ -292,14 +284,20 @@ class NoisyDataModule(L.LightningDataModule):
         return {"seed": self.seed, "labels": self._check_sum() if "train" in self._splits else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the seed of the run that is resumed, unless a seed was given, and compares the labels.
+        """Takes over the seed of the run that is resumed, and compares the labels.
 
         Raises:
-            ValueError: training is resumed on other labels than it was begun with.
+            ValueError: training is resumed on other labels than it was begun with, or another seed was given: the order
+                of the samples depends on it.
         """
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return  # a trained model may be tested on whatever data
-        if not self._seed_is_given and state_dict["seed"] != self.seed:
+        if state_dict["seed"] != self.seed:
+            if self._seed_is_given:
+                raise ValueError(
+                    f"The seed of the data must be that of the run that is resumed, {state_dict['seed']}, got {self.seed}: "
+                    "give the same, or none."
+                )
             self._restart_from_seed(state_dict["seed"])
         if state_dict["labels"] not in (None, self._check_sum()):
             raise ValueError(

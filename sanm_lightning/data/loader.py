@@ -133,18 +133,31 @@ class IndexLoader:
 
     def state_dict(self) -> dict[str, int]:
         """The epoch and the number of its batches that have been served; the same in every process."""
-        return {"epoch": self._epoch, "batches": self._served}
+        return {
+            "epoch": self._epoch,
+            "batches": self._served,
+            "of": len(self),
+            "batch_size": self.batch_size,
+            "processes": self.world_size,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where the state was taken: the next iteration serves the rest of the epoch.
 
         Raises:
-            ValueError: the state is not one of this loader.
+            ValueError: the state is not one of this loader, or was taken in mid-epoch with other batches: then no place in
+                this loader's epoch has the same samples behind it.
         """
         if not {"epoch", "batches"} <= state.keys():
             raise ValueError(
                 f"The state of the loader must hold 'epoch' and 'batches', got {sorted(state)}: resume from a "
                 "checkpoint that was written with this loader."
+            )
+        before = state.get("batch_size", self.batch_size), state.get("processes", self.world_size)
+        if 0 < state["batches"] < state.get("of", len(self)) and before != (self.batch_size, self.world_size):
+            raise ValueError(
+                f"A checkpoint from the middle of an epoch must be resumed with its batch size of {before[0]} on {before[1]} "
+                f"processes, got {self.batch_size} on {self.world_size}: give the same, or a checkpoint from an epoch's end."
             )
         self._epoch, self._served = int(state["epoch"]), int(state["batches"])
         self._skip = self._served

@@ -1,12 +1,13 @@
 """What every method for learning with noisy labels shares: a network, targets, label quality, metrics, an optimizer."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,6 +100,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self._begun = -1  # the epoch that begin_epoch was called for last
         self._bad_step: Tensor | None = None  # step of the first loss that was not finite, or -1; stays on the device
         self._resumed_stream: Tensor | None = None
+        self._schedule_steps: int | None = None  # length of a schedule that follows the trainer's
+        self._resumed_steps: int | None = None  # the same, in the checkpoint that training is resumed from
 
     # What a method calls
 
@@ -218,12 +221,46 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch that has begun and the global random stream (dropout); never write after a loss that was not finite."""
         self._require_finite()
-        checkpoint["method"] = {"begun": self._begun, "stream": torch.get_rng_state()}
+        checkpoint["method"] = {
+            "begun": self._begun,
+            "stream": torch.get_rng_state(),
+            "name": type(self).__name__,
+            "num_classes": self.num_classes,
+            "schedule_steps": self._schedule_steps,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` added."""
+        """Take over what :meth:`on_save_checkpoint` added.
+
+        Raises:
+            ValueError: training is resumed from a checkpoint of another method, or the number of classes is another one.
+        """
         state = checkpoint.get("method", {})
+        name, classes = state.get("name", type(self).__name__), state.get("num_classes", self.num_classes)
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if classes != self.num_classes or (fitting and name != type(self).__name__):
+            raise ValueError(
+                f"expected a checkpoint of {type(self).__name__} with {self.num_classes} classes, got one of {name} with "
+                f"{classes}; give the method and the data that it was made with"
+            )
         self._begun, self._resumed_stream = state.get("begun", -1), state.get("stream")
+        self._resumed_steps = state.get("schedule_steps") if fitting else None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take over weights and banks.
+
+        Raises:
+            ValueError: they are not those of such a method and network; torch lists every name, this says it in a sentence.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        except RuntimeError as error:
+            reasons = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+            raise ValueError(
+                f"expected the weights of {type(self).__name__} as it is built here, got others: {reasons[0][:200]}{more}; "
+                "give the method, the network and SANM that the checkpoint was made with"
+            ) from error
 
     def _evaluation_name(self, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", None) or ["val"]
@@ -267,6 +304,12 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             return optimizer
         if takes_total_steps(self.scheduler):
             steps = int(self.trainer.estimated_stepping_batches)
+            if self._resumed_steps not in (None, steps):
+                raise ValueError(
+                    f"expected a training of {self._resumed_steps} steps, the length of the checkpoint's learning-rate "
+                    f"schedule, got {steps}; give max_epochs, max_steps, batches and processes as they were, or begin a new run"
+                )
+            self._schedule_steps, self._resumed_steps = steps, None
             schedule = self.scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg]
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
