@@ -92,9 +92,10 @@ class RunRecord(L.Callback):
             self.accuracies[trainer.current_epoch] = float(accuracy)
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the final results."""
-        self._write(trainer, pl_module, trainer.current_epoch)
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the final results, when everything has taken in what the last epoch said."""
+        if stage == "fit":
+            self._write(trainer, pl_module, trainer.current_epoch)
 
     def results(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
         """Return the results so far, as plain Python."""

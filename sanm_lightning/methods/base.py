@@ -243,6 +243,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
                 f"expected a checkpoint of {type(self).__name__} with {self.num_classes} classes, got one of {name} with "
                 f"{classes}; give the method and the data that it was made with"
             )
+        if fitting:
+            owe_evaluation(checkpoint["loops"]["fit_loop"])
         self._begun, self._resumed_stream = state.get("begun", -1), state.get("stream")
         self._resumed_steps = state.get("schedule_steps") if fitting else None
 
@@ -313,6 +315,28 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             schedule = self.scheduler(optimizer, total_steps=steps)  # type: ignore[call-arg]
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
         return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
+
+
+def owe_evaluation(loops: dict[str, Any]) -> None:
+    """Let a run that is resumed from the last step of an epoch begin with the evaluation that this epoch still has before it.
+
+    Lightning leaves out the rest of such an epoch, and a figure is missing. What is written here is the state that it saves
+    in the evaluation itself, before its first batch.
+
+    Args:
+        loops: the state of the fit loop in a checkpoint; changed where the checkpoint was written by ``on_train_batch_end`` of
+            the last batch of an epoch, and left alone otherwise.
+    """
+    train, evaluation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    total = train["total"]
+    at_its_end = total["completed"] + 1 == total["processed"] == total["started"] == total["ready"]
+    if not (train["is_last_batch"] and at_its_end):
+        return
+    for counts in (total, train["current"]):
+        counts["completed"] += 1
+    evaluation["total"].update(ready=1, started=1, processed=0, completed=0)
+    evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
+    evaluation["is_last_batch"] = False
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ class TwoNetworks(NoisyLabelModule):
             self.sanm2.label_quality.refresh()
         super().on_train_batch_start(batch, batch_idx)
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
         """Take the last epoch's evidence in."""
         if self.sanm2.enabled:
             self.sanm2.label_quality.refresh()

@@ -387,8 +387,11 @@ class SANMCallback(L.Callback):
         for name, value in figures.items():
             pl_module.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the last epoch's evidence in, so that the final quality speaks of the final network."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the last epoch's evidence in, so that the final quality speaks of the final network.
+
+        Here and not at the end of training, which a run that is resumed from its last checkpoint does not have.
+        """
         if self.sanm.enabled:
             self.sanm.label_quality.refresh()
 
