@@ -64,6 +64,21 @@ class SANMCLI(LightningCLI):
         self._settings.update({name: then[name] for name in ("model", "seed_everything") if then.get(name) is not None})
         super()._parse_ckpt_path()
 
+    def instantiate_classes(self) -> None:
+        """Make data, model and trainer; what they do not say themselves in a sentence is said here."""
+        part = self.config.get(self.subcommand) if self.subcommand else self.config
+        for name in ("trainer", "model", "data"):
+            if isinstance(part.get(name), (list, str, int, float)):
+                raise ValueError(f"expected options under {name!r}, got {part.get(name)!r}; see 'sanm fit --help'")
+        try:
+            super().instantiate_classes()
+        except (ValueError, OSError, MisconfigurationException):
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"expected settings that model, data and trainer can be made from, got {type(error).__name__}: {error}"
+            ) from error
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; its checkpoints hold the settings, and are written whole or not at all."""
         callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
@@ -143,6 +158,11 @@ def entry_point() -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    while error.__cause__ is not None and str(error).startswith("Does not validate"):
-        error = error.__cause__  # the parser wraps the sentence in the whole configuration
-    return str(error)
+    """Return what was meant for the user; the parser wraps it in the whole configuration."""
+    part = next((name for name in ("DataModule", "Module") if f"Lightning{name}'" in str(error)[:300]), "")
+    while error.__cause__ is not None and str(error).startswith(("Does not validate", "Problem with given class_path")):
+        error = error.__cause__
+    if isinstance(error, (ValueError, OSError)) or not part:
+        return str(error)
+    part = "data" if part == "DataModule" else "model"
+    return f"the {part} cannot be made from its settings under {part!r} ({type(error).__name__}: {error})"

@@ -224,7 +224,7 @@ def torture(method: str, kills: int, processes: int, data: dict[str, Any], epoch
         compare(whole, killed, processes)
     shutil.rmtree(place)
     return (
-        f"{method}, {processes} process(es): {done} kills over {runs} runs, {from_checkpoint} after a checkpoint, {drafts} drafts, "
+        f"{method}, {processes} process(es): {done} kills over {runs} runs, {from_checkpoint} with a checkpoint, {drafts} drafts, "
         f"all equal; uninterrupted {length:.1f} s, all of it {time.monotonic() - first:.0f} s"
     )
 

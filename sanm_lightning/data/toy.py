@@ -42,7 +42,7 @@ class Toy(NoisyDataModule):
         super().__init__(batch_size=batch_size, crop_padding=crop_padding, flip=flip, **kwargs)
         if min(num_samples, num_classes, image_size, num_test_samples) < 1:
             raise ValueError(
-                "Samples, classes, pixels and test samples must be 1 or more, got "
+                "num_samples, num_classes, image_size and num_test_samples must be 1 or more, got "
                 f"{num_samples}, {num_classes}, {image_size} and {num_test_samples}: choose larger numbers."
             )
         self._sizes = num_samples, num_test_samples

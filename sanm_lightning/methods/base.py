@@ -76,6 +76,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             )
         if image_size is None:
             raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
+        if not isinstance(network, (str, nn.Module)):
+            raise ValueError(f"expected a network: the name of a timm model, or a module, got {network!r}")
         if warmup_epochs < 0:
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
         super().__init__(sanm=SANM.off() if sanm is None else sanm)

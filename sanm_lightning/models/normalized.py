@@ -1,6 +1,7 @@
 """Normalisation as the first layer of a network: images stay in [0, 1] up to there."""
 
 import difflib
+import math
 from typing import Any
 
 import timm
@@ -25,7 +26,7 @@ class Normalized(nn.Module):
         std: standard deviation of each channel, positive.
 
     Raises:
-        ValueError: if there are not three of each, or a standard deviation is not positive.
+        ValueError: if there are not three of each, or a standard deviation is not positive, or one is not finite.
     """
 
     mean: Tensor
@@ -33,8 +34,8 @@ class Normalized(nn.Module):
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"expected three means and three positive standard deviations, got {mean} and {std}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
+            raise ValueError(f"expected three means and three positive standard deviations, got mean {mean} and std {std}")
         inner: Any = network
         self.network = inner
         self.num_features = int(inner.num_features)
@@ -81,14 +82,21 @@ def create_network(
         options: handed to ``timm.create_model``, as ``width``, ``pretrained``, ``drop_rate``.
 
     Raises:
-        ValueError: if timm knows no such model; the message lists the nearest names.
+        ValueError: if timm knows no such model; the message lists the nearest names. Or if it cannot be made with the options.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"expected the name of a timm model, got {name!r}" + (f"; near: {', '.join(near)}" if near else "")
         )
-    network: Any = timm.create_model(name, num_classes=num_classes, **options)
+    try:
+        network: Any = timm.create_model(name, num_classes=num_classes, **options)
+    except (TypeError, RuntimeError, MemoryError, OverflowError, ZeroDivisionError, AttributeError, AssertionError) as error:
+        # What a constructor makes of wrong options is as manifold as the constructors.
+        raise ValueError(
+            f"expected options that the network {name!r} can be made with, got num_classes {num_classes} and network_args "
+            f"{options} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+        ) from error
     if options.get("pretrained"):
         own = network.pretrained_cfg
         mean, std = mean or own["mean"], std or own["std"]
