@@ -1,5 +1,6 @@
 """What a run was asked for goes into its checkpoints, and a run that is resumed is asked for the same or says otherwise."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ def plain(value: Any) -> Any:
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(part) for part in value]
-    return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    if isinstance(value, os.PathLike):
+        return str(value)
+    named = value if hasattr(value, "__qualname__") else type(value)  # a function's own text holds its address
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def named(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -135,11 +135,16 @@ def attempt(content: dict[str, Any], name: str) -> tuple[str, str]:
 def names_the_key(what: str, said: str) -> bool:
     """Whether a sentence has the edited key in it, or the one above it, or what was written there."""
     path, _, _ = what.split(" ", 1)[1].partition(" = ")
-    words = [word for word in path.split(".") if word not in ("init_args", "class_path", "dict_kwargs") and not word.isdigit()]
+    words = [
+        word
+        for word in path.split(".")
+        if word not in ("init_args", "class_path", "dict_kwargs") and not word.isdigit()
+    ]
     wanted = words[-2:] + (["unknown"] if what.startswith("add") else [])
     sentence = said.split("error: ")[-1] if "error: " in said else said
     sentence = "\n".join(line for line in sentence.splitlines() if "Given value" not in line)  # repeats everything
-    return any(re.search(re.escape(word), sentence) for word in wanted)
+    sentence = sentence.removeprefix("sanm: ").split("(SANM_TRACEBACK")[0]
+    return any(re.search(rf"\b{re.escape(word)}\b", sentence) for word in wanted)
 
 
 def without_running() -> None:

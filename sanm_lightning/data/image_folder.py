@@ -13,6 +13,12 @@ from sanm_lightning.data.datamodule import NoisyDataModule, Source
 
 __all__ = ["ImageFolder", "read_image"]
 
+MAX_PIXELS = 2**26
+"""Pixels of the largest image that is decoded: a file of a few bytes can claim any size, and each takes 3 bytes or more."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises; the last one where warnings are errors."""
+
 
 class ImageFolder(NoisyDataModule):
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``, in any format and mode that Pillow reads.
@@ -131,13 +137,15 @@ def read_image(path: str | Path, side: int) -> Tensor:
         Shape (3, S, S), uint8.
 
     Raises:
-        ValueError: the file cannot be decoded; its name is given.
+        ValueError: the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; its name is given.
     """
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             upright = ImageOps.exif_transpose(image)
             rgb = _to_rgb(upright)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"The image {str(path)!r} cannot be decoded ({str(error).rstrip('.')}): replace or remove the file."
         ) from error

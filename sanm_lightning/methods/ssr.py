@@ -178,9 +178,15 @@ class SSR(NoisyLabelModule):
             self.predictor = _head(128, hidden)
 
     def on_train_start(self) -> None:
-        """Refuse a training set that is smaller than the number of neighbours."""
+        """Refuse a training set that is smaller than the number of neighbours, and batches of one."""
         super().on_train_start()
-        samples = int(self.trainer.datamodule.num_samples)  # type: ignore[attr-defined]
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        samples = int(data.num_samples)
+        if self.lambda_fc > 0 and data.batch_size < 2:
+            raise ValueError(
+                f"SSR expected a batch_size of 2 or more, got {data.batch_size}: the heads of its feature consistency "
+                "normalise over the batch; enlarge it, or set lambda_fc to 0"
+            )
         if samples < self.k:
             raise ValueError(
                 f"expected at least k = {self.k} training samples, one per neighbour, got {samples}; lower k"

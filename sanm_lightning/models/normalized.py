@@ -35,7 +35,9 @@ class Normalized(nn.Module):
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
-            raise ValueError(f"expected three means and three positive standard deviations, got mean {mean} and std {std}")
+            raise ValueError(
+                f"expected three means and three positive standard deviations, got mean {mean} and std {std}"
+            )
         inner: Any = network
         self.network = inner
         self.num_features = int(inner.num_features)
@@ -91,7 +93,15 @@ def create_network(
         )
     try:
         network: Any = timm.create_model(name, num_classes=num_classes, **options)
-    except (TypeError, RuntimeError, MemoryError, OverflowError, ZeroDivisionError, AttributeError, AssertionError) as error:
+    except (
+        TypeError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+        ZeroDivisionError,
+        AttributeError,
+        AssertionError,
+    ) as error:
         # What a constructor makes of wrong options is as manifold as the constructors.
         raise ValueError(
             f"expected options that the network {name!r} can be made with, got num_classes {num_classes} and network_args "

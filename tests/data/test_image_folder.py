@@ -1,5 +1,7 @@
 """Folders of images: every mode and format, and a sentence for everything that can be missing."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,30 @@ class TestReadImage:
         with pytest.raises(ValueError, match=r"broken\.png.*cannot be decoded") as error:
             read_image(path, SIDE)
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("side", [8200, 12_000, 30_000])  # Pillow says nothing, warns, refuses
+    def test_refuses_a_small_file_that_claims_a_huge_image(self, tmp_path: Path, side: int) -> None:
+        path = tmp_path / "bomb.png"
+        header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+        row = b"\0" * (side // 8 + 1)
+        with path.open("wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\n")
+            packed = zlib.compress(row * (side if side < 10_000 else 1), 9)
+            for kind, content in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")):
+                check = zlib.crc32(kind + content)
+                file.write(struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check))
+        assert path.stat().st_size < 200_000
+        with pytest.raises(ValueError, match=r"bomb\.png.*cannot be decoded .*pixels") as error:
+            read_image(path, SIDE)
+        assert "\n" not in str(error.value)
+
+    def test_decodes_up_to_that_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("sanm_lightning.data.image_folder.MAX_PIXELS", 16 * 16)
+        flat("RGB", (9, 9, 9), (16, 16)).save(tmp_path / "a.png")
+        assert (read_image(tmp_path / "a.png", SIDE) == 9).all()
+        flat("RGB", (9, 9, 9), (16, 17)).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match="16 x 17 pixels, more than 256"):
+            read_image(tmp_path / "a.png", SIDE)
 
 
 class TestImageFolder:
