@@ -142,6 +142,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     return kept[-1] if kept else None
 
 
+def written(folder: Path) -> int:
+    """Bytes of the first process's trace."""
+    trace = folder / "trace0.jsonl"
+    return trace.stat().st_size if trace.exists() else 0
+
+
 def steps(folder: Path, processes: int) -> list[dict[int, tuple[int, list[int]]]]:
     """For each process, epoch and samples of every step; a step that is taken again must have the same."""
     out = []
@@ -203,9 +209,13 @@ def torture(method: str, kills: int, processes: int, data: dict[str, Any], epoch
 
     whole = begin("whole")
     started = time.monotonic()
-    if not Launch(whole, processes, None).wait(1800):
+    life = Launch(whole, processes, None)
+    while not written(whole):
+        life.wait(0.01)
+    learning = time.monotonic()
+    if not life.wait(1800):
         raise RuntimeError("the uninterrupted run takes too long")
-    length = time.monotonic() - started
+    length, learned = time.monotonic() - started, time.monotonic() - learning
     first = time.monotonic()
     done, runs, from_checkpoint, drafts = 0, 0, 0, 0
     while done < kills:
@@ -213,9 +223,15 @@ def torture(method: str, kills: int, processes: int, data: dict[str, Any], epoch
         killed = begin(f"killed{runs}")
         while True:
             found = last_checkpoint(killed)
-            life = Launch(killed, processes, found)
+            before, life = written(killed), Launch(killed, processes, found)
             # Most lives end before the run does; a life must be long enough to reach the next checkpoint now and then.
-            if life.wait(draw.uniform(0.05, 1.0) * length if done < kills else 1800):
+            moment = draw.uniform(0.05, 1.0) * (length if processes == 1 else learned)
+            if processes > 1 and done < kills:  # starting them takes most of the time: count from the first step
+                while written(killed) == before and not (ended := life.wait(0.01)):
+                    pass
+                if ended:
+                    break
+            if life.wait(moment if done < kills else 1800):
                 break
             life.kill()
             done += 1
@@ -224,8 +240,8 @@ def torture(method: str, kills: int, processes: int, data: dict[str, Any], epoch
         compare(whole, killed, processes)
     shutil.rmtree(place)
     return (
-        f"{method}, {processes} process(es): {done} kills over {runs} runs, {from_checkpoint} with a checkpoint, {drafts} drafts, "
-        f"all equal; uninterrupted {length:.1f} s, all of it {time.monotonic() - first:.0f} s"
+        f"{method}, {processes} process(es): {done} kills over {runs} runs, {from_checkpoint} of them with a checkpoint and "
+        f"{drafts} with a draft, all equal; uninterrupted {length:.1f} s, all of it {time.monotonic() - first:.0f} s"
     )
 
 
