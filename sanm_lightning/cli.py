@@ -16,6 +16,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
+from sanm_lightning.relaunch import checkpoint_to_go_on_from
 from sanm_lightning.run_record import RunRecord
 
 __all__ = ["SANMCLI", "main"]
@@ -30,6 +31,13 @@ class SANMCLI(LightningCLI):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
+
+    def before_fit(self) -> None:
+        """Find the checkpoint of ``--ckpt_path last``, or refuse: Lightning would begin anew with a warning."""
+        asked = self.config_init[self.subcommand]
+        asked["ckpt_path"] = checkpoint_to_go_on_from(self.trainer, asked["ckpt_path"])
+
+    before_validate = before_test = before_predict = before_fit
 
 
 def _read(data: L.LightningDataModule, name: str) -> Any:

@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.schedules import takes_total_steps
 from sanm_lightning.models import create_network
-from sanm_lightning.random_streams import derived_generator, process_rank
+from sanm_lightning.random_streams import derived_generator, derived_seed, process_rank, several_processes
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM, Quality
 
@@ -178,6 +178,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Call :meth:`begin_epoch` once; here, since an epoch that is resumed has no start hook."""
         if self._begun != self.current_epoch:
+            self._share_statistics()  # whole-set passes are made by all processes together
+            if several_processes():  # seeded alike, they would drop out the same places of different images
+                torch.manual_seed(derived_seed(self.sanm.seed, process_rank(), self.current_epoch, 11))
             self.begin_epoch()
             self._begun = self.current_epoch
 
@@ -202,10 +205,33 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         if interval and (batch_idx + 1) % interval == 0:
             self._require_finite()
 
+    def _share_statistics(self) -> None:
+        """Give all processes the batch statistics of rank 0, those that a checkpoint holds. A collective.
+
+        DDP does so before each training forward, and not after the last one: evaluation would be by as many networks as there
+        are processes, and a resumed run would score with others than the run that went on.
+        """
+        if several_processes():
+            for buffer in self.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def on_validation_start(self) -> None:
+        """Let all processes evaluate one and the same network."""
+        self._share_statistics()
+
+    def on_train_end(self) -> None:
+        """Leave all processes with one and the same network."""
+        self._share_statistics()
+
     def _require_finite(self) -> None:
-        """Raise if a loss was not finite. Reads the device; the steps themselves do not."""
-        step = -1 if self._bad_step is None else int(self._bad_step)
-        if step >= 0:
+        """Raise, in every process, if a loss was not finite in any. Reads the device; the steps themselves do not."""
+        never = torch.iinfo(torch.int64).max
+        bad = torch.full((), -1) if self._bad_step is None else self._bad_step
+        first = torch.where(bad < 0, never, bad).to(self.device)
+        if several_processes():  # or one process would stop, and the others wait for it
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        step = int(first)
+        if step < never:
             raise ValueError(
                 f"the loss of {type(self).__name__} was NaN or infinite, first at step {step} (epoch {self.current_epoch} or "
                 "before); lower the learning rate, clip gradients, or look at the images"
@@ -216,14 +242,25 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self._require_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch that has begun and the global random stream (dropout); never write after a loss that was not finite."""
+        """Add the epoch that has begun and the global random stream (dropout), (ranks, bytes); never write after a loss that
+        was not finite.
+        """
         self._require_finite()
-        checkpoint["method"] = {"begun": self._begun, "stream": torch.get_rng_state()}
+        streams = [torch.get_rng_state()]
+        if several_processes():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, streams[0])
+            streams = gathered
+        checkpoint["method"] = {"begun": self._begun, "stream": torch.stack(streams)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over what :meth:`on_save_checkpoint` added."""
         state = checkpoint.get("method", {})
-        self._begun, self._resumed_stream = state.get("begun", -1), state.get("stream")
+        streams = state.get("stream")
+        self._begun = state.get("begun", -1)
+        # On more processes than before a stream is lacking, until the next epoch draws anew. Cloned: torch 2.14 ends with a
+        # segmentation fault when the state is a view.
+        self._resumed_stream = None if streams is None else streams[process_rank() % len(streams)].clone()
 
     def _evaluation_name(self, dataloader_idx: int) -> str:
         names = getattr(getattr(self.trainer, "datamodule", None), "eval_names", None) or ["val"]

@@ -76,6 +76,7 @@ class TwoNetworks(NoisyLabelModule):
 
     def on_train_end(self) -> None:
         """Take the last epoch's evidence in."""
+        super().on_train_end()
         if self.sanm2.enabled:
             self.sanm2.label_quality.refresh()
 

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -183,7 +184,8 @@ class SANMCallback(L.Callback):
             refreshed once per epoch, figures are logged.
 
     Raises:
-        MisconfigurationException: before the first update, if the module cannot be served; the sentence says why.
+        MisconfigurationException: before the first update, if the module cannot be served; the sentence says why. Strategies
+            that share out weights (FSDP, DeepSpeed, tensor parallelism) cannot be; DDP can.
     """
 
     def __init__(
@@ -207,7 +209,11 @@ class SANMCallback(L.Callback):
         """Wrap the step and size the decoder, before DDP and the optimizers are made."""
         if stage != "fit":
             return
+        _require_whole_weights(trainer, pl_module)
         self._unwrap()
+        parts = dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))])
+        for part in parts:  # without seed_everything every process has drawn a seed of its own
+            part.seed = trainer.strategy.broadcast(part.seed)
         data = getattr(trainer, "datamodule", None)
         num_samples = getattr(data, "num_samples", None)
         if self.sanm.enabled and isinstance(num_samples, int):
@@ -418,6 +424,19 @@ class SANMCallback(L.Callback):
         key = prefix + "label_quality.bank._extra_state"
         if key in state:
             state[key] = self.sanm.label_quality.bank.complete_state()
+
+
+def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Refuse strategies that leave each process a part of the weights.
+
+    Activation maps read the classifier's weights outside of the wrapped forward, parts of a network run by themselves, and
+    methods rank or average weights one by one: on parts of them that fails late, or not aloud.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} needs whole weights in every process, and {type(trainer.strategy).__name__} shares "
+            "them out; use --trainer.strategy ddp"
+        )
 
 
 # Batches

@@ -1,0 +1,257 @@
+"""What runs in each of the two processes of ``test_two_processes.py``: one launch, every fit.
+
+The processes are started as torchrun starts them (its environment variables), so ``strategy="ddp"`` is all that a trainer
+is told. Nobody seeds them: networks, data and streams agree because the library makes them agree. What a process has seen
+goes to a file, or the error with the name of its fit.
+"""
+
+import copy
+import os
+import socket
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import sanm_lightning.data.datamodule
+import sanm_lightning.methods.base
+import sanm_lightning.sanm.module
+from sanm_lightning import SANM, methods
+from sanm_lightning.models.pooled import PooledClassifier
+from sanm_lightning.models.small_cnn import SmallCNN
+from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
+from tests.methods.toy import data, trainer
+
+CASES = {f"{name}-{under}": (name, under == "sanm") for name in METHODS for under in ("alone", "sanm")}
+TRAIN, TEST, BATCH = 61, 21, 8  # odd: neither is a multiple of two processes
+EPOCHS, MIDDLE = 3, 6  # four steps an epoch, so the checkpoint lies within the second
+DDP = {"devices": 2, "strategy": "ddp"}
+
+
+class Dropping(SmallCNN):
+    """A network that draws from the global stream in training."""
+
+    def __init__(self) -> None:
+        super().__init__(num_classes=4, width=4)
+        self.drop = nn.Dropout(0.2)
+        self.dropped: list[int] = []
+
+    def forward_features(self, x):
+        features = super().forward_features(x)
+        kept = self.drop(torch.ones_like(features))
+        if self.drop.training:
+            self.dropped.append(hash(tuple(kept[0].flatten().tolist())))
+        return features * kept
+
+
+def build(name: str, sanm: bool, encoder: str) -> Any:
+    options = {**SMALL, **METHODS[name], "network": Dropping(), "network_args": None}
+    if "pretrained" in options:
+        options["pretrained"] = encoder
+    return getattr(methods, name)(sanm=SANM(mu=0.5) if sanm else None, **options)
+
+
+class Note(L.Callback):
+    """Note which samples this process trains on and evaluates, epoch by epoch."""
+
+    def __init__(self) -> None:
+        self.trained: dict[int, list[int]] = {}
+        self.evaluated: list[int] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.trained.setdefault(trainer.current_epoch, []).extend(batch.index.tolist())
+
+    def on_validation_start(self, trainer, pl_module):
+        self.evaluated = []
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *_):
+        self.evaluated.extend(batch.index.tolist())
+
+
+class Streams:
+    """Note the name of every random stream that masks, mixup, draws and views are taken from."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[tuple[int, ...]]] = {"masks": [], "method": [], "views": []}
+        self._listen(sanm_lightning.sanm.module, "derived_generator", "masks", lambda parts: len(parts) == 3)
+        self._listen(sanm_lightning.methods.base, "derived_generator", "method", lambda parts: len(parts) == 4)
+        self._listen(sanm_lightning.data.datamodule, "seeded_generator", "views", lambda parts: parts[1:2] == (3,))
+
+    def _listen(self, module, function, kind, wanted):
+        make = getattr(module, function)
+
+        def listening(*arguments):
+            parts = tuple(part for part in arguments if isinstance(part, int))
+            if wanted(parts):
+                self.names[kind].append(parts)
+            return make(*arguments)
+
+        setattr(module, function, listening)
+
+    def since_last(self) -> dict[str, list[tuple[int, ...]]]:
+        names = {kind: list(heard) for kind, heard in self.names.items()}
+        for heard in self.names.values():
+            heard.clear()
+        return names
+
+
+def state_of(module) -> dict[str, Any]:
+    """Everything a module keeps, as it is now: weights, statistics, and what it remembers of each sample."""
+    return copy.deepcopy(dict(module.state_dict()))
+
+
+@torch.no_grad()
+def accuracies(module, source) -> dict[str, float]:
+    """Of the module as it is, on the whole test set, by this process alone."""
+    module.eval()
+    batch = source.batch("test", torch.arange(TEST))
+    logits = {"test/acc": module(batch.images)}
+    if isinstance(module, methods.CoTeaching):
+        logits["test/acc_network2"] = module.network2(batch.images)
+    return {name: (rows.argmax(1) == batch.labels).float().mean().item() for name, rows in logits.items()}
+
+
+def every_method(rank: int, folder: Path, encoder: str, case: str, streams: Streams) -> dict[str, Any]:
+    torch.manual_seed(1000 + rank)
+    streams.since_last()
+    module, source, note = build(*CASES[case], encoder), unseeded(), Note()
+    middle, end = folder / f"{case}.middle.ckpt", folder / f"{case}.end.ckpt"
+    run = trainer(EPOCHS, callbacks=[note, AtStep(MIDDLE, middle)], log_every_n_steps=2, **DDP)
+    run.fit(module, source)
+    seen = {
+        "state": state_of(module),
+        "streams": streams.since_last(),
+        "trained": note.trained,
+        "evaluated": note.evaluated,
+        "orders": [[part.tolist() for part in pair] for pair in module._drawn[1]] if hasattr(module, "_drawn") else [],
+        "dropped": module.network.dropped,
+        "logged": {name: float(value) for name, value in run.callback_metrics.items()},
+        "alone": accuracies(module, source),
+    }
+    run.save_checkpoint(end)
+    seen["tested"] = trainer(**DDP).test(module, source, verbose=False)[0]
+    seen["predicted"] = torch.cat([part["index"] for part in trainer(**DDP).predict(module, source)]).tolist()
+
+    torch.manual_seed(2000 + rank)
+    again = build(*CASES[case], encoder)
+    trainer(EPOCHS, log_every_n_steps=2, **DDP).fit(again, unseeded(), ckpt_path=middle)
+    seen["resumed"] = state_of(again)
+    return seen
+
+
+def unseeded():
+    source = data(num_samples=TRAIN, num_test_samples=TEST, batch_size=BATCH, eval_batch_size=4, seed=None)
+    assert not source._seed_is_given
+    return source
+
+
+# Two processes of batch b against one of batch 2 b
+
+
+class Plain(PooledClassifier):
+    """A network without batch statistics, which would be those of half a batch."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 4)
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.reset_classifier(4)
+
+    def forward_features(self, x):
+        return torch.tanh(self.conv(x))
+
+
+class FixedViews(methods.SimCLR):
+    """Views that are a function of the image alone: the streams of two processes differ from that of one."""
+
+    def views(self, index, generator, *policies):
+        images = self.trainer.datamodule.batch("train", index).images
+        return [images, images.flip(-1)]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+MEANS = {
+    "SimCLR": (FixedViews, {"temperature": 0.1}),
+    "CrossEntropy": (methods.CrossEntropy, {}),
+    "CDR": (methods.CDR, {"noise_rate": 0.5}),
+    "ELR": (methods.ELR, {}),
+    "ELRPlus": (methods.ELRPlus, {"alpha": 0.0, "gamma": 0.5, "ema_ramp_steps": None}),
+    "CoTeaching": (methods.CoTeaching, {"forget_rate": 0.0}),
+}
+MEAN_CASES = [(name, under) for name in MEANS for under in ("alone", "sanm") if (name, under) != ("SimCLR", "sanm")]
+
+
+def negative(images, box, fill, generator):
+    """A fill that is a function of the image, in place of random numbers."""
+    inside = sanm_lightning.sanm.masking.inside_box(box, images.shape[-2:])
+    return torch.where(inside, 1 - images, images)
+
+
+def learn(name: str, under: str, batch_size: int, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Train a network without batch statistics, with views and masks that are functions of the image alone."""
+    torch.manual_seed(0)
+    kind, arguments = MEANS[name]
+    if under == "sanm":  # delta 1 leaves nothing to draw for the box
+        arguments = {**arguments, "sanm": SANM(mu=0.5, delta=1.0, seed=0), "warmup_epochs": 1}
+    module = kind(num_classes=4, image_size=(16, 16), network=Plain(), optimizer=sgd, **arguments)
+    before = {key: value.clone() for key, value in module.named_parameters()}
+    random_fill = sanm_lightning.sanm.module.apply_mask
+    sanm_lightning.sanm.module.apply_mask = negative
+    try:
+        source = data(track_test=False, batch_size=batch_size, crop_padding=0, flip=False)
+        trainer(3, **options).fit(module, source)
+    finally:
+        sanm_lightning.sanm.module.apply_mask = random_fill
+    return before, {key: value.detach() for key, value in module.named_parameters()}
+
+
+# The process
+
+
+def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
+    )  # fmt: skip
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    warnings.filters[:] = filters  # those of the test suite: warnings are errors
+    os.chdir(folder)
+    # A process that fails leaves the other one waiting: not for longer than this.
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    streams, found, doing = Streams(), {}, ""
+    try:
+        with empty_sets_allowed():
+            for doing in CASES:
+                found[doing] = every_method(rank, folder, encoder, doing, streams)
+            for name, under in MEAN_CASES:
+                doing = f"batch of half the size, {name}-{under}"
+                found[name, under] = learn(name, under, 8, **DDP)[1]
+    except BaseException:
+        found["error"] = f"{doing}, process {rank}:\n{traceback.format_exc()}"
+    torch.save(found, folder / f"process{rank}.pt")
+    sys.exit(0)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def launch(folder: Path, encoder: str) -> list[dict[Any, Any]]:
+    """Run both processes; return what each has seen."""
+    arguments = (free_port(), folder, encoder, list(warnings.filters))
+    torch.multiprocessing.spawn(work, arguments, nprocs=2)
+    return [torch.load(folder / f"process{rank}.pt", weights_only=True) for rank in (0, 1)]
