@@ -211,9 +211,16 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         DDP does so before each training forward, and not after the last one: evaluation would be by as many networks as there
         are processes, and a resumed run would score with others than the run that went on.
         """
-        if several_processes():
-            for buffer in self.buffers():
-                torch.distributed.broadcast(buffer, 0)
+        if not several_processes():
+            return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.buffers():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in kinds.values():  # one message for all of a kind
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            torch.distributed.broadcast(flat, 0)
+            for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def on_validation_start(self) -> None:
         """Let all processes evaluate one and the same network."""

@@ -181,7 +181,7 @@ class DivideMix(TwoNetworks):
     All other arguments are those of :class:`NoisyLabelModule`.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        ValueError: if an argument is out of its range, or there are fewer than 2 training samples.
     """
 
     needs_data_module = True
@@ -230,6 +230,15 @@ class DivideMix(TwoNetworks):
             -1,
             [],
         )  # epoch; labelled and unlabelled order per network
+
+    def on_train_start(self) -> None:
+        """Refuse a training set that cannot be divided."""
+        super().on_train_start()
+        samples = int(self.trainer.datamodule.num_samples)  # type: ignore[attr-defined]
+        if samples < 2:
+            raise ValueError(
+                f"{type(self).__name__} divides the training set in two and needs 2 samples or more, got {samples}"
+            )
 
     # Once per epoch: divide
 

@@ -139,7 +139,8 @@ class SSR(NoisyLabelModule):
     All other arguments are those of :class:`NoisyLabelModule`.
 
     Raises:
-        ValueError: if an argument is out of its range, or there are fewer training samples than neighbours.
+        ValueError: if an argument is out of its range, there are fewer training samples than neighbours, or (with
+            ``lambda_fc``) a batch has one sample only.
     """
 
     needs_data_module = True
@@ -178,12 +179,18 @@ class SSR(NoisyLabelModule):
             self.predictor = _head(128, hidden)
 
     def on_train_start(self) -> None:
-        """Refuse a training set that is smaller than the number of neighbours."""
+        """Refuse a training set that is smaller than the number of neighbours, and batches of one for the heads."""
         super().on_train_start()
         samples = int(self.trainer.datamodule.num_samples)  # type: ignore[attr-defined]
         if samples < self.k:
             raise ValueError(
                 f"expected at least k = {self.k} training samples, one per neighbour, got {samples}; lower k"
+            )
+        batch = min(self.trainer.datamodule.batch_size, -(-samples // self.trainer.world_size))  # type: ignore[attr-defined]
+        if self.lambda_fc > 0 and batch == 1:
+            raise ValueError(
+                "expected at least 2 samples per step and process for the batch norm in the heads of the feature consistency, "
+                "got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
             )
 
     # Once per epoch: relabel, vote, select

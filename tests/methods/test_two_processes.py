@@ -7,6 +7,7 @@ batch, mixup has one share per batch and partners within it, the prior penalty o
 batch's mean prediction, and SSR draws each process's selected samples at random. There a process's batch is the batch.
 """
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -178,3 +179,39 @@ def test_two_processes_take_the_steps_of_one_with_the_whole_batch(name, under, l
     assert "network.conv.weight" in learnt, "nothing was learned"
     assert under == "alone" or any("decoder" in key for key in learnt)
     torch.testing.assert_close(halves, whole, rtol=0, atol=1e-5)
+
+
+class TestEdges:
+    def test_fewer_samples_than_it_takes_are_repeated(self, launched):
+        for process in launched[1]:
+            assert process["edges"]["one training sample"] == (2, "")
+            assert process["edges"]["three training samples"] == (2, "")
+
+    def test_batches_of_one_and_a_share_of_no_test_sample_are_refused_before_training(self, launched):
+        for process in launched[1]:
+            steps, sentence = process["edges"]["batches of one"]
+            assert steps == 0
+            assert "at least 2 samples per step and process" in sentence
+            steps, sentence = process["edges"]["one test sample"]
+            assert steps == 0
+            assert sentence == "1 samples cannot be shared out over 2 processes: use at most 1."
+
+    def test_a_loss_that_is_not_a_number_in_one_process_stops_both(self, launched):
+        one, other = (process["edges"]["a loss that is not a number"] for process in launched[1])
+        assert one == other
+        assert one[0] == 2  # at the end of the first epoch
+        assert "the loss of NaNHere was NaN or infinite, first at step 2" in one[1]
+
+
+class TestCommandLine:
+    def test_a_relaunch_goes_on_in_the_run_directory_and_ends_as_the_whole_run(self, launched):
+        folder, found = launched
+        for process in found:
+            assert not differences(process["command line"]["again"], process["command line"]["whole"])
+        runs = folder / "here" / "lightning_logs"
+        assert [path.name for path in runs.iterdir()] == ["version_0"]
+        results = [json.loads((folder / root / "lightning_logs/version_0/results.json").read_text()) for root in ("here", "there")]
+        for result in results:
+            del result["seconds"]
+        assert results[0] == results[1]
+        assert results[0]["epochs"] == 3

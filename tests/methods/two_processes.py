@@ -24,6 +24,7 @@ import sanm_lightning.data.datamodule
 import sanm_lightning.methods.base
 import sanm_lightning.sanm.module
 from sanm_lightning import SANM, methods
+from sanm_lightning.cli import main
 from sanm_lightning.models.pooled import PooledClassifier
 from sanm_lightning.models.small_cnn import SmallCNN
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
@@ -31,7 +32,7 @@ from tests.methods.toy import data, trainer
 
 CASES = {f"{name}-{under}": (name, under == "sanm") for name in METHODS for under in ("alone", "sanm")}
 TRAIN, TEST, BATCH = 61, 21, 8  # odd: neither is a multiple of two processes
-EPOCHS, MIDDLE = 3, 6  # four steps an epoch, so the checkpoint lies within the second
+EPOCHS, MIDDLE = 2, 6  # four steps an epoch, so the checkpoint lies within the second
 DDP = {"devices": 2, "strategy": "ddp"}
 
 
@@ -123,7 +124,7 @@ def every_method(rank: int, folder: Path, encoder: str, case: str, streams: Stre
     streams.since_last()
     module, source, note = build(*CASES[case], encoder), unseeded(), Note()
     middle, end = folder / f"{case}.middle.ckpt", folder / f"{case}.end.ckpt"
-    run = trainer(EPOCHS, callbacks=[note, AtStep(MIDDLE, middle)], log_every_n_steps=2, **DDP)
+    run = trainer(EPOCHS, callbacks=[note, AtStep(MIDDLE, middle)], **DDP)
     run.fit(module, source)
     seen = {
         "state": state_of(module),
@@ -141,7 +142,7 @@ def every_method(rank: int, folder: Path, encoder: str, case: str, streams: Stre
 
     torch.manual_seed(2000 + rank)
     again = build(*CASES[case], encoder)
-    trainer(EPOCHS, log_every_n_steps=2, **DDP).fit(again, unseeded(), ckpt_path=middle)
+    trainer(EPOCHS, **DDP).fit(again, unseeded(), ckpt_path=middle)
     seen["resumed"] = state_of(again)
     return seen
 
@@ -203,7 +204,7 @@ def learn(name: str, under: str, batch_size: int, **options: Any) -> tuple[dict[
     if under == "sanm":  # delta 1 leaves nothing to draw for the box
         arguments = {**arguments, "sanm": SANM(mu=0.5, delta=1.0, seed=0), "warmup_epochs": 1}
     module = kind(num_classes=4, image_size=(16, 16), network=Plain(), optimizer=sgd, **arguments)
-    before = {key: value.clone() for key, value in module.named_parameters()}
+    before = {key: value.detach().clone() for key, value in module.named_parameters()}
     random_fill = sanm_lightning.sanm.module.apply_mask
     sanm_lightning.sanm.module.apply_mask = negative
     try:
@@ -212,6 +213,59 @@ def learn(name: str, under: str, batch_size: int, **options: Any) -> tuple[dict[
     finally:
         sanm_lightning.sanm.module.apply_mask = random_fill
     return before, {key: value.detach() for key, value in module.named_parameters()}
+
+
+# Too little for two processes, and a loss that only one of them sees
+
+
+class NaNHere(methods.CrossEntropy):
+    """A loss that is not a number in the second step of one process."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if batch_idx == 1 and self.global_rank == 1 else loss
+
+
+def edges() -> dict[str, Any]:
+    """What becomes of runs at the edge: how many steps were made, and the error's sentence."""
+
+    def run(module, **sizes) -> tuple[int, str]:
+        run = trainer(2, **DDP)
+        try:
+            run.fit(module, data(**sizes))
+        except ValueError as error:
+            return run.global_step, str(error)
+        return run.global_step, ""
+
+    small = {**SMALL, "warmup_epochs": 0}
+    return {
+        "one training sample": run(methods.CrossEntropy(**small), num_samples=1, num_test_samples=2),
+        "three training samples": run(methods.DivideMix(sanm=SANM(seed=0), **small), num_samples=3, num_test_samples=2),
+        "batches of one": run(methods.SSR(k=1, **small), num_samples=2, num_test_samples=2),
+        "one test sample": run(methods.CrossEntropy(**small), num_samples=4, num_test_samples=1),
+        "a loss that is not a number": run(NaNHere(**small), num_samples=48),
+    }
+
+
+# The command line, as torchrun starts it
+
+COMMAND = [
+    "fit", "--model", "CrossEntropy", "--model.network", "small_cnn", "--model.network_args", "{width: 4}",
+    "--model.sanm", "SANM", "--model.warmup_epochs", "1",
+    "--data", "Toy", "--data.num_samples", "33", "--data.num_test_samples", "9", "--data.batch_size", "8",
+    "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp",
+    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
+]  # fmt: skip
+
+
+def command_line() -> dict[str, Any]:
+    """Train by the command line, relaunch it with ``--ckpt_path last``, and train the whole in one go."""
+    sys.argv = ["sanm"]
+    main([*COMMAND, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "here"])
+    torch.distributed.barrier()
+    again = main([*COMMAND, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "here", "--ckpt_path", "last"])
+    whole = main([*COMMAND, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "there"])
+    return {"again": state_of(again.model), "whole": state_of(whole.model)}
 
 
 # The process
@@ -227,6 +281,7 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     warnings.filters[:] = filters  # those of the test suite: warnings are errors
+    warnings.filterwarnings("ignore", ".*tensorboardX.*")  # what Lightning says of its default logger
     os.chdir(folder)
     # A process that fails leaves the other one waiting: not for longer than this.
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
@@ -238,6 +293,10 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
             for name, under in MEAN_CASES:
                 doing = f"batch of half the size, {name}-{under}"
                 found[name, under] = learn(name, under, 8, **DDP)[1]
+            doing = "edges"
+            found["edges"] = edges()
+            doing = "command line"
+            found["command line"] = command_line()
     except BaseException:
         found["error"] = f"{doing}, process {rank}:\n{traceback.format_exc()}"
     torch.save(found, folder / f"process{rank}.pt")
