@@ -39,7 +39,11 @@ def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None) -> str | Non
     if asked not in ("last", "hpc"):
         return asked
     runs = _runs(trainer)
-    given = [Path(part.dirpath) for part in trainer.checkpoint_callbacks if isinstance(part, ModelCheckpoint) and part.dirpath]
+    given = [
+        Path(part.dirpath)
+        for part in trainer.checkpoint_callbacks
+        if isinstance(part, ModelCheckpoint) and part.dirpath
+    ]
     if asked == "hpc":
         searched, found = [root], signalled[-1:]
     else:

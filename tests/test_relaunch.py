@@ -83,7 +83,14 @@ class TestLast:
 
     def test_of_a_chosen_version_is_looked_for_there_only(self, monkeypatch, capsys):
         main(epochs(1))
-        chosen = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "here", "--trainer.logger.version", "mine"]
+        chosen = [
+            "--trainer.logger",
+            "CSVLogger",
+            "--trainer.logger.save_dir",
+            "here",
+            "--trainer.logger.version",
+            "mine",
+        ]
         assert "mine/checkpoints" in refused(monkeypatch, capsys, *epochs(1, *chosen, "--ckpt_path", "last"))
         main(epochs(1, *chosen))
         main(epochs(2, *chosen, "--ckpt_path", "last"))

@@ -208,7 +208,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def _share_statistics(self) -> None:
         """Give all processes the batch statistics of rank 0, those that a checkpoint holds. A collective.
 
-        DDP does so before each training forward, and not after the last one: evaluation would be by as many networks as there
+        DDP does so before each forward, and not after the last one: what runs outside of it would see as many networks as there
         are processes, and a resumed run would score with others than the run that went on.
         """
         if not several_processes():
@@ -221,10 +221,6 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             torch.distributed.broadcast(flat, 0)
             for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(part.view_as(buffer))
-
-    def on_validation_start(self) -> None:
-        """Let all processes evaluate one and the same network."""
-        self._share_statistics()
 
     def on_train_end(self) -> None:
         """Leave all processes with one and the same network."""
@@ -249,9 +245,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self._require_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch that has begun and the global random stream (dropout), (ranks, bytes); never write after a loss that
-        was not finite.
-        """
+        """Add the epoch that has begun and each process's global random stream (dropout); never write after a bad loss."""
         self._require_finite()
         streams = [torch.get_rng_state()]
         if several_processes():

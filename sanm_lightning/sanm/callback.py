@@ -12,7 +12,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -27,6 +26,8 @@ __all__ = ["FeatureTap", "SANMCallback"]
 USUAL_NAMES = ("network", "model", "net", "backbone", "encoder", "classifier")
 KEY = "_sanm"
 WARMUP_EPOCHS = 1
+SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+"""Strategies that share out weights, by name: lightning and pytorch_lightning have classes of their own."""
 
 
 class FeatureTap(nn.Module):
@@ -432,7 +433,7 @@ def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> 
     Activation maps read the classifier's weights outside of the wrapped forward, parts of a network run by themselves, and
     methods rank or average weights one by one: on parts of them that fails late, or not aloud.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    if SHARING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
             f"{type(pl_module).__name__} needs whole weights in every process, and {type(trainer.strategy).__name__} shares "
             "them out; use --trainer.strategy ddp"

@@ -18,16 +18,16 @@ from filelock import FileLock  # torch brings it
 
 from sanm_lightning.methods import CrossEntropy
 from tests.methods.two_processes import (
-    BATCH,
     CASES,
     EPOCHS,
     MEAN_CASES,
-    MIDDLE,
+    SCORING,
     TEST,
     TRAIN,
     Dropping,
     launch,
     learn,
+    stop,
 )
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
@@ -83,7 +83,7 @@ def test_all_that_a_method_keeps_is_the_same_in_both_processes(case):
     assert not differences(one, other)
 
 
-def test_a_run_resumed_in_mid_epoch_ends_as_the_whole_one_in_both_processes(case):
+def test_a_resumed_run_ends_as_the_whole_one_in_both_processes(case):
     for process in case.processes:
         assert not differences(process["state"], process["resumed"])
 
@@ -92,17 +92,19 @@ def test_the_checkpoint_of_rank_0_knows_every_sample(case):
     end, middle = (
         torch.load(path, weights_only=True, map_location="cpu")["state_dict"] for path in (case.end, case.middle)
     )
-    half_epoch = (MIDDLE - 4) * 2 * BATCH  # samples that both processes have seen since the last merge
+    since_merge = (
+        32 if stop(case.method) == 6 else 62
+    )  # samples served to both processes, one of them twice in an epoch
     looked_at = set()
     for key, state in end.items():
         if key.endswith("label_quality.bank._extra_state") and case.under_sanm and case.method in LOSS_BANKS:
             assert state["epochs"].tolist() == [EPOCHS] * TRAIN
-            assert float(middle[key]["count"].sum()) == half_epoch
+            assert float(middle[key]["count"].sum()) == since_merge
             looked_at.add("losses")
         elif key.startswith(("targets.", "banks.")):
             assert len(state["value"]) == TRAIN
             assert bool((state["value"].sum(1) > 0).all())
-            assert float(middle[key]["touched"].sum()) == half_epoch
+            assert float(middle[key]["touched"].sum()) == since_merge
             looked_at.add("targets")
         elif key.startswith("division."):
             assert state["clean"].shape == (2, TRAIN)
@@ -159,10 +161,12 @@ def test_no_two_processes_or_steps_draw_from_one_stream(case):
 
 def test_every_test_sample_counts_once(case):
     one, other = case.processes
-    assert sorted(one["evaluated"] + other["evaluated"]) == list(range(TEST))
+    tracked = "test/acc" in one["logged"]
+    assert tracked is not (case.under_sanm and case.method in SCORING)
+    assert sorted(one["evaluated"] + other["evaluated"]) == (list(range(TEST)) if tracked else [])
     for process in case.processes:
         for name, accuracy in process["alone"].items():
-            assert process["logged"][name] == accuracy
+            assert not tracked or process["logged"][name] == accuracy
         assert process["tested"]["test/acc"] == process["alone"]["test/acc"]
 
 
@@ -210,7 +214,8 @@ class TestCommandLine:
             assert not differences(process["command line"]["again"], process["command line"]["whole"])
         runs = folder / "here" / "lightning_logs"
         assert [path.name for path in runs.iterdir()] == ["version_0"]
-        results = [json.loads((folder / root / "lightning_logs/version_0/results.json").read_text()) for root in ("here", "there")]
+        files = (folder / root / "lightning_logs" / "version_0" / "results.json" for root in ("here", "there"))
+        results = [json.loads(file.read_text()) for file in files]
         for result in results:
             del result["seconds"]
         assert results[0] == results[1]
