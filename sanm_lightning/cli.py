@@ -35,7 +35,8 @@ class SANMCLI(LightningCLI):
     def before_fit(self) -> None:
         """Find the checkpoint of ``--ckpt_path last``, or refuse: Lightning would begin anew with a warning."""
         asked = self.config_init[self.subcommand]
-        asked["ckpt_path"] = checkpoint_to_go_on_from(self.trainer, asked["ckpt_path"])
+        fitting = self.subcommand == "fit"
+        asked["ckpt_path"] = checkpoint_to_go_on_from(self.trainer, asked["ckpt_path"], fitting)
 
     before_validate = before_test = before_predict = before_fit
 

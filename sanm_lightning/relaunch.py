@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 __all__ = ["checkpoint_to_go_on_from"]
 
 
-def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None) -> str | None:
+def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
     """Turn ``last`` or ``hpc`` into a file, and let the trainer write where that run wrote.
 
     ``last`` is the newest checkpoint of the directories that this trainer writes to: those of every ``ModelCheckpoint``, of
@@ -28,6 +28,7 @@ def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None) -> str | Non
         trainer: before anything has run.
         asked: ``--ckpt_path``. Anything but ``last`` and ``hpc`` is given back as it is; None under SLURM means ``hpc`` where
             there is such a file, as for Lightning.
+        fitting: False leaves the run directory alone; an evaluation has one of its own.
 
     Raises:
         MisconfigurationException: if there is no such checkpoint; the sentence names the directories.
@@ -47,17 +48,17 @@ def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None) -> str | Non
     if asked == "hpc":
         searched, found = [root], signalled[-1:]
     else:
-        searched = [*given, *(run / "checkpoints" for run in runs), root]
+        searched = [*given, *(run / "checkpoints" for run in runs or [_folder(trainer) / "*"]), root]
         found = [path for folder in searched[:-1] for path in folder.glob("*.ckpt")] + signalled
     if not found:
-        places = ", ".join(dict.fromkeys(str(folder) for folder in searched))
+        places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
         raise MisconfigurationException(
             f"--ckpt_path {asked}: there is no checkpoint in {places}; name the directory of the run with "
             "--trainer.default_root_dir, or leave --ckpt_path out to begin at epoch 0"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     own = [run for run in runs if run / "checkpoints" == newest.parent]
-    if own or runs:
+    if fitting and (own or runs):
         _go_on_in(trainer, own[0] if own else max(runs, key=_age))
     return str(newest)
 
@@ -66,12 +67,17 @@ def _runs(trainer: L.Trainer) -> list[Path]:
     """Return the run directories that the trainer's first logger has made, as a ``ModelCheckpoint`` finds them."""
     if not trainer.loggers:
         return [Path(trainer.default_root_dir)]
-    logger = trainer.loggers[0]
-    folder = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-    version = getattr(logger, "_version", None)
+    folder = _folder(trainer)
+    version = getattr(trainer.loggers[0], "_version", None)
     if version is not None and version != SLURMEnvironment.job_id():  # one that somebody chose
         return [folder / (version if isinstance(version, str) else f"version_{version}")]
-    return sorted(path for path in folder.glob("*") if path.is_dir())
+    marks = ("checkpoints", "labels.npz", "results.json")  # of a fit: an evaluation leaves none of them
+    return sorted(path for path in folder.glob("*") if any((path / mark).exists() for mark in marks))
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    logger = trainer.loggers[0]
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
 
 
 def _age(run: Path) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ RUN = [
 ]  # fmt: skip
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tensorboardX.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # Lightning's, of an evaluation or a branch of a run
     pytest.mark.filterwarnings("default:Experiment logs directory"),  # undo the suite's, so that ours is seen
 ]
 FIRST = Path("here/lightning_logs/version_0")
@@ -107,8 +109,15 @@ class TestLast:
         main(epochs(2, *apart, "--ckpt_path", "last"))
         assert results(FIRST)["epochs"] == 2
 
-    def test_is_not_made_up_for_an_evaluation_either(self, monkeypatch, capsys):
+    def test_of_an_evaluation_leaves_the_run_alone_and_is_not_made_up_either(self, monkeypatch, capsys):
         words = ["test", *epochs(1)[1:-2], "--ckpt_path", "last"]
+        main(epochs(1))
+        before = (FIRST / "metrics.csv").read_text()
+        main(words)
+        assert (FIRST / "metrics.csv").read_text() == before
+        main(epochs(2, "--ckpt_path", "last"))  # not in the directory of the test
+        assert results(FIRST)["epochs"] == 2
+        shutil.rmtree("here")
         assert "--ckpt_path last: there is no checkpoint in " in refused(monkeypatch, capsys, *words)
 
 
@@ -139,7 +148,6 @@ class TestSLURM:
         assert results(FIRST)["epochs"] == 1
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_file_that_is_named_begins_a_run_of_its_own():
     main(epochs(1))
     (checkpoint,) = (FIRST / "checkpoints").iterdir()

@@ -185,6 +185,15 @@ def test_two_processes_take_the_steps_of_one_with_the_whole_batch(name, under, l
     torch.testing.assert_close(halves, whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_a_module_of_ones_own_under_sanm_is_the_same_in_both_processes(way, launched):
+    one, other = (process["own modules"][way] for process in launched[1])
+    assert not differences(one["module"], other["module"])
+    assert not differences(one["sanm"], other["sanm"])
+    assert one["sanm"]["label_quality.bank._extra_state"]["epochs"].tolist() == [3] * TRAIN
+    assert float(one["hidden"]) > 0
+
+
 class TestEdges:
     def test_fewer_samples_than_it_takes_are_repeated(self, launched):
         for process in launched[1]:

@@ -22,7 +22,7 @@ from torch import nn
 import sanm_lightning.data.datamodule
 import sanm_lightning.methods.base
 import sanm_lightning.sanm.module
-from sanm_lightning import SANM, methods
+from sanm_lightning import SANM, SANMCallback, SANMMixin, methods
 from sanm_lightning.cli import main
 from sanm_lightning.models.pooled import PooledClassifier
 from sanm_lightning.models.small_cnn import SmallCNN
@@ -225,6 +225,39 @@ def learn(name: str, under: str, batch_size: int, **options: Any) -> tuple[dict[
     return before, {key: value.detach() for key, value in module.named_parameters()}
 
 
+# SANM over modules of one's own
+
+
+class Step(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = Dropping()
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.network.parameters(), lr=0.1)
+
+
+class Mixed(SANMMixin, Step):
+    pass
+
+
+def own_modules(rank: int) -> dict[str, Any]:
+    """Train by the mixin and by the callback; return the module's state with SANM's."""
+    seen = {}
+    for name, kind in (("mixin", Mixed), ("callback", Step)):
+        torch.manual_seed(3000 + rank)
+        callback = SANMCallback(SANM(mu=0.5))
+        module = kind()
+        trainer(3, callbacks=[callback] if kind is Step else [], **DDP).fit(module, unseeded(tracked=False))
+        sanm = callback.sanm if kind is Step else module.sanm
+        weights = {key: value for key, value in state_of(module).items() if "running_" not in key}
+        seen[name] = {"module": weights, "sanm": state_of(sanm), "hidden": sanm.last["hidden_share"]}
+    return seen
+
+
 # Too little for two processes, and a loss that only one of them sees
 
 
@@ -303,6 +336,8 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
             for name, under in MEAN_CASES:
                 doing = f"batch of half the size, {name}-{under}"
                 found[name, under] = learn(name, under, 8, **DDP)[1]
+            doing = "own modules"
+            found["own modules"] = own_modules(rank)
             doing = "edges"
             found["edges"] = edges()
             doing = "command line"
