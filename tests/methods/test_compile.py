@@ -49,5 +49,5 @@ def test_a_compiled_network_learns_the_same(name, tmp_path, monkeypatch):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="compile_network true, false or one of .*inductor.*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"compile_network true, false or one of .*inductor.*, got 'fast'"):
         CrossEntropy(4, compile_network="fast")
