@@ -10,7 +10,6 @@ The others (:data:`NEIGHBOURS`) look at neighbours or at other channels.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ __all__ = [
     "cutout",
     "equalize",
     "look_up",
-    "move_matrix",
     "posterize",
     "resample",
     "resized_crop",
@@ -211,31 +209,27 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
 
 
 def affine_matrix(
-    size: tuple[int, int],
     angle: Tensor | float = 0.0,
     translate_x: Tensor | float = 0.0,
     translate_y: Tensor | float = 0.0,
     scale: Tensor | float = 1.0,
     shear_x: Tensor | float = 0.0,
     shear_y: Tensor | float = 0.0,
-    corner: Tensor | bool = False,
 ) -> Tensor:
     """Return where each pixel comes from: (B, 2, 3), float32, from (x, y, 1) of the output to x, y of the input.
 
     Places are counted in pixels from the middle of the image. Arguments are those of :func:`affine`, each a number or (B,).
     """
-    height, width = size
-    given = (angle, scale, shear_x, shear_y, translate_x, translate_y, corner)
+    given = (angle, scale, shear_x, shear_y, translate_x, translate_y)
     device = next((part.device for part in given if isinstance(part, Tensor)), torch.device("cpu"))
     filled = (part if isinstance(part, Tensor) else torch.full((1,), part, device=device) for part in given)
-    turn, larger, sx, sy, across, down, cornered = torch.broadcast_tensors(*(part.double() for part in filled))
+    turn, larger, sx, sy, across, down = torch.broadcast_tensors(*(part.double() for part in filled))
     turn, sx, sy = (part * (math.pi / 180) for part in (turn, sx, sy))
     # forward: rotation after shear; its determinant is 1, so that its inverse needs no division
     a, c = (turn - sy).cos() / sy.cos(), (turn - sy).sin() / sy.cos()
     b, d = -(a * sx.tan() + turn.sin()), turn.cos() - c * sx.tan()
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / larger.view(-1, 1, 1)
-    fixed = torch.stack([cornered * (-width / 2), cornered * (-height / 2)], 1)  # the place that stays, from the middle
-    offset = fixed - (inverse * (fixed + torch.stack([across, down], 1))[:, None]).sum(2)
+    offset = -(inverse * torch.stack([across, down], 1)[:, None]).sum(2)
     return torch.cat([inverse, offset.unsqueeze(2)], 2).float()
 
 
@@ -279,7 +273,6 @@ def affine(
     scale: Tensor | float = 1.0,
     shear_x: Tensor | float = 0.0,
     shear_y: Tensor | float = 0.0,
-    corner: bool = False,
 ) -> Tensor:
     """Rotate, shift, scale and shear each image; the nearest pixel is taken, and what comes from outside is 0.
 
@@ -291,12 +284,10 @@ def affine(
         scale: > 0; 2 shows the middle twice as large.
         shear_x: degrees.
         shear_y: degrees.
-        corner: turn and shear about the upper left corner in place of the middle.
 
     Every parameter is one number, or one per image, shape (B,).
     """
-    size = (images.shape[2], images.shape[3])
-    matrix = affine_matrix(size, angle, translate_x, translate_y, scale, shear_x, shear_y, corner)
+    matrix = affine_matrix(angle, translate_x, translate_y, scale, shear_x, shear_y)
     return resample(images, matrix.to(images.device).expand(len(images), -1, -1))
 
 
@@ -323,10 +314,6 @@ def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, widt
     return enlarged.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _degrees(slope: Tensor) -> Tensor:
-    return slope.atan() * (180 / math.pi)
-
-
 Operation = Callable[[Tensor, Tensor], Tensor]
 
 TABLES: dict[str, Operation] = {
@@ -340,38 +327,31 @@ TABLES: dict[str, Operation] = {
 }
 """Name -> function (images, amount) to tables (B, 3, 256) for :func:`look_up`."""
 
-
-class Move(NamedTuple):
-    """What an operation that moves pixels means for :func:`affine_matrix`."""
-
-    parameter: str
-    value: Callable[[Tensor], Tensor]
-    """From the amount to the parameter."""
-    corner: bool = False
+Move = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
-MOVES = {
-    "rotate": Move("angle", torch.neg),
-    "shear_x": Move("shear_x", _degrees, True),
-    "shear_y": Move("shear_y", _degrees, True),
-    "translate_x": Move("translate_x", torch.Tensor.float),
-    "translate_y": Move("translate_y", torch.Tensor.float),
+def _matrix(amount: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
+    """The matrix that moves nothing, for each of ``amount`` (B,), but for some entries (B,)."""
+    matrix = torch.eye(2, 3, device=amount.device).repeat(len(amount), 1, 1)
+    for (row, column), entry in entries.items():
+        matrix[:, row, column] = entry
+    return matrix
+
+
+def _rotate(degrees: Tensor, size: tuple[int, int]) -> Tensor:
+    angle = degrees * (math.pi / 180)
+    cosine, sine = angle.cos(), angle.sin()
+    return _matrix(degrees, {(0, 0): cosine, (0, 1): -sine, (1, 0): sine, (1, 1): cosine})
+
+
+MOVES: dict[str, Move] = {
+    "rotate": _rotate,
+    "shear_x": lambda slope, size: _matrix(slope, {(0, 1): slope, (0, 2): slope * (size[0] / 2)}),
+    "shear_y": lambda slope, size: _matrix(slope, {(1, 0): slope, (1, 2): slope * (size[1] / 2)}),
+    "translate_x": lambda pixels, size: _matrix(pixels, {(0, 2): -pixels}),
+    "translate_y": lambda pixels, size: _matrix(pixels, {(1, 2): -pixels}),
 }
-"""Operations that move pixels."""
-
-
-def move_matrix(size: tuple[int, int], parts: list[tuple[str, Tensor]]) -> Tensor:
-    """Return matrices for :func:`resample` of several :data:`MOVES`: for each its name and its images' amounts (n,)."""
-    parameters: dict[str, Tensor] = {}
-    for parameter in ("angle", "translate_x", "translate_y", "shear_x", "shear_y"):
-        values = [
-            MOVES[name].value(amount) if MOVES[name].parameter == parameter else torch.zeros_like(amount)
-            for name, amount in parts
-        ]
-        parameters[parameter] = torch.cat(values)
-    corner = torch.cat([torch.full_like(amount, MOVES[name].corner) for name, amount in parts])
-    return affine_matrix(size, corner=corner, **parameters)
-
+"""Name -> function (amount, (H, W)) to matrices (B, 2, 3) for :func:`resample`."""
 
 NEIGHBOURS: dict[str, Operation] = {
     "grey": lambda images, amount: _grey(images).to(torch.uint8).expand_as(images),
@@ -386,14 +366,14 @@ def _by_table(table: Operation) -> Operation:
     return lambda images, amount: look_up(images, table(images, amount))
 
 
-def _by_move(name: str) -> Operation:
-    return lambda images, amount: resample(images, move_matrix((images.shape[2], images.shape[3]), [(name, amount)]))
+def _by_move(move: Move) -> Operation:
+    return lambda images, amount: resample(images, move(amount, (images.shape[2], images.shape[3])))
 
 
 OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, amount: images,
     **{name: _by_table(table) for name, table in TABLES.items()},
-    **{name: _by_move(name) for name in MOVES},
+    **{name: _by_move(move) for name, move in MOVES.items()},
     **NEIGHBOURS,
 }
 """Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold, degrees,

@@ -18,7 +18,6 @@ from sanm_lightning.data.operations import (
     affine_matrix,
     cutout,
     look_up,
-    move_matrix,
     resample,
     resized_crop,
 )
@@ -57,6 +56,7 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
     counts = stage.operation.bincount(minlength=len(NAMES)).tolist()
     here, back = (part.to(images.device, non_blocking=True) for part in (order, order.argsort()))
     amount = stage.amount[order].to(images.device, non_blocking=True)
+    size = (images.shape[2], images.shape[3])
     ordered, first = images.index_select(0, here), 0  # of whole images: several times faster than an index on the CPU
     tables, moves = [], []
     table_rows, move_rows = [], []
@@ -66,7 +66,7 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
             tables.append(TABLES[name](ordered[rows], amount[rows]))
             table_rows.append(rows)
         elif count and name in MOVES:
-            moves.append((name, amount[rows]))
+            moves.append(MOVES[name](amount[rows], size))
             move_rows.append(rows)
         elif count and name in NEIGHBOURS:
             ordered[rows] = NEIGHBOURS[name](ordered[rows], amount[rows])
@@ -75,7 +75,7 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
         ordered[rows] = look_up(ordered[rows], torch.cat(tables))
     if moves:
         rows = slice(move_rows[0].start, move_rows[-1].stop)
-        ordered[rows] = resample(ordered[rows], move_matrix((images.shape[2], images.shape[3]), moves))
+        ordered[rows] = resample(ordered[rows], torch.cat(moves))
     return ordered.index_select(0, back)
 
 
@@ -277,7 +277,6 @@ def _jitter_affine(images: Tensor, generator: torch.Generator, padding: int, fli
         images = apply_stage(images, stage)
     crop = draw_crop_flip(batch, padding, flip, generator)
     matrix = affine_matrix(
-        (height, width),
         angle=_uniform((batch,), -15, 15, generator),
         translate_x=_uniform((batch,), -0.1 * width, 0.1 * width, generator).round(),
         translate_y=_uniform((batch,), -0.1 * height, 0.1 * height, generator).round(),

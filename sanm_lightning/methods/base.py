@@ -175,7 +175,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         The methods call the halves, so a compiled ``forward`` would serve no training step. The compiled ones lie over the
         plain ones until :meth:`teardown`; the module is the same before and after, for copies, checkpoints and exports.
         """
-        for network in self.networks if self.compile_backend else []:
+        if self.compile_backend is None:
+            return
+        for network in self.networks:
             for half in ("forward_features", "forward_head"):
                 if half not in network.__dict__:
                     setattr(network, half, torch.compile(getattr(network, half), backend=self.compile_backend))
