@@ -44,6 +44,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate schedule; one that takes ``total_steps`` gets them from the trainer and is stepped
             per batch, any other is stepped per epoch. None keeps the rate constant.
+        compile_network: run the networks through ``torch.compile`` while a trainer uses the module: true, or the name of a
+            backend. Weights, checkpoints and exports are those of the plain network.
 
     A checkpoint holds all of these but a network given as a module, the optimizer and the scheduler (those of the command line
     it does hold): ``load_from_checkpoint`` needs them only to go on training.
@@ -68,6 +70,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         warmup_epochs: int = 10,
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
+        compile_network: bool | str = False,
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(
@@ -77,6 +80,11 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
         if warmup_epochs < 0:
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
+        backend = "inductor" if compile_network is True else compile_network
+        if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(
+                f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got {backend!r}"
+            )
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
         live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
         self.save_hyperparameters(ignore=live)  # what is left is plain Python, so that a checkpoint opens safely
@@ -84,6 +92,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.warmup_epochs = warmup_epochs
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.compile_backend: str | None = backend or None
         if isinstance(network, str):
             options = network_args or {}
             self.network: Any = create_network(network, num_classes, mean, std, **options)
@@ -153,7 +162,31 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         """Return what the method makes of each training label, (N,) in [0, 1], 1 = right; None where SANM's estimate counts."""
         return None
 
+    @property
+    def networks(self) -> list[Any]:
+        """All networks in training."""
+        return [self.network]
+
     # What Lightning calls
+
+    def configure_model(self) -> None:
+        """Compile both halves of each network, where that was asked for.
+
+        The methods call the halves, so a compiled ``forward`` would serve no training step. The compiled ones lie over the
+        plain ones until :meth:`teardown`; the module is the same before and after, for copies, checkpoints and exports.
+        """
+        if self.compile_backend is None:
+            return
+        for network in self.networks:
+            for half in ("forward_features", "forward_head"):
+                if half not in network.__dict__:
+                    setattr(network, half, torch.compile(getattr(network, half), backend=self.compile_backend))
+
+    def teardown(self, stage: str) -> None:
+        """Take the compiled halves off."""
+        for network in self.networks if self.compile_backend else []:
+            for half in ("forward_features", "forward_head"):
+                network.__dict__.pop(half, None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> logits (B, C), as the method predicts."""

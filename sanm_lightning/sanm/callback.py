@@ -528,9 +528,9 @@ def _misread_labels(
     """Say what goes wrong in a step that gets one-hot rows in place of class indices; None if nothing is seen to.
 
     The step is rehearsed on copies of the module, with the labels that the network predicts (so that no accuracy is zero by
-    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and what
-    its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with class
-    weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
+    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and
+    what its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with
+    class weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
     """
     images, labels = _images_and_labels(batch)
     if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:

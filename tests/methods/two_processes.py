@@ -236,6 +236,9 @@ class Step(L.LightningModule):
     def training_step(self, batch, batch_idx):
         return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
 
+    def validation_step(self, batch, batch_idx):
+        pass
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.network.parameters(), lr=0.1)
 
