@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sanm_lightning.random_streams import process_rank
+from sanm_lightning.random_streams import process_rank, several_processes
 
 __all__ = ["SampleBank", "TargetBank"]
 
@@ -105,7 +105,7 @@ class TargetBank(nn.Module):
     """A running mean of the class probabilities of each sample, updated at once: the target memory of ELR.
 
     Saved as tensors (``get_extra_state``). Merged at :meth:`merge`, once per epoch: a row that one process updated is taken
-    from it, a row that several updated is the mean of theirs.
+    from it, a row that several updated (a distributed loader may serve a sample twice) is the mean of theirs.
 
     Args:
         size: N, the number of training samples.
@@ -113,12 +113,14 @@ class TargetBank(nn.Module):
         momentum: share of the old row that stays at an update, in [0, 1).
     """
 
-    _names = ("value", "touched")
+    _names = ("value", "touched", "start")
 
     value: Tensor
     """(N, C) float32; zeros where a sample was never seen."""
     touched: Tensor
-    """(N,) float32: 1 where this process updated the row since the last merge."""
+    """(N,) float32: 1 where this process updated the row since the last merge; more where, before a resume, several did."""
+    start: Tensor
+    """(N, C) float32: the rows at the last merge, from which a process goes on that has not updated them since."""
 
     def __init__(self, size: int, num_classes: int, momentum: float) -> None:
         super().__init__()
@@ -135,6 +137,7 @@ class TargetBank(nn.Module):
         device = getattr(self, "value", torch.zeros(0)).device
         self.value = torch.zeros(size, self.num_classes, device=device, dtype=torch.float32)
         self.touched = torch.zeros(size, device=device, dtype=torch.float32)
+        self.start = torch.zeros_like(self.value)
 
     @torch.no_grad()
     def update(self, index: Tensor, probabilities: Tensor) -> Tensor:
@@ -144,31 +147,40 @@ class TargetBank(nn.Module):
         """
         rows = self.momentum * self.value[index] + (1 - self.momentum) * probabilities.float()
         self.value[index] = rows
-        self.touched[index] = 1.0
+        self.touched[index] = self.touched[index].clamp(min=1)
         return rows
 
     def merge(self) -> None:
         """Make the rows those of all processes. A collective under torch.distributed: every rank must call it."""
-        self.value = self._merged()
+        self.value, _ = self._merged()
         self.touched.zero_()
+        self.start = self.value.clone()
 
-    def _merged(self) -> Tensor:
-        count = _sum_over_ranks(self.touched).unsqueeze(1)
+    def _merged(self) -> tuple[Tensor, Tensor]:
+        count = _sum_over_ranks(self.touched)
         total = _sum_over_ranks(self.value * self.touched.unsqueeze(1))
-        return torch.where(count > 0, total / count.clamp(min=1), self.value)
+        seen = count.unsqueeze(1)
+        return torch.where(seen > 0, total / seen.clamp(min=1), self.value), count
 
     def complete_state(self) -> dict[str, Tensor]:
         """Return the state with the rows of all processes. A collective under torch.distributed."""
-        return {"value": self._merged().cpu(), "touched": torch.zeros_like(self.touched).cpu()}
+        value, touched = self._merged()
+        return {"value": value.cpu(), "touched": touched.cpu(), "start": self.start.cpu().clone()}
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Return both tensors, on the CPU."""
+        """Return all tensors, on the CPU."""
         return {name: getattr(self, name).detach().cpu().clone() for name in self._names}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a state, whatever the number of samples was before."""
-        for name in self._names:
-            setattr(self, name, state[name].to(self.value.device, torch.float32).clone())
+        """Take over a state, whatever the number of samples was before.
+
+        Rows that were updated since the last merge go to rank 0 only, with the number of processes that did: the others go on
+        from the last merge, as they would have, and nothing counts twice.
+        """
+        first = process_rank() == 0
+        for name, source in (("value", "value" if first else "start"), ("touched", "touched"), ("start", "start")):
+            tensor = state[source].to(self.value.device, torch.float32).clone()
+            setattr(self, name, tensor if first or name != "touched" else torch.zeros_like(tensor))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "TargetBank":
         super()._apply(fn, recurse)
@@ -178,12 +190,8 @@ class TargetBank(nn.Module):
         return self
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _sum_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.clone()
-    if _distributed():
+    if several_processes():
         torch.distributed.all_reduce(total)
     return total

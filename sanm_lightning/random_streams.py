@@ -8,7 +8,7 @@ import hashlib
 
 import torch
 
-__all__ = ["derived_generator", "derived_seed", "process_rank"]
+__all__ = ["derived_generator", "derived_seed", "process_rank", "several_processes"]
 
 
 def derived_seed(*parts: int) -> int:
@@ -27,6 +27,9 @@ def derived_generator(device: torch.device, *parts: int) -> torch.Generator:
 
 def process_rank() -> int:
     """Return this process's rank: 0 unless torch.distributed runs."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
+    return torch.distributed.get_rank() if several_processes() else 0
+
+
+def several_processes() -> bool:
+    """Say whether torch.distributed runs, so that this process has others to agree with."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,8 +1,9 @@
 """No training step waits for the device.
 
-There is no GPU here, so the step runs on tensors that only say they are on one (``FakeTensorMode``: shapes and devices, no
+Where there is no GPU, the step runs on tensors that only say they are on one (``FakeTensorMode``: shapes and devices, no
 numbers). Whoever asks such a tensor for a number, or for as many elements as a condition is true for, gets an exception; a copy
-to the CPU is looked for here. Not run here: SSR, whose step draws on the CPU in between, and the backward passes.
+to the CPU is looked for here. Left to the last test, which needs a GPU: SSR, whose step draws on the CPU in between, and the
+backward passes.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import importlib
 import types
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.mixup import Mixed
 from sanm_lightning.per_sample import SampleBank, TargetBank
 from sanm_lightning.sanm.quality import LabelQuality
+from tests.methods.toy import data, trainer
 
 N, B, C = 64, 8, 4
 SMALL = {
@@ -201,3 +204,31 @@ def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
 
     with pytest.raises((AssertionError, DynamicOutputShapeException)):
         step(module, on_gpu, run)
+
+
+class OnTheRealOne(L.Callback):
+    """CUDA itself says who waits, from the start of a training batch to its last optimizer step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch >= 2:  # the first epochs allocate, and move what moves once
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("sanm", [None, {"mu": 0.5, "seed": 0}], ids=["alone", "sanm"])
+@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "SSR"])
+def test_no_step_of_a_real_fit_waits(name, sanm):
+    torch.manual_seed(0)
+    words = {"k": 5} if name == "SSR" else {}
+    module = getattr(methods, name)(
+        **{**SMALL, "warmup_epochs": 1}, **words, sanm=None if sanm is None else SANM(**sanm)
+    )
+    options = {"precision": "bf16-mixed", "accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000}
+    try:
+        trainer(4, callbacks=[OnTheRealOne()], **options).fit(module, data(num_samples=N, track_test=False))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -240,6 +240,21 @@ class TestTargetBank:
         mine.merge()
         assert mine.value.tolist() == [[1, 0], [0.5, 0.5], [0, 1]]
 
+    def test_a_process_that_resumes_goes_on_from_the_rows_it_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bank = TargetBank(2, 2, 0.5)
+        bank.update(torch.tensor([0, 1]), torch.rand(2, 2))
+        bank.merge()
+        merged = bank.value.clone()
+        bank.update(torch.tensor([1]), torch.rand(1, 2))  # by rank 0, say
+        first, second = TargetBank(0, 2, 0.5), TargetBank(0, 2, 0.5)
+        first.set_extra_state(bank.complete_state())
+        monkeypatch.setattr("sanm_lightning.per_sample.process_rank", lambda: 1)
+        second.set_extra_state(bank.complete_state())
+        assert torch.equal(first.value, bank.value)
+        assert first.touched.tolist() == [0, 1]
+        assert torch.equal(second.value, merged)
+        assert second.touched.tolist() == [0, 0]
+
     def test_is_saved_whatever_size_it_is_loaded_into(self) -> None:
         bank = TargetBank(4, 3, 0.5)
         bank.update(torch.tensor([0, 3]), torch.rand(2, 3))

@@ -506,7 +506,7 @@ class NoisyDataModule(L.LightningDataModule):
         resident = self._resident(split, index.device)
         if images is None:
             if resident.images is not None:
-                images = resident.images[index]
+                images = resident.images.index_select(0, index)
             else:
                 dataset = cast(ImageDataset, self._splits[split].dataset)
                 images = torch.stack([dataset[row] for row in index.tolist()]).to(index.device)

@@ -2,6 +2,10 @@
 
 Each equals the function of ``torchvision.transforms.v2.functional`` with the same name, image by image: the same rounding, and
 for what moves pixels the nearest one. Strengths are float32 tensors (B,); no function waits for the device.
+
+There are three kinds. What changes a byte by its value alone makes a table of 256 values for each image and channel, and one
+look-up serves all such operations of a batch. What moves pixels makes a matrix for each image, and one resampling serves all.
+The others (:data:`NEIGHBOURS`) look at neighbours or at other channels.
 """
 
 import math
@@ -10,18 +14,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as V
+
+from sanm_lightning.data.views import CropFlip
 
 __all__ = [
+    "MOVES",
+    "NEIGHBOURS",
     "OPERATIONS",
+    "TABLES",
     "adjust_brightness",
     "adjust_contrast",
     "adjust_hue",
     "adjust_saturation",
     "adjust_sharpness",
     "affine",
+    "affine_matrix",
+    "autocontrast",
     "cutout",
+    "equalize",
+    "look_up",
     "posterize",
+    "resample",
     "resized_crop",
     "solarize",
 ]
@@ -44,19 +57,97 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (images * share).add_(other * (1 - share)).clamp_(0, 255).to(torch.uint8)
 
 
+# By value alone: tables of bytes (B, 3, 256) or (B, 1, 256), from images and amounts -------------------------------
+
+
+def look_up(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace each byte by its entry: bytes (B, 3, H, W), tables (B, 3, 256) -> bytes (B, 3, H, W)."""
+    return tables.gather(2, images.flatten(2).long()).view_as(images)
+
+
+def _values(images: Tensor) -> Tensor:
+    return torch.arange(256, device=images.device, dtype=torch.float32)
+
+
+def _brightness(images: Tensor, factor: Tensor) -> Tensor:
+    return (_values(images) * factor.view(-1, 1, 1)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
+
+
+def _contrast(images: Tensor, factor: Tensor) -> Tensor:
+    share, mean = factor.view(-1, 1, 1), _grey(images).mean((1, 2, 3)).view(-1, 1, 1)
+    return (_values(images) * share + mean * (1 - share)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
+
+
+def _autocontrast(images: Tensor, amount: Tensor) -> Tensor:
+    flat = images.flatten(2)
+    low, high = (part.float().unsqueeze(2) for part in (flat.amin(2), flat.amax(2)))
+    values = _values(images).expand(len(images), 3, -1)
+    stretched = ((values - low) / ((high - low) * (1 / 255))).clamp_(0, 255)
+    return torch.where(high > low, stretched, values).to(torch.uint8)
+
+
+def _equalize(images: Tensor, amount: Tensor) -> Tensor:
+    """Spread the values evenly, as Pillow does: value v becomes (half a step + pixels below v) / step, rounded down."""
+    flat = images.flatten(2).long()
+    count = torch.zeros(len(images), 3, 256, device=images.device, dtype=torch.int32)
+    count.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
+    brightest = count.gather(2, flat.amax(2, keepdim=True))
+    step = (flat.shape[2] - brightest) // 255
+    below = count.cumsum(2, dtype=torch.int32) - count
+    spread = ((step // 2 + below) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, spread, _values(images).int()).to(torch.uint8)
+
+
+def _posterize(images: Tensor, bits: Tensor) -> Tensor:
+    dropped = (8 - bits.round().to(torch.int32)).view(-1, 1, 1)
+    return ((_values(images).int() >> dropped) << dropped).to(torch.uint8).expand(-1, 3, -1)
+
+
+def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    values = _values(images)
+    return torch.where(values >= threshold.view(-1, 1, 1), 255 - values, values).to(torch.uint8).expand(-1, 3, -1)
+
+
+def _invert(images: Tensor, amount: Tensor) -> Tensor:
+    return (255 - _values(images)).to(torch.uint8).expand(len(images), 3, -1)
+
+
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Bytes (B, 3, H, W) times ``factor`` (B,), >= 0."""
-    return (images * _each(factor)).clamp_(0, 255).to(torch.uint8)
+    return look_up(images, _brightness(images, factor))
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend bytes (B, 3, H, W) with their mean luma: ``factor`` (B,), 0 is flat, 1 the image."""
+    return look_up(images, _contrast(images, factor))
+
+
+def autocontrast(images: Tensor) -> Tensor:
+    """Stretch each channel of bytes (B, 3, H, W) to 0 and 255."""
+    return look_up(images, _autocontrast(images, images.new_empty(0)))
+
+
+def equalize(images: Tensor) -> Tensor:
+    """Give each channel of bytes (B, 3, H, W) a flat histogram."""
+    return look_up(images, _equalize(images, images.new_empty(0)))
+
+
+def posterize(images: Tensor, bits: Tensor) -> Tensor:
+    """Keep the highest ``bits`` (B,), 0 to 8, of each byte."""
+    return look_up(images, _posterize(images, bits))
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the bytes that are ``threshold`` (B,) or more."""
+    return look_up(images, _solarize(images, threshold))
+
+
+# By neighbours or other channels -------------------------------------------------------------------------------------
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend bytes (B, 3, H, W) with their luma: ``factor`` (B,), 0 is grey, 1 the image."""
     return _blend(images, _grey(images), factor)
-
-
-def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with their mean luma: ``factor`` (B,), 0 is flat, 1 the image."""
-    return _blend(images, _grey(images).mean((1, 2, 3), keepdim=True), factor)
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -95,17 +186,6 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     return out.mul_(256 - 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
-def posterize(images: Tensor, bits: Tensor) -> Tensor:
-    """Keep the highest ``bits`` (B,), 0 to 8, of each byte."""
-    dropped = _each(8 - bits.round().to(torch.int32))
-    return ((images.to(torch.int32) >> dropped) << dropped).to(torch.uint8)
-
-
-def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the bytes that are ``threshold`` (B,) or more."""
-    return torch.where(images >= _each(threshold), 255 - images, images)
-
-
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 127) -> Tensor:
     """Paint a square of one grey over each image, clipped at the border.
 
@@ -122,7 +202,67 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
     inside = ((rows >= -half) & (rows < half))[:, None, :, None] & ((columns >= -half) & (columns < half))[
         :, None, None
     ]
-    return images.masked_fill(inside, grey)
+    return images * ~inside + grey * inside.to(torch.uint8)  # on the CPU five times faster than a fill under a mask
+
+
+# By place ------------------------------------------------------------------------------------------------------------
+
+
+def affine_matrix(
+    angle: Tensor | float = 0.0,
+    translate_x: Tensor | float = 0.0,
+    translate_y: Tensor | float = 0.0,
+    scale: Tensor | float = 1.0,
+    shear_x: Tensor | float = 0.0,
+    shear_y: Tensor | float = 0.0,
+) -> Tensor:
+    """Return where each pixel comes from: (B, 2, 3), float32, from (x, y, 1) of the output to x, y of the input.
+
+    Places are counted in pixels from the middle of the image. Arguments are those of :func:`affine`, each a number or (B,).
+    """
+    given = (angle, scale, shear_x, shear_y, translate_x, translate_y)
+    device = next((part.device for part in given if isinstance(part, Tensor)), torch.device("cpu"))
+    filled = (part if isinstance(part, Tensor) else torch.full((1,), part, device=device) for part in given)
+    turn, larger, sx, sy, across, down = torch.broadcast_tensors(*(part.double() for part in filled))
+    turn, sx, sy = (part * (math.pi / 180) for part in (turn, sx, sy))
+    # forward: rotation after shear; its determinant is 1, so that its inverse needs no division
+    a, c = (turn - sy).cos() / sy.cos(), (turn - sy).sin() / sy.cos()
+    b, d = -(a * sx.tan() + turn.sin()), turn.cos() - c * sx.tan()
+    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / larger.view(-1, 1, 1)
+    offset = -(inverse * torch.stack([across, down], 1)[:, None]).sum(2)
+    return torch.cat([inverse, offset.unsqueeze(2)], 2).float()
+
+
+def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, padding: int = 0) -> Tensor:
+    """Move the pixels of each image in one pass: the nearest one is taken, and what comes from outside is 0.
+
+    Args:
+        images: bytes, shape (B, 3, H, W).
+        matrix: from :func:`affine_matrix`, shape (B, 2, 3).
+        crop: a crop and flip of each image before that; the result is that of :func:`sanm_lightning.data.views.crop_flip`
+            and then this, since those move whole pixels.
+        padding: of the crop, in pixels.
+    """
+    batch, _, height, width = images.shape
+    device = images.device
+    rows = (torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2).view(-1, 1)
+    columns = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
+
+    # No matrix product: under autocast it would be one of bf16. The scaling to [-1, 1] and back rounds as torchvision does.
+    def place(which: int, size: int) -> Tensor:
+        across, down, offset = (part.view(-1, 1, 1) for part in (matrix[:, which] * (2 / size)).unbind(1))
+        return ((across * columns + (down * rows + offset) + 1) * (size / 2) - 0.5).round_().to(torch.int32)
+
+    x, y = place(0, width), place(1, height)
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    if crop is not None:
+        top, left, flipped = (part.to(device, non_blocking=True).view(-1, 1, 1) for part in crop)
+        x = torch.where(flipped, width - 1 - x, x) + (left - padding).to(torch.int32)
+        y = y + (top - padding).to(torch.int32)
+        inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    source = torch.where(inside, y * width + x, 0).view(batch, 1, -1).long()
+    moved = images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
+    return moved.mul_(inside.unsqueeze(1))
 
 
 def affine(
@@ -133,7 +273,6 @@ def affine(
     scale: Tensor | float = 1.0,
     shear_x: Tensor | float = 0.0,
     shear_y: Tensor | float = 0.0,
-    corner: bool = False,
 ) -> Tensor:
     """Rotate, shift, scale and shear each image; the nearest pixel is taken, and what comes from outside is 0.
 
@@ -145,33 +284,11 @@ def affine(
         scale: > 0; 2 shows the middle twice as large.
         shear_x: degrees.
         shear_y: degrees.
-        corner: turn and shear about the upper left corner in place of the middle.
 
     Every parameter is one number, or one per image, shape (B,).
     """
-    height, width = images.shape[2:]
-    parts = [torch.as_tensor(part, device=images.device).double() for part in (angle, scale, shear_x, shear_y)]
-    turn, size, sx, sy = (part.expand(len(images)) for part in parts)
-    turn, sx, sy = (part * (math.pi / 180) for part in (turn, sx, sy))
-    # forward: rotation after shear; its determinant is 1, so that its inverse needs no division
-    a, c = (turn - sy).cos() / sy.cos(), (turn - sy).sin() / sy.cos()
-    b, d = -(a * sx.tan() + turn.sin()), turn.cos() - c * sx.tan()
-    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / size.view(-1, 1, 1)
-    fixed = inverse.new_tensor([-width / 2, -height / 2]) if corner else inverse.new_zeros(2)  # seen from the middle
-    moves = [torch.as_tensor(part, device=images.device).double() for part in (translate_x, translate_y)]
-    shift = torch.stack([part.expand(len(images)) for part in moves], 1)
-    offset = fixed - (inverse @ (fixed + shift).unsqueeze(2)).squeeze(2)
-    theta = torch.cat(
-        [inverse, offset.unsqueeze(2)], 2
-    ).float()  # output place -> input place, in pixels from the middle
-    rows = torch.arange(height, device=images.device, dtype=torch.float32) - (height - 1) / 2
-    columns = torch.arange(width, device=images.device, dtype=torch.float32) - (width - 1) / 2
-    place = (columns.expand(height, -1), rows[:, None].expand(-1, width), columns.new_ones(height, width))
-    places = torch.stack(place, 2)
-    half = theta.new_tensor([width / 2, height / 2])
-    grid = places.view(1, -1, 3).expand(len(images), -1, -1) @ (theta.transpose(1, 2) / half)
-    moved = F.grid_sample(images.float(), grid.view(-1, height, width, 2), "nearest", "zeros", align_corners=False)
-    return moved.to(torch.uint8)
+    matrix = affine_matrix(angle, translate_x, translate_y, scale, shear_x, shear_y)
+    return resample(images, matrix.to(images.device).expand(len(images), -1, -1))
 
 
 def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
@@ -197,28 +314,68 @@ def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, widt
     return enlarged.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _degrees(slope: Tensor) -> Tensor:
-    return slope.atan() * (180 / math.pi)
+Operation = Callable[[Tensor, Tensor], Tensor]
+
+TABLES: dict[str, Operation] = {
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+    "invert": _invert,
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "posterize": _posterize,
+    "solarize": _solarize,
+}
+"""Name -> function (images, amount) to tables (B, 3, 256) for :func:`look_up`."""
+
+Move = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
-OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "identity": lambda images, amount: images,
-    "autocontrast": lambda images, amount: V.autocontrast(images),
-    "equalize": lambda images, amount: V.equalize(images),
-    "invert": lambda images, amount: 255 - images,
+def _matrix(amount: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
+    """The matrix that moves nothing, for each of ``amount`` (B,), but for some entries (B,)."""
+    matrix = torch.eye(2, 3, device=amount.device).repeat(len(amount), 1, 1)
+    for (row, column), entry in entries.items():
+        matrix[:, row, column] = entry
+    return matrix
+
+
+def _rotate(degrees: Tensor, size: tuple[int, int]) -> Tensor:
+    angle = degrees * (math.pi / 180)
+    cosine, sine = angle.cos(), angle.sin()
+    return _matrix(degrees, {(0, 0): cosine, (0, 1): -sine, (1, 0): sine, (1, 1): cosine})
+
+
+MOVES: dict[str, Move] = {
+    "rotate": _rotate,
+    "shear_x": lambda slope, size: _matrix(slope, {(0, 1): slope, (0, 2): slope * (size[0] / 2)}),
+    "shear_y": lambda slope, size: _matrix(slope, {(1, 0): slope, (1, 2): slope * (size[1] / 2)}),
+    "translate_x": lambda pixels, size: _matrix(pixels, {(0, 2): -pixels}),
+    "translate_y": lambda pixels, size: _matrix(pixels, {(1, 2): -pixels}),
+}
+"""Name -> function (amount, (H, W)) to matrices (B, 2, 3) for :func:`resample`."""
+
+NEIGHBOURS: dict[str, Operation] = {
     "grey": lambda images, amount: _grey(images).to(torch.uint8).expand_as(images),
-    "brightness": adjust_brightness,
     "saturation": adjust_saturation,
-    "contrast": adjust_contrast,
     "sharpness": adjust_sharpness,
     "hue": adjust_hue,
-    "posterize": posterize,
-    "solarize": solarize,
-    "rotate": lambda images, amount: affine(images, angle=-amount),
-    "shear_x": lambda images, amount: affine(images, shear_x=_degrees(amount), corner=True),
-    "shear_y": lambda images, amount: affine(images, shear_y=_degrees(amount), corner=True),
-    "translate_x": lambda images, amount: affine(images, translate_x=amount),
-    "translate_y": lambda images, amount: affine(images, translate_y=amount),
+}
+"""Name -> function (images, amount) to images."""
+
+
+def _by_table(table: Operation) -> Operation:
+    return lambda images, amount: look_up(images, table(images, amount))
+
+
+def _by_move(move: Move) -> Operation:
+    return lambda images, amount: resample(images, move(amount, (images.shape[2], images.shape[3])))
+
+
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda images, amount: images,
+    **{name: _by_table(table) for name, table in TABLES.items()},
+    **{name: _by_move(move) for name, move in MOVES.items()},
+    **NEIGHBOURS,
 }
 """Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold, degrees,
-a slope, pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner, as there."""
+a slope, pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner, as there. In this order:
+identity, tables, moves, neighbours."""

@@ -10,7 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sanm_lightning.data.operations import OPERATIONS, affine, cutout, resized_crop
+from sanm_lightning.data.operations import (
+    MOVES,
+    NEIGHBOURS,
+    OPERATIONS,
+    TABLES,
+    affine_matrix,
+    cutout,
+    look_up,
+    resample,
+    resized_crop,
+)
 from sanm_lightning.data.views import crop_flip, draw_crop_flip
 
 __all__ = [
@@ -38,15 +48,35 @@ class Stage(NamedTuple):
 
 
 def apply_stage(images: Tensor, stage: Stage) -> Tensor:
-    """Apply its operation to each image: bytes (B, 3, H, W) on any device -> new bytes."""
-    out = images.clone()
-    for number in stage.operation.unique().tolist():
-        if NAMES[number] != "identity":
-            rows = (stage.operation == number).nonzero()[:, 0]
-            here = rows.to(images.device, non_blocking=True)
-            amount = stage.amount[rows].to(images.device, non_blocking=True)
-            out[here] = OPERATIONS[NAMES[number]](images[here], amount)
-    return out
+    """Apply its operation to each image: bytes (B, 3, H, W) on any device -> new bytes.
+
+    The images are put in the order of their operations, so that each operation, and each kind of it, is one slice.
+    """
+    order = stage.operation.argsort(stable=True)
+    counts = stage.operation.bincount(minlength=len(NAMES)).tolist()
+    here, back = (part.to(images.device, non_blocking=True) for part in (order, order.argsort()))
+    amount = stage.amount[order].to(images.device, non_blocking=True)
+    size = (images.shape[2], images.shape[3])
+    ordered, first = images.index_select(0, here), 0  # of whole images: several times faster than an index on the CPU
+    tables, moves = [], []
+    table_rows, move_rows = [], []
+    for name, count in zip(NAMES, counts, strict=True):
+        rows = slice(first, first := first + count)
+        if count and name in TABLES:
+            tables.append(TABLES[name](ordered[rows], amount[rows]))
+            table_rows.append(rows)
+        elif count and name in MOVES:
+            moves.append(MOVES[name](amount[rows], size))
+            move_rows.append(rows)
+        elif count and name in NEIGHBOURS:
+            ordered[rows] = NEIGHBOURS[name](ordered[rows], amount[rows])
+    if tables:
+        rows = slice(table_rows[0].start, table_rows[-1].stop)  # without gaps: each kind lies together
+        ordered[rows] = look_up(ordered[rows], torch.cat(tables))
+    if moves:
+        rows = slice(move_rows[0].start, move_rows[-1].stop)
+        ordered[rows] = resample(ordered[rows], torch.cat(moves))
+    return ordered.index_select(0, back)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -245,18 +275,15 @@ def _jitter_affine(images: Tensor, generator: torch.Generator, padding: int, fli
     batch, height, width = len(images), images.shape[2], images.shape[3]
     for stage in draw_color_jitter(batch, 0.4, 0.4, generator):
         images = apply_stage(images, stage)
-    images = _weak(images, generator, padding, flip)
-    angle, across, down, scale, shear = (
-        part.to(images.device, non_blocking=True)
-        for part in (
-            _uniform((batch,), -15, 15, generator),
-            _uniform((batch,), -0.1 * width, 0.1 * width, generator).round(),
-            _uniform((batch,), -0.1 * height, 0.1 * height, generator).round(),
-            _uniform((batch,), 2 / 3, 3 / 2, generator),
-            _uniform((batch,), -0.1, 0.1, generator),
-        )
+    crop = draw_crop_flip(batch, padding, flip, generator)
+    matrix = affine_matrix(
+        angle=_uniform((batch,), -15, 15, generator),
+        translate_x=_uniform((batch,), -0.1 * width, 0.1 * width, generator).round(),
+        translate_y=_uniform((batch,), -0.1 * height, 0.1 * height, generator).round(),
+        scale=_uniform((batch,), 2 / 3, 3 / 2, generator),
+        shear_x=_uniform((batch,), -0.1, 0.1, generator),
     )
-    return affine(images, angle, across, down, scale, shear)
+    return resample(images, matrix.to(images.device, non_blocking=True), crop, padding)
 
 
 def _simclr(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:

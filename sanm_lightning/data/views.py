@@ -69,14 +69,14 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int) -> Tensor:
             f"Images of shape (B, C, H, W) and B views are expected, got shape {tuple(images.shape)} and "
             f"{len(parameters.top)} views: draw one view per image."
         )
-    top, left, flipped = (values.to(images.device, non_blocking=True) for values in parameters)
-    if padding:
-        # All windows are strided views of the padded batch; one look-up copies the B that were drawn, and no index as large as
-        # the images is built.
-        height, width = images.shape[-2:]
-        windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-        images = windows[torch.arange(len(images), device=images.device), :, top, left]
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
+    top, left, flipped = (values.to(images.device, non_blocking=True).unsqueeze(1) for values in parameters)
+    height, width = images.shape[2:]
+    padded = F.pad(images, (padding,) * 4)
+    columns = torch.arange(width, device=images.device)
+    columns = left + torch.where(flipped, columns.flip(0), columns)  # (B, W), in the padded image
+    rows = top + torch.arange(height, device=images.device)  # (B, H)
+    source = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(len(images), 1, height * width)
+    return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
 
 
 def _check_padding(padding: int) -> None:

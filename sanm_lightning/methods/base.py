@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.schedules import takes_total_steps
 from sanm_lightning.models import create_network
-from sanm_lightning.random_streams import derived_generator, process_rank
+from sanm_lightning.random_streams import derived_generator, derived_seed, process_rank, several_processes
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM, Quality
 
@@ -45,6 +45,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         optimizer: makes the optimizer from the parameters.
         scheduler: makes the learning-rate schedule; one that takes ``total_steps`` gets them from the trainer and is stepped
             per batch, any other is stepped per epoch. None keeps the rate constant.
+        compile_network: run the networks through ``torch.compile`` while a trainer uses the module: true, or the name of a
+            backend. Weights, checkpoints and exports are those of the plain network.
 
     A checkpoint holds all of these but a network given as a module, the optimizer and the scheduler (those of the command line
     it does hold): ``load_from_checkpoint`` needs them only to go on training.
@@ -69,6 +71,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         warmup_epochs: int = 10,
         optimizer: OptimizerCallable = sgd,
         scheduler: LRSchedulerCallable | None = None,
+        compile_network: bool | str = False,
     ) -> None:
         if not isinstance(num_classes, int) or num_classes < 2:
             raise ValueError(
@@ -80,6 +83,11 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             raise ValueError(f"expected a network: the name of a timm model, or a module, got {network!r}")
         if warmup_epochs < 0:
             raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
+        backend = "inductor" if compile_network is True else compile_network
+        if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
+            raise ValueError(
+                f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got {backend!r}"
+            )
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
         live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
         self.save_hyperparameters(ignore=live)  # what is left is plain Python, so that a checkpoint opens safely
@@ -87,6 +95,7 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self.image_size = (int(image_size[0]), int(image_size[1]))
         self.warmup_epochs = warmup_epochs
         self.optimizer, self.scheduler = optimizer, scheduler
+        self.compile_backend: str | None = backend or None
         if isinstance(network, str):
             options = network_args or {}
             self.network: Any = create_network(network, num_classes, mean, std, **options)
@@ -158,7 +167,31 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         """Return what the method makes of each training label, (N,) in [0, 1], 1 = right; None where SANM's estimate counts."""
         return None
 
+    @property
+    def networks(self) -> list[Any]:
+        """All networks in training."""
+        return [self.network]
+
     # What Lightning calls
+
+    def configure_model(self) -> None:
+        """Compile both halves of each network, where that was asked for.
+
+        The methods call the halves, so a compiled ``forward`` would serve no training step. The compiled ones lie over the
+        plain ones until :meth:`teardown`; the module is the same before and after, for copies, checkpoints and exports.
+        """
+        if self.compile_backend is None:
+            return
+        for network in self.networks:
+            for half in ("forward_features", "forward_head"):
+                if half not in network.__dict__:
+                    setattr(network, half, torch.compile(getattr(network, half), backend=self.compile_backend))
+
+    def teardown(self, stage: str) -> None:
+        """Take the compiled halves off."""
+        for network in self.networks if self.compile_backend else []:
+            for half in ("forward_features", "forward_head"):
+                network.__dict__.pop(half, None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> logits (B, C), as the method predicts."""
@@ -183,6 +216,9 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Call :meth:`begin_epoch` once; here, since an epoch that is resumed has no start hook."""
         if self._begun != self.current_epoch:
+            self._share_statistics()  # whole-set passes are made by all processes together
+            if several_processes():  # seeded alike, they would drop out the same places of different images
+                torch.manual_seed(derived_seed(self.sanm.seed, process_rank(), self.current_epoch, 11))
             self.begin_epoch()
             self._begun = self.current_epoch
 
@@ -207,10 +243,36 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         if interval and (batch_idx + 1) % interval == 0:
             self._require_finite()
 
+    def _share_statistics(self) -> None:
+        """Give all processes the batch statistics of rank 0, those that a checkpoint holds. A collective.
+
+        DDP does so before each forward, and not after the last one: what runs outside of it would see as many networks as there
+        are processes, and a resumed run would score with others than the run that went on.
+        """
+        if not several_processes():
+            return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in self.buffers():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in kinds.values():  # one message for all of a kind
+            flat = torch.cat([buffer.flatten() for buffer in buffers])
+            torch.distributed.broadcast(flat, 0)
+            for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def on_train_end(self) -> None:
+        """Leave all processes with one and the same network."""
+        self._share_statistics()
+
     def _require_finite(self) -> None:
-        """Raise if a loss was not finite. Reads the device; the steps themselves do not."""
-        step = -1 if self._bad_step is None else int(self._bad_step)
-        if step >= 0:
+        """Raise, in every process, if a loss was not finite in any. Reads the device; the steps themselves do not."""
+        never = torch.iinfo(torch.int64).max
+        bad = torch.full((), -1) if self._bad_step is None else self._bad_step
+        first = torch.where(bad < 0, never, bad).to(self.device)
+        if several_processes():  # or one process would stop, and the others wait for it
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        step = int(first)
+        if step < never:
             raise ValueError(
                 f"the loss of {type(self).__name__} was NaN or infinite, first at step {step} (epoch {self.current_epoch} or "
                 "before); lower the learning rate, clip gradients, or look at the images"
@@ -221,11 +283,16 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         self._require_finite()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the epoch that has begun and the global random stream (dropout); never write after a loss that was not finite."""
+        """Add the epoch that has begun and each process's global random stream (dropout); never write after a bad loss."""
         self._require_finite()
+        streams = [torch.get_rng_state()]
+        if several_processes():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, streams[0])
+            streams = gathered
         checkpoint["method"] = {
             "begun": self._begun,
-            "stream": torch.get_rng_state(),
+            "stream": torch.stack(streams),
             "name": type(self).__name__,
             "num_classes": self.num_classes,
             "schedule_steps": self._schedule_steps,
@@ -247,7 +314,11 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
             )
         if fitting:
             owe_evaluation(checkpoint["loops"]["fit_loop"])
-        self._begun, self._resumed_stream = state.get("begun", -1), state.get("stream")
+        streams = state.get("stream")
+        self._begun = state.get("begun", -1)
+        # On more processes than before a stream is lacking, until the next epoch draws anew. Cloned: torch 2.14 ends with a
+        # segmentation fault when the state is a view.
+        self._resumed_stream = None if streams is None else streams[process_rank() % len(streams)].clone()
         self._resumed_steps = state.get("schedule_steps") if fitting else None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -12,7 +12,16 @@ from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.mixup import mixup
 from sanm_lightning.sanm.quality import label_loss
 
-__all__ = ["SSR", "Selection", "balanced_votes", "class_balanced_draw", "feature_consistency", "knn_vote", "relabel"]
+__all__ = [
+    "SSR",
+    "Selection",
+    "balanced_votes",
+    "class_balanced_draw",
+    "feature_consistency",
+    "knn_vote",
+    "members_by_class",
+    "relabel",
+]
 
 
 def relabel(labels: Tensor, probabilities: Tensor, threshold: float) -> Tensor:
@@ -57,27 +66,27 @@ def balanced_votes(shares: Tensor, labels: Tensor) -> Tensor:
     return weighed / weighed.sum(1, keepdim=True).clamp(min=1e-10)
 
 
-def class_balanced_draw(
-    pool: Tensor, labels: Tensor, count: int, num_classes: int, generator: torch.Generator
-) -> Tensor:
-    """Draw ``count`` members of ``pool`` (n,) with replacement: first a class that occurs in it, then one of its members.
+def members_by_class(pool: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Sort the members of ``pool`` (n,) by their labels (n,): members (n,), and how many of each class, (C,)."""
+    return pool[labels.argsort(stable=True)], labels.bincount(minlength=num_classes)
+
+
+def class_balanced_draw(members: Tensor, sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` members with replacement: first a class that has any, then one of its members.
 
     Args:
-        pool: positions, shape (n,), n >= 1, on the CPU.
-        labels: class of each member, shape (n,).
+        members: from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
+        sizes: of the classes, likewise, shape (C,).
         count: how many.
-        num_classes: C.
         generator: source of all randomness, on the CPU.
 
     Returns:
         Positions, shape (count,).
     """
-    members = labels.bincount(minlength=num_classes)
-    present = members.nonzero()[:, 0]
+    present = sizes.nonzero()[:, 0]
     classes = present[torch.randint(len(present), (count,), generator=generator)]
-    place = (torch.rand(count, generator=generator, dtype=torch.float64) * members[classes]).long()
-    first = members.cumsum(0) - members
-    return pool[labels.argsort(stable=True)[first[classes] + place]]
+    place = (torch.rand(count, generator=generator, dtype=torch.float64) * sizes[classes]).long()
+    return members[(sizes.cumsum(0) - sizes)[classes] + place]
 
 
 def feature_consistency(predicted: Tensor, target: Tensor) -> Tensor:
@@ -139,7 +148,8 @@ class SSR(NoisyLabelModule):
     All other arguments are those of :class:`NoisyLabelModule`.
 
     Raises:
-        ValueError: if an argument is out of its range, or there are fewer training samples than neighbours.
+        ValueError: if an argument is out of its range, there are fewer training samples than neighbours, or (with
+            ``lambda_fc``) a batch has one sample only.
     """
 
     needs_data_module = True
@@ -173,23 +183,24 @@ class SSR(NoisyLabelModule):
         self.theta_s, self.theta_r, self.k, self.chunk = theta_s, theta_r, k, chunk
         self.alpha, self.lambda_fc, self.strong_view = alpha, lambda_fc, strong_view
         self.selection = Selection()
+        self._members: tuple[Tensor, Tensor] | None = None  # the selected samples by class, sorted once per epoch
         if lambda_fc > 0:
             self.projection = _head(int(self.network.num_features), hidden)
             self.predictor = _head(128, hidden)
 
     def on_train_start(self) -> None:
-        """Refuse a training set that is smaller than the number of neighbours, and batches of one."""
+        """Refuse a training set that is smaller than the number of neighbours, and batches of one for the heads."""
         super().on_train_start()
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        samples = int(data.num_samples)
-        if self.lambda_fc > 0 and data.batch_size < 2:
-            raise ValueError(
-                f"SSR expected a batch_size of 2 or more, got {data.batch_size}: the heads of its feature consistency "
-                "normalise over the batch; enlarge it, or set lambda_fc to 0"
-            )
+        samples = int(self.trainer.datamodule.num_samples)  # type: ignore[attr-defined]
         if samples < self.k:
             raise ValueError(
                 f"expected at least k = {self.k} training samples, one per neighbour, got {samples}; lower k"
+            )
+        batch = min(self.trainer.datamodule.batch_size, -(-samples // self.trainer.world_size))  # type: ignore[attr-defined]
+        if self.lambda_fc > 0 and batch == 1:
+            raise ValueError(
+                "expected at least 2 samples per step and process for the batch norm in the heads of the feature consistency, "
+                "got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
             )
 
     # Once per epoch: relabel, vote, select
@@ -206,7 +217,7 @@ class SSR(NoisyLabelModule):
         if not bool(selected.any()):
             rank_zero_warn(f"SSR, epoch {self.current_epoch}: the selection is empty, so all samples are learned from")
             selected = torch.ones_like(selected)
-        found = self.selection
+        found, self._members = self.selection, None
         found.labels, found.selected, found.share = labels.cpu(), selected.cpu(), share.cpu()
         found.given_share = votes.gather(1, given[:, None])[:, 0].cpu()
 
@@ -249,8 +260,10 @@ class SSR(NoisyLabelModule):
     def learn(self, count: int, generator: torch.Generator) -> Tensor:
         """Return the cross-entropy of mixed strong views of ``count`` selected samples."""
         found = self.selection
-        pool = found.selected.nonzero()[:, 0]  # on the CPU, as the draw
-        drawn = class_balanced_draw(pool, found.labels[pool], count, self.num_classes, generator)
+        if self._members is None:  # on the CPU, as the draw
+            pool = found.selected.nonzero()[:, 0]
+            self._members = members_by_class(pool, found.labels[pool], self.num_classes)
+        drawn = class_balanced_draw(*self._members, count, generator)
         index = drawn.to(self.device, non_blocking=True).repeat(2)
         labels, share = (
             part[drawn].to(self.device, non_blocking=True).repeat(2) for part in (found.labels, found.share)

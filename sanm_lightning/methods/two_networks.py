@@ -47,6 +47,11 @@ class TwoNetworks(NoisyLabelModule):
         self.sanm2.build(self.network2, self.image_size)
 
     @property
+    def networks(self) -> list[Any]:
+        """Both networks."""
+        return [self.network, self.network2]
+
+    @property
     def pairs(self) -> list[tuple[Any, SANM, SANM]]:
         """Each network, its SANM, and the SANM of the other network."""
         return [(self.network, self.sanm, self.sanm2), (self.network2, self.sanm2, self.sanm)]
@@ -76,6 +81,7 @@ class TwoNetworks(NoisyLabelModule):
 
     def on_fit_end(self) -> None:
         """Take the last epoch's evidence in."""
+        super().on_train_end()
         if self.sanm2.enabled:
             self.sanm2.label_quality.refresh()
 

@@ -28,7 +28,7 @@ class PreActBlock(nn.Module):
         """(B, inputs, h, w) -> (B, outputs, h / stride, w / stride)."""
         active = torch.relu(self.norm1(x))
         # Thinned out first: a strided 1 x 1 convolution, which is the same, of fewer than 8 channels in channels_last ends the
-        # process in its backward pass on processors without AVX-512 (torch 2.15).
+        # process in its backward pass on processors without AVX-512 (torch 2.14).
         passed = x if self.shortcut is None else self.shortcut(active[:, :, :: self.stride, :: self.stride])
         out: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(active)))) + passed
         return out

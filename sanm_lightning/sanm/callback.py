@@ -26,6 +26,8 @@ __all__ = ["FeatureTap", "SANMCallback"]
 USUAL_NAMES = ("network", "model", "net", "backbone", "encoder", "classifier")
 KEY = "_sanm"
 WARMUP_EPOCHS = 1
+SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
+"""Strategies that share out weights, by name: lightning and pytorch_lightning have classes of their own."""
 
 
 class FeatureTap(nn.Module):
@@ -183,7 +185,8 @@ class SANMCallback(L.Callback):
             refreshed once per epoch, figures are logged.
 
     Raises:
-        MisconfigurationException: before the first update, if the module cannot be served; the sentence says why.
+        MisconfigurationException: before the first update, if the module cannot be served; the sentence says why. Strategies
+            that share out weights (FSDP, DeepSpeed, tensor parallelism) cannot be; DDP can.
     """
 
     def __init__(
@@ -207,7 +210,11 @@ class SANMCallback(L.Callback):
         """Wrap the step and size the decoder, before DDP and the optimizers are made."""
         if stage != "fit":
             return
+        _require_whole_weights(trainer, pl_module)
         self._unwrap()
+        parts = dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))])
+        for part in parts:  # without seed_everything every process has drawn a seed of its own
+            part.seed = trainer.strategy.broadcast(part.seed)
         data = getattr(trainer, "datamodule", None)
         num_samples = getattr(data, "num_samples", None)
         if self.sanm.enabled and isinstance(num_samples, int):
@@ -423,6 +430,19 @@ class SANMCallback(L.Callback):
             state[key] = self.sanm.label_quality.bank.complete_state()
 
 
+def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Refuse strategies that leave each process a part of the weights.
+
+    Activation maps read the classifier's weights outside of the wrapped forward, parts of a network run by themselves, and
+    methods rank or average weights one by one: on parts of them that fails late, or not aloud.
+    """
+    if SHARING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} needs whole weights in every process, and {type(trainer.strategy).__name__} shares "
+            "them out; use --trainer.strategy ddp"
+        )
+
+
 # Batches
 
 
@@ -511,9 +531,9 @@ def _misread_labels(
     """Say what goes wrong in a step that gets one-hot rows in place of class indices; None if nothing is seen to.
 
     The step is rehearsed on copies of the module, with the labels that the network predicts (so that no accuracy is zero by
-    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and what
-    its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with class
-    weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
+    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and
+    what its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with
+    class weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
     """
     images, labels = _images_and_labels(batch)
     if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:

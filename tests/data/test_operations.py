@@ -6,7 +6,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
-from sanm_lightning.data.operations import OPERATIONS, affine, cutout, resized_crop
+from sanm_lightning.data.operations import OPERATIONS, affine, affine_matrix, cutout, resample, resized_crop
+from sanm_lightning.data.views import crop_flip, draw_crop_flip
 
 B = 24
 
@@ -102,6 +103,21 @@ def test_an_affine_map_of_all_parts_equals_torchvision(images):
         for image, a, x, y, s, h, v in zip(images, *parts, strict=True)
     ]
     near(affine(images, *parts), torch.stack(expected), 0)
+
+
+@pytest.mark.parametrize("padding", [0, 4])
+def test_a_crop_a_flip_and_an_affine_map_are_one_resampling(images, padding):
+    crop = draw_crop_flip(B, padding, True, torch.Generator().manual_seed(3))
+    parts = {"angle": drawn(-30, 30, 1), "translate_x": drawn(-5, 5, 2), "scale": drawn(0.6, 1.5, 4)}
+    matrix = affine_matrix(**parts)
+    assert torch.equal(resample(images, matrix, crop, padding), affine(crop_flip(images, crop, padding), **parts))
+
+
+def test_under_autocast_pixels_come_from_where_they_did(images):
+    parts = {"angle": drawn(-30, 30, 1), "scale": drawn(0.6, 1.5, 4)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = affine(images, **parts)
+    assert torch.equal(cast, affine(images, **parts))
 
 
 def test_a_resized_crop_equals_torchvision(images):

@@ -210,9 +210,45 @@ class TestSteps:
         trainer(1, limit_train_batches=1).fit(module, data())
         assert mixed == [(3 + 2) * 16, 2 * 16], "the pool, then the masked views for the decoder"
 
+    @staticmethod
+    def asked(module) -> list[tuple]:
+        """Targets and quality that SANM is given in a fit of one epoch."""
+        seen = []
+        for sanm in (module.sanm, module.sanm2):
+            forward = sanm.forward
+
+            def watched(network, images, targets, quality, features=None, forward=forward):
+                seen.append((targets, quality))
+                return forward(network, images, targets, quality, features)
+
+            sanm.forward = watched
+        trainer(1).fit(module, data())
+        return seen
+
     def test_oracle_quality_judges_the_targets_that_are_learned(self):
         module = method(sanm=SANM(quality="oracle", seed=0), warmup_epochs=0, clip_threshold=True)
-        trainer(1).fit(module, data())
+        judged, peer_quality = [], module.peer_quality
+
+        def watched(batch, targets, peer, estimate=None):
+            judged.append((targets.argmax(1) == batch.true_labels).float())
+            return peer_quality(batch, targets, peer, estimate)
+
+        module.peer_quality = watched
+        for (_, quality), expected in zip(self.asked(module), judged, strict=True):
+            assert torch.equal(quality, expected)
+
+    @pytest.mark.parametrize("word", ["given", "guess"])
+    def test_an_unlabelled_sample_is_trusted_by_its_given_label_or_by_its_guess(self, word):
+        module = method(sanm=SANM(seed=0), warmup_epochs=0, clip_threshold=True, unlabelled_quality=word)
+        seen = self.asked(module)
+        clean = {round(value, 6) for value in module.division.clean.flatten().tolist()}
+        for targets, quality in seen:
+            guessed, known = quality.view(2, 16)[:, 8:], quality.view(2, 16)[:, :8]  # two looks, half of each labelled
+            assert {round(value, 6) for value in known.flatten().tolist()} <= clean
+            if word == "guess":
+                assert torch.equal(guessed, targets.amax(1).view(2, 16)[:, 8:])
+            else:
+                assert {round(value, 6) for value in guessed.flatten().tolist()} <= clean
 
 
 class TestWrongInput:
@@ -225,6 +261,7 @@ class TestWrongInput:
             ({"target_views": []}, "at least one of target_views"),
             ({"loss_history": 0}, "loss_history >= 1"),
             ({"sanm_views": "some"}, "sanm_views 'all' or 'first'"),
+            ({"unlabelled_quality": "none"}, "unlabelled_quality 'given' or 'guess', got 'none'"),
         ],
     )
     def test_arguments_out_of_range(self, options, message):

@@ -207,3 +207,24 @@ def test_a_checkpoint_loads_by_itself(make, tmp_path):
     images = torch.rand(3, 3, 16, 16)
     module.eval(), loaded.eval()
     assert torch.equal(module(images), loaded(images))
+
+
+class Steps(L.Callback):
+    """Count the steps that were begun."""
+
+    begun = 0
+
+    def on_train_batch_start(self, *_):
+        self.begun += 1
+
+
+@pytest.mark.parametrize(("samples", "batch_size"), [(5, 1), (9, 8), (1, 8), (2, 8)])
+def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_training(make, samples, batch_size):
+    name = type(make()).__name__
+    module, count = make(**({"k": 1} if name == "SSR" else {})), Steps()
+    refused = {"SSR": min(samples, batch_size) == 1, "DivideMix": samples == 1, "C2D": samples == 1}.get(name, False)
+    sentence = "at least 2 samples per step" if name == "SSR" else "needs 2 samples or more, got 1"
+    with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
+        fit(module, data(num_samples=samples, batch_size=batch_size), epochs=2, callbacks=[count])
+    assert bool(count.begun) is not refused
+    assert all(bool(torch.isfinite(value).all()) for value in module.parameters())

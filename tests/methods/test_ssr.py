@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from sanm_lightning import SANM
 from sanm_lightning.methods import SSR
-from sanm_lightning.methods.ssr import balanced_votes, class_balanced_draw, feature_consistency, knn_vote, relabel
+from sanm_lightning.methods.ssr import (
+    balanced_votes,
+    class_balanced_draw,
+    feature_consistency,
+    knn_vote,
+    members_by_class,
+    relabel,
+)
 from tests.methods.toy import data, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -65,13 +72,15 @@ def test_relabelling_follows_the_sure_predictions_only():
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.integers(0, 50))
 def test_a_balanced_draw_takes_members_of_the_pool(labels, seed):
     pool = torch.arange(len(labels)) * 3 + 1
-    drawn = class_balanced_draw(pool, torch.tensor(labels), 40, 6, torch.Generator().manual_seed(seed))
+    groups = members_by_class(pool, torch.tensor(labels), 6)
+    drawn = class_balanced_draw(*groups, 40, torch.Generator().manual_seed(seed))
     assert set(drawn.tolist()) <= set(pool.tolist())
 
 
 def test_a_balanced_draw_takes_every_class_and_every_member_alike():
     labels = torch.tensor([0] * 90 + [1] * 9 + [3])
-    drawn = class_balanced_draw(torch.arange(100), labels, 60000, 5, torch.Generator().manual_seed(0))
+    groups = members_by_class(torch.arange(100), labels, 5)
+    drawn = class_balanced_draw(*groups, 60000, torch.Generator().manual_seed(0))
     counts = labels[drawn].bincount(minlength=5).double() / 60000
     torch.testing.assert_close(counts, torch.tensor([1, 1, 0, 1, 0]).double() / 3, atol=0.02, rtol=0)
     members = drawn.bincount(minlength=100)[:90].double()

@@ -1,50 +1,231 @@
-"""Two processes of batch b take the steps of one of batch 2 b."""
+"""Two processes under plain ``ddp``: every method, alone and under SANM, warm-up epoch included; one launch for all tests.
+
+Two processes of batch b take the steps of one of batch 2 b where a step is a mean over samples: CrossEntropy, CDR, ELR,
+SimCLR (whose partners are gathered), CoTeaching while it leaves nothing out, and ELR+ while it mixes nothing, each with the
+views and masks fixed. The definition of the others does not allow it: the small losses of Co-teaching are the smallest of a
+batch, mixup has one share per batch and partners within it, the prior penalty of DivideMix and C2D is a function of the
+batch's mean prediction, and SSR draws each process's selected samples at random. There a process's batch is the batch.
+"""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from filelock import FileLock  # torch brings it
 
-from sanm_lightning.methods import SimCLR
-from sanm_lightning.models.pooled import PooledClassifier
-from tests.methods.toy import data, trainer
+from sanm_lightning.methods import CrossEntropy
+from tests.methods.two_processes import (
+    CASES,
+    EPOCHS,
+    MEAN_CASES,
+    SCORING,
+    TEST,
+    TRAIN,
+    Dropping,
+    launch,
+    learn,
+    stop,
+)
 
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 
-class Plain(PooledClassifier):
-    """A network without batch statistics, which would be those of half a batch."""
-
-    def __init__(self):
-        super().__init__(8, 4)
-        self.conv = nn.Conv2d(3, 8, 3, stride=2)
-        self.reset_classifier(4)
-
-    def forward_features(self, x):
-        return torch.tanh(self.conv(x))
-
-
-class FixedViews(SimCLR):
-    """Views that are a function of the image alone: the streams of two processes differ from that of one."""
-
-    def views(self, index, generator, *policies):
-        images = self.trainer.datamodule.batch("train", index).images
-        return [images, images.flip(-1)]
+DRAWING = {"ELRPlus", "DivideMix", "C2D", "SSR"}  # methods that draw, beside views and masks
+LOSS_BANKS = {"CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus"}  # whose label quality is SANM's own estimate
 
 
-def learn(batch_size: int, **options) -> tuple[dict, dict]:
-    torch.manual_seed(0)
-    module = FixedViews(num_classes=4, image_size=(16, 16), network=Plain(), temperature=0.1, optimizer=sgd)
-    before = {name: value.clone() for name, value in module.state_dict().items() if torch.is_tensor(value)}
-    trainer(1, **options).fit(module, data(track_test=False, batch_size=batch_size))
-    return before, module.state_dict()
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """The folder of the one launch, and what each of its two processes has seen."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the other workers wait, and read what the first has found
+        root = root.parent
+    folder = root / "two_processes"
+    with FileLock(root / "two_processes.lock"):
+        if not (folder / "process1.pt").exists():
+            folder.mkdir(exist_ok=True)
+            torch.manual_seed(5)
+            encoder = CrossEntropy(num_classes=4, image_size=(16, 16), network=Dropping())
+            torch.save({"state_dict": encoder.state_dict()}, folder / "encoder.pt")
+            launch(folder, str(folder / "encoder.pt"))
+    found = [torch.load(folder / f"process{rank}.pt", weights_only=True) for rank in (0, 1)]
+    errors = "\n".join(process["error"] for process in found if "error" in process)
+    assert not errors, errors
+    return folder, found
 
 
-def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.5)
+class Case:
+    def __init__(self, name: str, folder: Path, found: list) -> None:
+        self.method, self.under_sanm = CASES[name]
+        self.processes = [process[name] for process in found]
+        self.middle, self.end = folder / f"{name}.middle.ckpt", folder / f"{name}.end.ckpt"
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
-def test_every_view_of_simclr_looks_for_its_partner_in_all_processes():
-    before, whole = learn(16)
-    _, halves = learn(8, accelerator="cpu", devices=2, strategy="ddp_spawn")
-    for name in ("network.conv.weight", "projection.0.weight", "projection.2.weight"):
-        assert float((whole[name] - before[name]).abs().max()) > 1e-3, "nothing was learned"
-        torch.testing.assert_close(halves[name], whole[name], rtol=0, atol=1e-5)
+@pytest.fixture(params=CASES)
+def case(request, launched) -> Case:
+    return Case(request.param, *launched)
+
+
+def differences(one, other, at: str = "") -> list[str]:
+    """Where two nested states are not equal bit for bit."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [found for key in one for found in differences(one[key], other[key], f"{at}/{key}")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) else [at]
+    return [] if type(one) is type(other) and one == other else [at]
+
+
+def test_all_that_a_method_keeps_is_the_same_in_both_processes(case):
+    one, other = (process["state"] for process in case.processes)
+    assert any(key.endswith("layers.0.weight") for key in one)
+    assert not differences(one, other)
+
+
+def test_a_resumed_run_ends_as_the_whole_one_in_both_processes(case):
+    for process in case.processes:
+        assert not differences(process["state"], process["resumed"])
+
+
+def test_the_checkpoint_of_rank_0_knows_every_sample(case):
+    end, middle = (
+        torch.load(path, weights_only=True, map_location="cpu")["state_dict"] for path in (case.end, case.middle)
+    )
+    since_merge = (
+        32 if stop(case.method) == 6 else 62
+    )  # samples served to both processes, one of them twice in an epoch
+    looked_at = set()
+    for key, state in end.items():
+        if key.endswith("label_quality.bank._extra_state") and case.under_sanm and case.method in LOSS_BANKS:
+            assert state["epochs"].tolist() == [EPOCHS] * TRAIN
+            assert float(middle[key]["count"].sum()) == since_merge
+            looked_at.add("losses")
+        elif key.startswith(("targets.", "banks.")):
+            assert len(state["value"]) == TRAIN
+            assert bool((state["value"].sum(1) > 0).all())
+            assert float(middle[key]["touched"].sum()) == since_merge
+            looked_at.add("targets")
+        elif key.startswith("division."):
+            assert state["clean"].shape == (2, TRAIN)
+            assert state["history"].shape == (1, 2, TRAIN)
+            assert int((state["history"] == 0).sum()) == 2  # a network's smallest loss, and no sample left out
+            looked_at.add("division")
+        elif key.startswith("selection."):
+            assert len(state["labels"]) == len(state["share"]) == TRAIN
+            assert bool((state["given_share"] + state["share"] > 0).any())
+            looked_at.add("selection")
+    expected = {"ELR": {"targets"}, "ELRPlus": {"targets"}, "DivideMix": {"division"}, "C2D": {"division"}}
+    expected |= {"SSR": {"selection"}}
+    losses = {"losses"} if case.under_sanm and case.method in LOSS_BANKS else set()
+    assert looked_at == expected.get(case.method, set()) | losses
+
+
+def test_the_processes_share_out_every_epoch(case):
+    one, other = (process["trained"] for process in case.processes)
+    assert list(one) == list(other) == list(range(EPOCHS))
+    for epoch in one:
+        times = Counter(one[epoch] + other[epoch])
+        assert sorted(times) == list(range(TRAIN))
+        assert sorted(times.values())[-2:] == [1, 2]  # 61 samples for two: one comes twice
+
+
+def test_the_two_sets_of_dividemix_are_shared_out(case):
+    if case.method not in ("DivideMix", "C2D"):
+        assert case.processes[0]["orders"] == []
+        return
+    for one, other in zip(*(process["orders"] for process in case.processes), strict=True):
+        for mine, theirs in zip(one, other, strict=True):
+            order = [sample for pair in zip(mine, theirs, strict=True) for sample in pair]
+            pool = set(order)
+            assert len(set(order[: len(pool)])) == len(pool), "a sample came again before all had come"
+
+
+def test_no_two_processes_or_steps_draw_from_one_stream(case):
+    one, other = (process["streams"] for process in case.processes)
+    place = {"masks": 1, "method": 1, "views": 2}  # of the rank in a stream's name; the seed comes first
+    drawn = {"views"} | ({"masks"} if case.under_sanm else set())
+    drawn |= {"method"} if case.method in DRAWING else set()
+    assert {kind for kind in one if one[kind]} == drawn
+    for kind in drawn:
+        without_rank = []
+        for rank, names in enumerate((one[kind], other[kind])):
+            assert {name[place[kind]] for name in names} == {rank}
+            assert len(set(names)) == len(names)
+            without_rank.append([name[: place[kind]] + name[place[kind] + 1 :] for name in names])
+        assert without_rank[0] == without_rank[1]  # a function of seed, rank, epoch and step, and of nothing else
+    dropped = [process["dropped"] for process in case.processes]
+    assert dropped[0]
+    assert not set(dropped[0]) & set(dropped[1])
+
+
+def test_every_test_sample_counts_once(case):
+    one, other = case.processes
+    tracked = "test/acc" in one["logged"]
+    assert tracked is not (case.under_sanm and case.method in SCORING)
+    assert sorted(one["evaluated"] + other["evaluated"]) == (list(range(TEST)) if tracked else [])
+    for process in case.processes:
+        for name, accuracy in process["alone"].items():
+            assert not tracked or process["logged"][name] == accuracy
+        assert process["tested"]["test/acc"] == process["alone"]["test/acc"]
+
+
+def test_predict_answers_for_every_sample_once(case):
+    one, other = case.processes
+    assert sorted(one["predicted"] + other["predicted"]) == list(range(TEST))
+
+
+@pytest.mark.parametrize(("name", "under"), MEAN_CASES)
+def test_two_processes_take_the_steps_of_one_with_the_whole_batch(name, under, launched):
+    before, whole = learn(name, under, 16)
+    halves = launched[1][0][name, under]
+    learnt = [key for key, value in whole.items() if float((value - before[key]).abs().max()) > 1e-3]
+    assert "network.conv.weight" in learnt, "nothing was learned"
+    assert under == "alone" or any("decoder" in key for key in learnt)
+    torch.testing.assert_close(halves, whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["mixin", "callback"])
+def test_a_module_of_ones_own_under_sanm_is_the_same_in_both_processes(way, launched):
+    one, other = (process["own modules"][way] for process in launched[1])
+    assert not differences(one["module"], other["module"])
+    assert not differences(one["sanm"], other["sanm"])
+    assert one["sanm"]["label_quality.bank._extra_state"]["epochs"].tolist() == [3] * TRAIN
+    assert float(one["hidden"]) > 0
+
+
+class TestEdges:
+    def test_fewer_samples_than_it_takes_are_repeated(self, launched):
+        for process in launched[1]:
+            assert process["edges"]["one training sample"] == (2, "")
+            assert process["edges"]["three training samples"] == (2, "")
+
+    def test_batches_of_one_and_a_share_of_no_test_sample_are_refused_before_training(self, launched):
+        for process in launched[1]:
+            steps, sentence = process["edges"]["batches of one"]
+            assert steps == 0
+            assert "at least 2 samples per step and process" in sentence
+            steps, sentence = process["edges"]["one test sample"]
+            assert steps == 0
+            assert sentence == "1 samples cannot be shared out over 2 processes: use at most 1."
+
+    def test_a_loss_that_is_not_a_number_in_one_process_stops_both(self, launched):
+        one, other = (process["edges"]["a loss that is not a number"] for process in launched[1])
+        assert one == other
+        assert one[0] == 2  # at the end of the first epoch
+        assert "the loss of NaNHere was NaN or infinite, first at step 2" in one[1]
+
+
+class TestCommandLine:
+    def test_a_relaunch_goes_on_in_the_run_directory_and_ends_as_the_whole_run(self, launched):
+        folder, found = launched
+        for process in found:
+            assert not differences(process["command line"]["again"], process["command line"]["whole"])
+        runs = folder / "here" / "lightning_logs"
+        assert [path.name for path in runs.iterdir()] == ["version_0"]
+        files = (folder / root / "lightning_logs" / "version_0" / "results.json" for root in ("here", "there"))
+        results = [json.loads(file.read_text()) for file in files]
+        for result in results:
+            del result["seconds"]
+        assert results[0] == results[1]
+        assert results[0]["epochs"] == 3

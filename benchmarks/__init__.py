@@ -1,0 +1,1 @@
+"""Speed of every part, as ratios measured in one process: ``python -m benchmarks``."""

@@ -1,0 +1,102 @@
+"""Go on with a run: which checkpoint ``--ckpt_path last`` means, and how its run directory stays that of the run."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+__all__ = ["checkpoint_to_go_on_from"]
+
+
+def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
+    """Turn ``last`` or ``hpc`` into a file, and let the trainer write where that run wrote.
+
+    ``last`` is the newest checkpoint of the directories that this trainer writes to: those of every ``ModelCheckpoint``, of
+    all runs of its logger (``lightning_logs/version_*/checkpoints``), and what a signal of SLURM left
+    (``hpc_ckpt_*.ckpt``); ``hpc`` is the last of these alone. Lightning would look in the directory of the new run only, and
+    begin anew where it is empty. A logger of Lightning's that numbers its runs goes on in the run of the checkpoint; its
+    ``metrics.csv``, which Lightning would delete, is kept under another name.
+
+    Args:
+        trainer: before anything has run.
+        asked: ``--ckpt_path``. Anything but ``last`` and ``hpc`` is given back as it is; None under SLURM means ``hpc`` where
+            there is such a file, as for Lightning.
+        fitting: False leaves the run directory alone; an evaluation has one of its own.
+
+    Raises:
+        MisconfigurationException: if there is no such checkpoint; the sentence names the directories.
+    """
+    root = Path(trainer.default_root_dir)
+    signalled = sorted(root.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
+    if asked is None and signalled and SLURMEnvironment.detect():
+        asked = "hpc"
+    if asked not in ("last", "hpc"):
+        return asked
+    runs = _runs(trainer)
+    given = [
+        Path(part.dirpath)
+        for part in trainer.checkpoint_callbacks
+        if isinstance(part, ModelCheckpoint) and part.dirpath
+    ]
+    if asked == "hpc":
+        searched, found = [root], signalled[-1:]
+    else:
+        searched = [*given, *(run / "checkpoints" for run in runs or [_folder(trainer) / "*"]), root]
+        found = [path for folder in searched[:-1] for path in folder.glob("*.ckpt")] + signalled
+    if not found:
+        places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
+        raise MisconfigurationException(
+            f"--ckpt_path {asked}: there is no checkpoint in {places}; name the directory of the run with "
+            "--trainer.default_root_dir, or leave --ckpt_path out to begin at epoch 0"
+        )
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    own = [run for run in runs if run / "checkpoints" == newest.parent]
+    if fitting and (own or runs):
+        _go_on_in(trainer, own[0] if own else max(runs, key=_age))
+    return str(newest)
+
+
+def _runs(trainer: L.Trainer) -> list[Path]:
+    """Return the run directories that the trainer's first logger has made, as a ``ModelCheckpoint`` finds them."""
+    if not trainer.loggers:
+        return [Path(trainer.default_root_dir)]
+    folder = _folder(trainer)
+    version = getattr(trainer.loggers[0], "_version", None)
+    if version is not None and version != SLURMEnvironment.job_id():  # one that somebody chose
+        return [folder / (version if isinstance(version, str) else f"version_{version}")]
+    marks = ("checkpoints", "labels.npz", "results.json")  # of a fit: an evaluation leaves none of them
+    return sorted(path for path in folder.glob("*") if any((path / mark).exists() for mark in marks))
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    logger = trainer.loggers[0]
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+
+
+def _age(run: Path) -> int:
+    return max((path.stat().st_mtime_ns for path in run.glob("*")), default=0)
+
+
+def _go_on_in(trainer: L.Trainer, run: Path) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, (CSVLogger, TensorBoardLogger)):
+            logger._version = run.name
+            _keep(Path(logger.log_dir) / "metrics.csv")
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+
+
+@rank_zero_only
+def _keep(table: Path) -> None:
+    """Rename a table that the logger would delete: the rows of a resumed run begin at its checkpoint."""
+    number = 0
+    while (kept := table.with_name(f"metrics_before_resume_{number}.csv")).exists():
+        number += 1
+    if table.exists():
+        os.replace(table, kept)
