@@ -15,8 +15,8 @@ __all__ = ["RunSettings", "refuse_other_settings"]
 FREE = {"data.root", "data.num_workers", "data.resident_bytes", "data.eval_batch_size", "data.track_test"}
 # Trainer settings that a resumed run takes as they are given now, and whose change makes it another run.
 TOLD = (
-    "accumulate_grad_batches", "deterministic", "devices", "gradient_clip_algorithm", "gradient_clip_val",
-    "limit_train_batches", "num_nodes", "overfit_batches", "precision", "strategy", "sync_batchnorm",
+    "accumulate_grad_batches", "deterministic", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches",
+    "overfit_batches", "precision", "sync_batchnorm",
 )  # fmt: skip
 
 
@@ -83,8 +83,8 @@ class RunSettings(L.Callback):
         self.settings = plain(settings)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, under ``settings``."""
-        checkpoint["settings"] = self.settings
+        """Add the settings, under ``settings``, and how many processes ``devices`` came to."""
+        checkpoint["settings"] = {**self.settings, "processes": trainer.world_size}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare; a trained model may be evaluated on whatever data.
@@ -97,8 +97,13 @@ class RunSettings(L.Callback):
             return
         fitting = trainer.state.fn == TrainerFn.FITTING
         refuse_other_settings(now if fitting else {"model": now["model"]}, then)
-        before, after = then.get("trainer") or {}, now.get("trainer") or {}
-        other = [f"{name} {before[name]} -> {after.get(name)}" for name in TOLD if before.get(name) != after.get(name)]
+        before, after = ({**(part.get("trainer") or {})} for part in (then, now))
+        before["processes"], after["processes"] = then.get("processes"), trainer.world_size
+        other = [
+            f"{name} {before[name]} -> {after.get(name)}"
+            for name in (*TOLD, "processes")
+            if before.get(name) != after.get(name)
+        ]
         if fitting and other:
             rank_zero_warn(
                 f"the resumed run goes on with other trainer settings than it was begun with: {', '.join(other)}"
