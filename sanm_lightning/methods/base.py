@@ -285,7 +285,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the epoch that has begun and each process's global random stream (dropout); never write after a bad loss."""
         self._require_finite()
-        streams = [torch.get_rng_state()]
+        pending = self._resumed_stream  # of a run that is resumed after its last step, and draws nothing
+        streams = [torch.get_rng_state() if pending is None else pending]
         if several_processes():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(gathered, streams[0])
