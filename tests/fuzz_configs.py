@@ -141,6 +141,7 @@ def names_the_key(what: str, said: str) -> bool:
         if word not in ("init_args", "class_path", "dict_kwargs") and not word.isdigit()
     ]
     wanted = words[-2:] + (["unknown"] if what.startswith("add") else [])
+    wanted += [f"{words[-1]}x"] if what.startswith("rename") and words else []
     sentence = said.split("error: ")[-1] if "error: " in said else said
     sentence = "\n".join(line for line in sentence.splitlines() if "Given value" not in line)  # repeats everything
     sentence = sentence.removeprefix("sanm: ").split("(SANM_TRACEBACK")[0]

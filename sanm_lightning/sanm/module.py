@@ -225,6 +225,8 @@ class SANM(nn.Module):
         if isinstance(place, dict):  # the options of a SANM whose place was a frozen network
             place = FrozenNetwork(**place["init_args"])
         low, high = ratio_range if ratio_range is not None else self._ranges.get(ratio, (0.0, 1.0))
+        for name, value in (("mu", mu), ("delta", delta), ("beta", beta), ("area", area)):
+            _require(isinstance(value, (int, float)), f"a number as {name}", value)
         _require(0 <= mu <= 1, "mu in [0, 1]", mu)
         _require(0 < delta <= 1, "delta in (0, 1]", delta)
         _require(beta >= 0, "beta >= 0", beta)
@@ -289,7 +291,12 @@ class SANM(nn.Module):
         module = network if isinstance(network, nn.Module) else None
         like = next(module.parameters(), torch.zeros(())) if module is not None else torch.zeros(())
         generator = derived_generator(torch.device("cpu"), self.seed)
-        images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
+        try:
+            images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}"
+            ) from error
         with without_trace(network, images):
             output = network.forward_features(images)
             features = feature_map(output, network.num_features)
