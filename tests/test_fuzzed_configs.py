@@ -8,7 +8,7 @@ from tests.test_configs import slim
 
 def test_an_edited_config_can_run_or_is_refused_by_the_key(monkeypatch):
     slim(monkeypatch)
-    monkeypatch.setattr(L.Trainer, "fit", lambda *args, **options: None)
+    monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *args, **options: None)
     for recipe in recipes()[::80]:
         assert attempt(merged(recipe), "whole.yaml") == ("made", "")
     ends, wrong = fuzz(24, seed=11)
@@ -26,7 +26,7 @@ def test_a_sentence_about_something_else_would_be_found():
 
 def test_what_no_class_says_itself_is_said_by_the_line(monkeypatch):
     """Types that the parser lets through, and errors that constructors of others raise."""
-    monkeypatch.setattr(L.Trainer, "fit", lambda *args, **options: None)
+    monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *args, **options: None)
     recipe = recipes()[0]
     for path, value, said in (
         (("trainer",), [1, 2], "expected options under 'trainer', got [1, 2]"),
