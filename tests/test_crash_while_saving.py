@@ -125,7 +125,7 @@ class TestCheckpointErrors:
         torch.save({"state_dict": {}, "epoch": 0, "global_step": 0, "x": Executed()}, "a.ckpt")
         assert "holds other objects, none of which was loaded" in said(monkeypatch, capsys, *RESUMED)
         Path("a.ckpt").write_bytes(pickle.dumps(Executed()))
-        assert "it is damaged or no checkpoint" in said(monkeypatch, capsys, *RESUMED)
+        assert "damaged or" in said(monkeypatch, capsys, *RESUMED)  # which of two sentences depends on the torch
         assert not Path("executed").exists()
         pickle.loads(Path("a.ckpt").read_bytes())
         assert Path("executed").exists()  # it would have been
