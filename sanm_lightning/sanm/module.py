@@ -309,7 +309,7 @@ class SANM(nn.Module):
         if self.mask and self.place in ("cam", "energy") and map_size[0] * map_size[1] == 1:
             raise ValueError(
                 f"a feature map of 1 x 1 cannot say where the network looks ({type(network).__name__} on images of "
-                f"{image_size[0]} x {image_size[1]}); use larger images, a network of smaller stride, or place: random"
+                f"{image_size[0]} x {image_size[1]}); use a larger image_size, a network of smaller stride, or place: random"
             )
         if self.reconstruct and self.decoder is None:
             self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
