@@ -57,7 +57,7 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (images * share).add_(other * (1 - share)).clamp_(0, 255).to(torch.uint8)
 
 
-# By value alone: tables of bytes (B, 3, 256) or (B, 1, 256), from images and amounts -------------------------------
+# By value alone: tables of bytes (B, 3, 256), from images and amounts ------------------------------------------------
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
     inside = ((rows >= -half) & (rows < half))[:, None, :, None] & ((columns >= -half) & (columns < half))[
         :, None, None
     ]
-    return images * ~inside + grey * inside.to(torch.uint8)  # on the CPU five times faster than a fill under a mask
+    return images * ~inside + grey * inside.to(torch.uint8)  # on the CPU four times as fast as a fill under a mask
 
 
 # By place ------------------------------------------------------------------------------------------------------------
