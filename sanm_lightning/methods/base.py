@@ -99,9 +99,8 @@ class NoisyLabelModule(SANMMixin, L.LightningModule):
         if isinstance(network, str):
             options = network_args or {}
             self.network: Any = create_network(network, num_classes, mean, std, **options)
-            if options.get(
-                "pretrained"
-            ):  # a checkpoint holds the weights: loading it must not fetch the first ones again
+            if options.get("pretrained"):
+                # a checkpoint holds the weights: loading it must not fetch the first ones again
                 mean, std = (tuple(part.flatten().tolist()) for part in (self.network.mean, self.network.std))
                 self.hparams.update(network_args={**options, "pretrained": False}, mean=mean, std=std)
         else:

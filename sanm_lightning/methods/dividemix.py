@@ -234,10 +234,8 @@ class DivideMix(TwoNetworks):
         self.unlabelled_quality = unlabelled_quality
         self.warmup_view, self.warmup_clip, self.alternate = warmup_view, warmup_clip, alternate
         self.division = Division()
-        self._drawn: tuple[int, list[tuple[Tensor, Tensor]]] = (
-            -1,
-            [],
-        )  # epoch; labelled and unlabelled order per network
+        # the epoch, and for each network its labelled and unlabelled samples in the order of this epoch
+        self._drawn: tuple[int, list[tuple[Tensor, Tensor]]] = (-1, [])
 
     def on_train_start(self) -> None:
         """Refuse a training set that cannot be divided."""
@@ -357,9 +355,8 @@ class DivideMix(TwoNetworks):
         logits = network.forward_head(features)
         supervised, unsupervised = mixmatch_loss(logits, mixed.targets, labelled)
         loss = supervised + self.unsupervised_weight(batch_idx) * unsupervised + prior_penalty(logits)
-        if (
-            views.box is not None and sanm.reconstruct
-        ):  # what was mixed cannot be painted: the decoder sees the masked views themselves
+        if views.box is not None and sanm.reconstruct:
+            # what was mixed cannot be painted: the decoder sees the masked views themselves
             features = network.forward_features(views.images)
         return loss + sanm.reconstruction(features, base.images)
 

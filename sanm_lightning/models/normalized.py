@@ -46,9 +46,8 @@ class Normalized(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> feature map (B, D, h, w)."""
-        normalised = ((images - self.mean) / self.std).contiguous(
-            memory_format=torch.channels_last
-        )  # convolutions like it
+        normalised = (images - self.mean) / self.std
+        normalised = normalised.contiguous(memory_format=torch.channels_last)  # convolutions like it
         features: Tensor = self.network.forward_features(normalised)
         return features
 

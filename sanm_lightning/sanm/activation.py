@@ -92,10 +92,8 @@ def upsample(activation: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if activation.ndim != 3:
         raise ValueError(f"expected activation maps (B, h, w), got {tuple(activation.shape)}")
-    for dim in (
-        2,
-        1,
-    ):  # first to the right, while there are few rows; three times as fast as interpolate on one channel
+    # first to the right, while there are few rows; three times as fast as interpolate on one channel
+    for dim in (2, 1):
         low, high, share = _between(activation.shape[dim], size[dim - 1], activation)
         parts = activation.index_select(dim, low), activation.index_select(dim, high)
         activation = torch.lerp(*parts, share if dim == 2 else share.unsqueeze(1))

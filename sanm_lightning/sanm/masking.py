@@ -126,9 +126,8 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
     height, width = activation.shape[1:]
     where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
     row, column = where // width, where % width
-    area = (
-        height * width * ratio.float()
-    )  # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    area = height * width * ratio.float()
     if anchor == "corner":
         rows = (area * aspect.float()).sqrt().round().clamp(max=height)
         columns = (area / aspect.float()).sqrt().round().clamp(max=width)

@@ -92,9 +92,8 @@ def test_the_checkpoint_of_rank_0_knows_every_sample(case):
     end, middle = (
         torch.load(path, weights_only=True, map_location="cpu")["state_dict"] for path in (case.end, case.middle)
     )
-    since_merge = (
-        32 if stop(case.method) == 6 else 62
-    )  # samples served to both processes, one of them twice in an epoch
+    # samples served to both processes, one of them twice in an epoch
+    since_merge = 32 if stop(case.method) == 6 else 62
     looked_at = set()
     for key, state in end.items():
         if key.endswith("label_quality.bank._extra_state") and case.under_sanm and case.method in LOSS_BANKS:
