@@ -48,7 +48,8 @@ class CoTeaching(TwoNetworks):
             know or guess. It is never read from the data. The default is cautious: the share of wrong labels is rarely lower
             in data collected from the web.
         num_gradual: epochs in which the share rises from 0. A class that the network has not begun to learn by then may never
-            be chosen again: with 5 on 5,000 images of CIFAR-10, half of the labels wrong, two of ten classes were lost.
+            be chosen again: with 5 on 5,000 images of CIFAR-10, half of the labels wrong, two of ten classes were lost (on both
+            of the seeds looked at).
         exponent: of the forget rate, for the rise.
         released_scale: divide each network's mean loss by the number of chosen samples once more, as the authors' code does;
             with Adam it changes next to nothing.

@@ -46,10 +46,10 @@ class ELR(NoisyLabelModule):
     the loss is taken; probabilities are clamped to [1e-4, 1 - 1e-4]. Published on 45,000 of CIFAR's 50,000 images, the others
     held out for validation: ``data.val_fraction: 0.1``.
 
-    Under SANM both terms see the masked views; the running mean is of unmasked images only. ELR gives up classes that it finds
-    hard, and SANM, which judges a label by its loss, then takes many of their right labels for wrong ones: on 5,000 images of
-    CIFAR-10 with half of the labels wrong it fell from .493 to .393 (last accuracy, three seeds; with oracle quality it did
-    not). Look at the classes that such a network predicts.
+    Under SANM both terms see the masked views; the running mean is of unmasked images only. It can hurt: on 5,000 images of
+    CIFAR-10 with half of the labels wrong, the last accuracy fell from .493 to .393 (three seeds). There ELR alone gave up some
+    classes, and SANM, which judges a label by its loss, trusted their right labels by half only (looked at on one seed, where
+    oracle quality did no harm). Look at the classes that such a network predicts.
 
     Args:
         num_classes: C.
