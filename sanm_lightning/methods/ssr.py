@@ -1,6 +1,6 @@
 """SSR (Feng, Tzimiropoulos and Patras, BMVC 2022): select by a vote of neighbours, relabel by confidence."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.mixup import mixup
-from sanm_lightning.sanm.quality import label_loss
+from sanm_lightning.sanm.quality import fit_mixture, label_loss, mixture_posterior
 
 __all__ = [
     "SSR",
@@ -103,12 +103,12 @@ class Selection(nn.Module):
         """(N,): given labels, or predicted ones where the network was sure."""
         self.selected = torch.zeros(0, dtype=torch.bool)
         """(N,): whether the vote agrees with the label."""
-        self.share = torch.zeros(0)
-        """(N,): balanced share of the votes for the label."""
-        self.given_share = torch.zeros(0)
-        """(N,): balanced share of the votes for the given label."""
+        self.quality = torch.zeros(0)
+        """(N,): what SANM takes for the quality of the label."""
+        self.given_quality = torch.zeros(0)
+        """(N,): the same of the given label."""
 
-    _names = ("labels", "selected", "share", "given_share")
+    _names = ("labels", "selected", "quality", "given_quality")
 
     def get_extra_state(self) -> dict[str, Tensor]:
         """Return all tensors, on the CPU."""
@@ -130,8 +130,11 @@ class SSR(NoisyLabelModule):
     the selected samples in rounds with every class repeated to the size of the largest. An empty selection falls back on all
     samples, and the log says so.
 
-    Under SANM both strong views of the selected samples are masked and their labels regularised, then mixed. Label quality is
-    the share of votes for the label; the score that selects is 1 for every selected sample and would hide nothing.
+    Under SANM both strong views of the selected samples are masked and their labels regularised, then mixed. Label quality
+    comes from the votes for the label; the score that selects is 1 for every selected sample and would hide nothing. A share
+    of the votes ranks labels but is no probability: where neighbours disagree, right labels win with .4 of the votes, wrong
+    ones with .3, and SANM would hide and soften almost as much of both. A mixture of two Gaussians over all shares, as
+    DivideMix has it over losses, makes a probability of it.
 
     Args:
         num_classes: C.
@@ -142,6 +145,8 @@ class SSR(NoisyLabelModule):
         lambda_fc: weight of the feature consistency, >= 0: 1 is the authors' SSR+, 0 their SSR.
         hidden: width inside the two heads of the feature consistency.
         strong_view: data-module policy of the strong views.
+        vote_quality: what SANM takes for the quality of a label: ``"mixture"``, the probability that its share of the votes
+            belongs to the larger shares of the training set; or the ``"share"`` itself.
         warmup_epochs: epochs of plain cross-entropy at first; published: none.
         chunk: samples whose neighbours are searched at once.
 
@@ -164,6 +169,7 @@ class SSR(NoisyLabelModule):
         lambda_fc: float = 1.0,
         hidden: int = 256,
         strong_view: str = "auto_augment",
+        vote_quality: Literal["mixture", "share"] = "mixture",
         warmup_epochs: int = 0,
         chunk: int = 1024,
         **kwargs: Any,
@@ -175,13 +181,14 @@ class SSR(NoisyLabelModule):
             ("alpha >= 0", alpha, alpha >= 0),
             ("lambda_fc >= 0", lambda_fc, lambda_fc >= 0),
             ("hidden >= 1", hidden, hidden >= 1),
+            ("vote_quality 'mixture' or 'share'", vote_quality, vote_quality in ("mixture", "share")),
             ("chunk >= 1", chunk, chunk >= 1),
         ):
             if not good:
                 raise ValueError(f"expected {name}, got {value!r}")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.theta_s, self.theta_r, self.k, self.chunk = theta_s, theta_r, k, chunk
-        self.alpha, self.lambda_fc, self.strong_view = alpha, lambda_fc, strong_view
+        self.alpha, self.lambda_fc, self.strong_view, self.vote_quality = alpha, lambda_fc, strong_view, vote_quality
         self.selection = Selection()
         self._members: tuple[Tensor, Tensor] | None = None  # the selected samples by class, sorted once per epoch
         if lambda_fc > 0:
@@ -212,14 +219,14 @@ class SSR(NoisyLabelModule):
         given, features, probabilities = self._everything()
         labels = relabel(given, probabilities, self.theta_r)
         votes = balanced_votes(knn_vote(features, labels, self.k, self.num_classes, self.chunk), labels)
-        share = votes.gather(1, labels[:, None])[:, 0]
+        share, given_share = (votes.gather(1, judged[:, None])[:, 0] for judged in (labels, given))
         selected = share / votes.max(1).values >= self.theta_s
         if not bool(selected.any()):
             rank_zero_warn(f"SSR, epoch {self.current_epoch}: the selection is empty, so all samples are learned from")
             selected = torch.ones_like(selected)
         found, self._members = self.selection, None
-        found.labels, found.selected, found.share = labels.cpu(), selected.cpu(), share.cpu()
-        found.given_share = votes.gather(1, given[:, None])[:, 0].cpu()
+        found.labels, found.selected = labels.cpu(), selected.cpu()
+        found.quality, found.given_quality = (part.cpu() for part in self._judge(share, given_share))
 
     def _everything(self) -> tuple[Tensor, Tensor, Tensor]:
         """Given labels (N,), features (N, D) and probabilities (N, C) of the training set, the same on all ranks."""
@@ -235,9 +242,16 @@ class SSR(NoisyLabelModule):
         parts = [self.trainer.strategy.reduce(part, reduce_op="sum") for part in (labels, features, probabilities)]
         return parts[0], parts[1], parts[2]  # type: ignore[return-value]
 
+    def _judge(self, share: Tensor, given_share: Tensor) -> tuple[Tensor, Tensor]:
+        """Quality of the labels and of the given ones, from their shares of the votes: all (N,), in [0, 1]."""
+        if self.vote_quality == "share":
+            return share, given_share
+        mixture = fit_mixture(1 - share)  # the component of lower mean is that of the larger shares
+        return mixture_posterior(mixture, 1 - share), mixture_posterior(mixture, 1 - given_share)
+
     def clean_probability(self) -> Tensor | None:
-        """Return the share of votes for each given label, (N,); None before the first vote."""
-        return self.selection.given_share if len(self.selection.given_share) else None
+        """Return the quality of each given label, (N,), as the votes have it; None before the first vote."""
+        return self.selection.given_quality if len(self.selection.given_quality) else None
 
     # Each step
 
@@ -265,13 +279,13 @@ class SSR(NoisyLabelModule):
             self._members = members_by_class(pool, found.labels[pool], self.num_classes)
         drawn = class_balanced_draw(*self._members, count, generator)
         index = drawn.to(self.device, non_blocking=True).repeat(2)
-        labels, share = (
-            part[drawn].to(self.device, non_blocking=True).repeat(2) for part in (found.labels, found.share)
+        labels, quality = (
+            part[drawn].to(self.device, non_blocking=True).repeat(2) for part in (found.labels, found.quality)
         )
         images = torch.cat(self.views(index[:count], generator, self.strong_view, self.strong_view))
         true_labels = self.trainer.datamodule.batch("train", index).true_labels  # type: ignore[attr-defined]  # for the oracle
         batch, targets = NoisyBatch(images, labels, index, true_labels), self.one_hot(labels)
-        views = self.sanm(self.network, images, targets, self.quality(batch, targets, share))
+        views = self.sanm(self.network, images, targets, self.quality(batch, targets, quality))
         mixed = mixup(views.images, views.targets, generator, self.alpha)
         features = self.network.forward_features(mixed.images)
         loss = label_loss(self.network.forward_head(features), mixed.targets).mean()

@@ -17,6 +17,7 @@ from sanm_lightning.methods.ssr import (
     members_by_class,
     relabel,
 )
+from sanm_lightning.sanm.quality import clean_probability, fit_mixture, mixture_posterior
 from tests.methods.toy import data, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -100,7 +101,7 @@ def test_consistency_is_the_negative_cosine_and_the_target_gets_no_gradient():
 
 
 def test_the_selection_is_what_the_formulas_say():
-    module, source = method(theta_r=0.3), data()
+    module, source = method(theta_r=0.26, vote_quality="share"), data()
     module.on_train_batch_start = lambda batch, batch_idx: None  # the vote is called by hand below
     found = {}
 
@@ -117,7 +118,8 @@ def test_the_selection_is_what_the_formulas_say():
     start = module.on_train_start
     module.on_train_start = lambda: (start(), vote_once())
     trainer(1, limit_train_batches=1).fit(module, source)
-    labels = relabel(source.labels, found["p"], 0.3)
+    labels = relabel(source.labels, found["p"], 0.26)
+    assert 0 < int((labels != source.labels).sum())
     assert torch.equal(module.selection.labels, labels)
     votes = balanced_votes(knn_vote(found["features"], labels, 5, 4), labels)
     for i in range(64):
@@ -136,17 +138,55 @@ def test_an_empty_selection_is_said_and_survived(monkeypatch):
     assert bool(module.selection.selected.all())
 
 
-def test_quality_is_the_share_of_votes_and_not_the_score():
-    module = method(sanm=SANM(seed=0))
+@pytest.mark.parametrize("kind", ["mixture", "share"])
+def test_sanm_takes_the_quality_of_the_votes_and_not_the_score(kind):
+    module = method(sanm=SANM(seed=0), vote_quality=kind)
     seen = []
     forward = module.sanm.forward
     module.sanm.forward = lambda network, images, targets, quality: (
         seen.append(quality) or forward(network, images, targets, quality)
     )
     trainer(1).fit(module, data())
-    shares = set(module.selection.share.tolist())
-    assert all(set(quality.tolist()) <= shares for quality in seen)
+    known = set(module.selection.quality.tolist())
+    assert all(set(quality.tolist()) <= known for quality in seen)
     assert any(bool((quality < 1).any()) for quality in seen)
+
+
+def vote_only(module, monkeypatch, votes):
+    """Fit for one step with given votes (64, 4), so that the selection is that of these votes."""
+    monkeypatch.setattr("sanm_lightning.methods.ssr.balanced_votes", lambda shares, labels: votes)
+    trainer(1, limit_train_batches=1).fit(module, data())
+    return module.selection
+
+
+@given(st.integers(0, 1000))
+@settings(max_examples=5, deadline=None)
+def test_the_mixture_is_the_one_over_the_shares_of_the_labels_learned(seed):
+    votes = torch.rand(64, 4, generator=torch.Generator().manual_seed(seed))
+    votes = votes / votes.sum(1, keepdim=True)
+    given_labels = data()
+    given_labels.setup("fit")
+    with pytest.MonkeyPatch.context() as patch:
+        found = vote_only(method(theta_r=0.26), patch, votes)
+    share = votes.gather(1, found.labels[:, None])[:, 0]
+    of_given = votes.gather(1, given_labels.labels[:, None])[:, 0]
+    assert bool((found.labels != given_labels.labels).any())
+    torch.testing.assert_close(found.quality, clean_probability(1 - share))
+    torch.testing.assert_close(found.given_quality, mixture_posterior(fit_mixture(1 - share), 1 - of_given))
+
+
+def test_the_mixture_trusts_labels_that_win_narrowly_and_the_share_does_not(monkeypatch):
+    source = data()
+    source.setup("fit")
+    labels = source.labels
+    wins = torch.arange(64) % 2 == 0
+    share = torch.where(wins, 0.4, 0.1) + 0.02 * torch.rand(64, generator=torch.Generator().manual_seed(0))
+    votes = ((1 - share) / 3)[:, None].repeat(1, 4).scatter(1, labels[:, None], share[:, None])
+    by_share = vote_only(method(theta_r=1.0, vote_quality="share"), monkeypatch, votes).quality
+    by_mixture = vote_only(method(theta_r=1.0), monkeypatch, votes).quality
+    torch.testing.assert_close(by_share, share)
+    assert float(by_mixture[wins].min()) > 0.99
+    assert float(by_mixture[~wins].max()) < 0.01
 
 
 def test_a_warm_up_is_cross_entropy_on_given_labels():
@@ -164,6 +204,7 @@ def test_a_warm_up_is_cross_entropy_on_given_labels():
         ({"k": 0}, "k >= 1, got 0"),
         ({"lambda_fc": -1.0}, "lambda_fc >= 0"),
         ({"alpha": -1.0}, "alpha >= 0"),
+        ({"vote_quality": "score"}, "vote_quality 'mixture' or 'share', got 'score'"),
     ],
 )
 def test_arguments_out_of_range(options, message):

@@ -112,7 +112,7 @@ def test_the_checkpoint_of_rank_0_knows_every_sample(case):
             looked_at.add("division")
         elif key.startswith("selection."):
             assert len(state["labels"]) == len(state["share"]) == TRAIN
-            assert bool((state["given_share"] + state["share"] > 0).any())
+            assert bool((state["given_quality"] + state["quality"] > 0).any())
             looked_at.add("selection")
     expected = {"ELR": {"targets"}, "ELRPlus": {"targets"}, "DivideMix": {"division"}, "C2D": {"division"}}
     expected |= {"SSR": {"selection"}}
