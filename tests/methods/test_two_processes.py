@@ -111,7 +111,7 @@ def test_the_checkpoint_of_rank_0_knows_every_sample(case):
             assert int((state["history"] == 0).sum()) == 2  # a network's smallest loss, and no sample left out
             looked_at.add("division")
         elif key.startswith("selection."):
-            assert len(state["labels"]) == len(state["share"]) == TRAIN
+            assert len(state["labels"]) == len(state["quality"]) == len(state["given_quality"]) == TRAIN
             assert bool((state["given_quality"] + state["quality"] > 0).any())
             looked_at.add("selection")
     expected = {"ELR": {"targets"}, "ELRPlus": {"targets"}, "DivideMix": {"division"}, "C2D": {"division"}}
