@@ -115,7 +115,14 @@ class Selection(nn.Module):
         return {name: getattr(self, name).cpu().clone() for name in self._names}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take over a state, whatever the number of samples was before."""
+        """Take over a state, whatever the number of samples was before.
+
+        Raises:
+            RuntimeError: it lacks a tensor, as those of other versions do; the module that is loaded says so in a sentence.
+        """
+        lacking = [name for name in self._names if name not in state]
+        if lacking:
+            raise RuntimeError(f"the selection has no {', '.join(lacking)}, as one of another version")
         for name in self._names:
             setattr(self, name, state[name].clone())
 

@@ -189,6 +189,13 @@ def test_the_mixture_trusts_labels_that_win_narrowly_and_the_share_does_not(monk
     assert float(by_mixture[~wins].max()) < 0.01
 
 
+def test_a_selection_of_another_version_is_refused_in_a_sentence():
+    state = method().state_dict()
+    del state["selection._extra_state"]["given_quality"]
+    with pytest.raises(ValueError, match=r"expected the weights of SSR .* the selection has no given_quality"):
+        method().load_state_dict(state)
+
+
 def test_a_warm_up_is_cross_entropy_on_given_labels():
     module = method(warmup_epochs=5, lambda_fc=0.0)
     trainer(1).fit(module, data())
