@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.per_sample import TargetBank
+from sanm_lightning.per_sample_old import TargetBank
 
 __all__ = ["ELR", "clamped_probabilities", "early_learning_regularization", "indices_of"]
 

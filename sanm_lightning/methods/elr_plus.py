@@ -16,7 +16,7 @@ from sanm_lightning.methods.elr import (
 )
 from sanm_lightning.methods.mixup import mixup
 from sanm_lightning.methods.two_networks import TwoNetworks, draw_anew
-from sanm_lightning.per_sample import TargetBank
+from sanm_lightning.per_sample_old import TargetBank
 from sanm_lightning.sanm.module import SANM, without_trace
 from sanm_lightning.sanm.quality import label_loss
 

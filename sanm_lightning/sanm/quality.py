@@ -12,7 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from sanm_lightning.per_sample import SampleBank
+from sanm_lightning.per_sample_old import SampleBank
 
 __all__ = [
     "LabelQuality",
