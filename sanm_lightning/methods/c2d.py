@@ -16,8 +16,8 @@ class C2D(DivideMix):
 
     Source: Zheltonozhskii et al., "Contrast to Divide", WACV 2022, and its code. It differs from DivideMix in a short warm-up
     (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold inside the range of the
-    probabilities. Departures: as for :class:`DivideMix`; and losses are remembered from the end of the warm-up on, where the
-    code remembers those of the warm-up too.
+    probabilities. Departures: as for :class:`DivideMix`; and losses are kept from the end of the warm-up on, where the
+    code keeps those of the warm-up too.
 
     Args:
         pretrained: file of the pre-trained encoder: a checkpoint of ``SimCLR``, or another's (see
@@ -56,15 +56,15 @@ class C2D(DivideMix):
 
     def setup(self, stage: str) -> None:
         """Load the pre-trained encoder into both networks, unless the run is resumed."""
-        super().setup(stage)
-        if stage != "fit" or self.trainer.ckpt_path is not None:  # type: ignore[attr-defined]
+        if stage != "fit" or getattr(self.trainer, "ckpt_path", None) is not None:
             return
         if self.pretrained is None:
             raise ValueError(
-                "C2D starts from networks that were pre-trained without labels, got pretrained: null; run first "
-                "'sanm fit --config configs/cifar10/simclr.yaml', then give its checkpoint with --model.pretrained FILE"
+                "expected a pre-trained encoder for C2D, got pretrained: null; run first 'sanm fit --config "
+                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then give its checkpoint with "
+                "--model.pretrained FILE"
             )
-        for network, _, _ in self.pairs:
+        for network in self.networks:
             report = load_weights(network, self.pretrained)
         missing = f"; not found in it: {', '.join(report.missing)}" if report.missing else ""
         rank_zero_info(

@@ -3,49 +3,24 @@
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from sanm_lightning.functional import critical_fraction, critical_threshold
 from sanm_lightning.methods.cross_entropy import CrossEntropy
 
-__all__ = ["CDR", "critical_share", "critical_threshold"]
-
-
-def critical_threshold(weights: list[Tensor], gradients: list[Tensor], share: float) -> Tensor:
-    """Return the smallest score |g w| of the critical weights: the int(share P)-th largest of all P, over all tensors together.
-
-    Args:
-        weights: tensors of any shape.
-        gradients: one for each.
-        share: share of the weights that is critical, in [0, 1]; at least one weight is.
-
-    Returns:
-        A scalar on the device of the weights; nothing is read back.
-    """
-    scores = torch.cat([(w * g).abs().flatten() for w, g in zip(weights, gradients, strict=True)]).float()
-    critical = max(1, int(share * len(scores) + 1e-6))
-    return scores.kthvalue(len(scores) - critical + 1).values
-
-
-def critical_share(epoch: int, noise_rate: float, schedule: str, num_gradual: int) -> float:
-    """Return the share of the weights that is critical in an epoch, which is also the factor of their gradient.
-
-    ``"constant"`` is 1 - noise rate; ``"gradual"`` falls to it linearly from 1 over the first ``num_gradual`` epochs.
-    """
-    if schedule == "gradual" and epoch < num_gradual:
-        return 1 - noise_rate * epoch / max(1, num_gradual - 1)
-    return 1 - noise_rate
+__all__ = ["CDR"]
 
 
 class CDR(CrossEntropy):
     """Cross-entropy whose gradient moves the critical weights only: those with the largest |weight * gradient|.
 
     Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. Weights of convolutions and linear layers
-    take part, over the whole network together; the gradient of the critical ones is scaled by the critical share, that of the
+    take part, over the whole network together; the gradient of the critical ones is scaled by their fraction, that of the
     others dropped. All decay; momentum moves weights that were critical a moment ago. Batch norm and biases follow their whole
     gradient. CDR works from the first epoch on.
 
-    Where paper and code differ, the defaults are the code's, which made the published figures: the share is constant (the code
-    overwrites its own gradual list), and weights decay by the optimizer's squared norm (the paper: absolute values).
+    Where paper and code differ, the defaults are the code's, which made the published figures: the fraction is constant (the
+    code overwrites its own gradual list), and weights decay by the optimizer's squared norm (the paper: absolute values).
     The published figures are of the epoch that is best on a noisy validation split: ``data.val_fraction: 0.1`` and a
     ``ModelCheckpoint`` that monitors ``val/acc``.
 
@@ -54,15 +29,14 @@ class CDR(CrossEntropy):
 
     Args:
         num_classes: C.
-        noise_rate: share of wrong labels as it is known or guessed, in [0, 1); never read from the data. The default is
-            cautious.
+        noise_rate: fraction of wrong labels, known or guessed, in [0, 1); never read from the data. There is no default.
         schedule: ``"constant"`` (released code) or ``"gradual"``.
         num_gradual: epochs of the gradual schedule.
         decay: ``"l2"`` leaves decay to the optimizer; ``"l1"`` adds ``l1_decay`` sign(w) to the gradient of these weights (the
             paper's form) and wants an optimizer without weight decay.
         l1_decay: factor of the paper's form, >= 0.
 
-    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` says when SANM starts.
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is SANM's alone.
 
     Raises:
         ValueError: if an argument is out of its range, or two decays are asked for.
@@ -71,16 +45,16 @@ class CDR(CrossEntropy):
     def __init__(
         self,
         num_classes: int,
-        noise_rate: float = 0.2,
+        noise_rate: float | None = None,
         schedule: Literal["constant", "gradual"] = "constant",
         num_gradual: int = 20,
         decay: Literal["l2", "l1"] = "l2",
         l1_decay: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= noise_rate < 1:
+        if noise_rate is None or not 0 <= noise_rate < 1:
             raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; the share of wrong labels, known or guessed"
+                f"expected noise_rate in [0, 1), got {noise_rate}; give the fraction of wrong labels, known or guessed"
             )
         if schedule not in ("constant", "gradual") or num_gradual < 0:
             raise ValueError(
@@ -101,12 +75,12 @@ class CDR(CrossEntropy):
         """Drop the gradient of all but the critical weights; gradients are unscaled here and not yet clipped."""
         weights = [weight for weight in self.competing() if weight.grad is not None]
         if self.noise_rate > 0 and weights:
-            share = critical_share(self.current_epoch, self.noise_rate, self.schedule, self.num_gradual)
+            fraction = critical_fraction(self.current_epoch, self.noise_rate, self.schedule, self.num_gradual)
             gradients = [weight.grad for weight in weights if weight.grad is not None]
-            threshold = critical_threshold(list(weights), gradients, share)
+            threshold = critical_threshold(list(weights), gradients, fraction)
             for weight, gradient in zip(weights, gradients, strict=True):
                 critical = (weight * gradient).abs().float() >= threshold
-                gradient.mul_(critical.to(gradient.dtype) * share)
+                gradient.mul_(critical.to(gradient.dtype) * fraction)
         if self.decay == "l1":
             for weight in weights:
                 assert weight.grad is not None
@@ -114,9 +88,11 @@ class CDR(CrossEntropy):
 
     def configure_optimizers(self) -> Any:
         """Make the optimizer and its schedule; two decays at once are refused."""
-        made = super().configure_optimizers()
+        made: Any = super().configure_optimizers()
         optimizer = made["optimizer"] if isinstance(made, dict) else made
-        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]  # type: ignore[union-attr]
+        decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if self.decay == "l1" and any(decays):
-            raise ValueError(f"expected an optimizer with weight_decay 0 beside decay: l1, got {max(decays)}")
+            raise ValueError(
+                f"expected an optimizer with weight_decay 0 beside decay: l1, got {max(decays)}; set it to 0"
+            )
         return made

@@ -1,0 +1,75 @@
+"""One pass over a data set: every sample once over all processes, the same answer in all of them."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sanm_lightning.functional import soft_cross_entropy
+from sanm_lightning.random_streams import named_generator, process_rank, several_processes
+
+__all__ = ["Quantity", "evaluation_mode", "predict_split"]
+
+Quantity = Literal["logits", "features", "loss", "labels"]
+
+
+def predict_split(
+    module: Any, split: str, quantities: tuple[Quantity, ...], network: int | None = 0, view: str = "none"
+) -> dict[str, Tensor]:
+    """Run networks over a whole split, in evaluation mode and without gradient. A collective.
+
+    Args:
+        module: whose networks and trainer are used; the trainer has a data module of this package.
+        split: ``"train"`` or ``"val"``.
+        quantities: ``"logits"`` (N, C), ``"features"`` (N, D) (the input of the classifier), ``"loss"`` (N,) (cross-entropy of the
+            given label), ``"labels"`` (N,) int64 (the given ones).
+        network: number of the network; None runs all of them and adds a leading dimension, as in (2, N, C).
+        view: policy of the view; ``"none"`` is the image itself.
+
+    Returns:
+        The quantities by name, on the module's device, float32 but for labels, indexed by position in the split.
+    """
+    data = module.trainer.datamodule
+    networks = module.networks if network is None else [module.networks[network]]
+    found: dict[str, Tensor] = {}
+    generator = named_generator("pass", module.sanm.seed, process_rank(), module.current_epoch)
+    with torch.no_grad(), module.trainer.precision_plugin.forward_context(), evaluation_mode(module):
+        for item in data.pass_dataloader(split):
+            item = module.trainer.strategy.batch_to_device(item, module.device)
+            batch = data.pass_batch(item, split, policy=view, generator=generator)
+            rows = [_quantities(net, batch.images, batch.labels, quantities) for net in networks]
+            for name in quantities:
+                value = torch.stack([row[name] for row in rows])
+                if name not in found:
+                    size = (len(networks), data.split_size(split), *value.shape[2:])
+                    found[name] = torch.zeros(size, dtype=value.dtype, device=value.device)
+                found[name][:, batch.index] = value
+    if several_processes():
+        for value in found.values():
+            torch.distributed.all_reduce(value)
+    return {name: value if network is None and name != "labels" else value[0] for name, value in found.items()}
+
+
+def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quantity, ...]) -> dict[str, Tensor]:
+    maps = network.forward_features(images)
+    found = {"labels": labels}
+    if "features" in wanted:
+        found["features"] = network.forward_head(maps, pre_logits=True).float()
+    if "logits" in wanted or "loss" in wanted:
+        found["logits"] = logits = network.forward_head(maps).float()
+        found["loss"] = soft_cross_entropy(logits, nn.functional.one_hot(labels, logits.shape[1]))
+    return found
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode for a while, and every part of it back into the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
