@@ -120,12 +120,12 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
     @property
     def networks(self) -> list[Any]:
         """All networks in training."""
-        return [self.network, self.network2][: self.num_networks]
+        return [getattr(self, name) for name in ("network", "network2")[: self.num_networks]]
 
     @property
     def sanms(self) -> list[SANM]:
         """The SANM of each network."""
-        return [self.sanm, self.sanm2][: self.num_networks]
+        return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
 
     # What a method says of itself
 

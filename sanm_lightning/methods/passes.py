@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from sanm_lightning.functional import soft_cross_entropy
@@ -37,8 +38,8 @@ def predict_split(
     generator = named_generator("pass", module.sanm.seed, process_rank(), module.current_epoch)
     with torch.no_grad(), module.trainer.precision_plugin.forward_context(), evaluation_mode(module):
         for item in data.pass_dataloader(split):
-            item = module.trainer.strategy.batch_to_device(item, module.device)
-            batch = data.pass_batch(item, split, policy=view, generator=generator)
+            item = move_data_to_device(item, module.device)
+            batch = data.pass_batch(item, split, module.device, policy=view, generator=generator)
             rows = [_quantities(net, batch.images, batch.labels, quantities) for net in networks]
             for name in quantities:
                 value = torch.stack([row[name] for row in rows])
