@@ -24,21 +24,27 @@ class EpochStart(L.Callback):
         self.stages = stages
         self.begun = -1
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a loader where the method needs a data module of this package.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if stage == "fit" and pl_module.needs_data_module and not hasattr(data, "pass_dataloader"):
+            raise ValueError(
+                f"expected a data module of this package for {type(pl_module).__name__}, which chooses its samples or views, "
+                f"got {type(data).__name__}; use CIFAR10, ImageFolder, ... or a subclass of NoisyDataModule"
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Refuse data that the method cannot learn from, before the first step.
 
         Raises:
-            ValueError: if the method needs a data module of this package and has none, a label is outside [0, C), or the
-                method itself refuses the training set.
+            ValueError: if a label is outside [0, C), or the method itself refuses the training set.
         """
-        data = getattr(trainer, "datamodule", None)
+        data: Any = getattr(trainer, "datamodule", None)
         if pl_module.needs_data_module:
-            if not (hasattr(data, "pass_dataloader") and hasattr(data, "num_samples")):
-                raise ValueError(
-                    f"expected a data module of this package for {type(pl_module).__name__}, which chooses its samples and "
-                    f"passes over the training set, got {type(data).__name__}; use CIFAR10, ImageFolder, ... or a subclass "
-                    "of NoisyDataModule"
-                )
             pl_module.check_training_set(int(data.num_samples), int(data.batch_size), trainer.world_size)
         labels = getattr(data, "labels", None)
         if isinstance(labels, Tensor) and len(labels) and int(labels.max()) >= pl_module.num_classes:

@@ -254,7 +254,7 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
-        return [*super()._own_callbacks(), stages, EpochStart(stages), ExactResume(), FiniteLoss(), *compiled]
+        return [EpochStart(stages), *super()._own_callbacks(), stages, ExactResume(), FiniteLoss(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another method, in a sentence."""

@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sanm_lightning import SANM, CrossEntropy
 from sanm_lightning.methods import CoTeaching
-from sanm_lightning.methods.base import evaluating
+from sanm_lightning.methods.passes import evaluation_mode
 from tests.methods.toy import data, method, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -28,7 +28,7 @@ def breaking() -> Breaks:
 @pytest.mark.parametrize(("interval", "seen"), [(1, 6), (2, 6), (3, 7), (50, 8)])
 def test_a_loss_that_is_not_finite_stops_the_run_at_the_next_look(interval, seen):
     run = trainer(5, log_every_n_steps=interval)
-    with pytest.raises(ValueError, match=r"the loss of Breaks was NaN or infinite, first at step 6 \(epoch 1"):
+    with pytest.raises(ValueError, match=r"got NaN or infinity from Breaks, first at step 6 \(epoch 1"):
         run.fit(breaking(), data())
     assert run.global_step == seen
 
@@ -64,23 +64,23 @@ def test_evaluating_puts_every_part_back_into_its_own_mode():
     module = method()
     module.network.network.eval()
     modes = {name: part.training for name, part in module.named_modules()}
-    with evaluating(module):
+    with evaluation_mode(module):
         assert not any(part.training for part in module.modules())
     assert {name: part.training for name, part in module.named_modules()} == modes
 
 
 class TestTwoNetworks:
     def test_networks_start_from_weights_of_their_own_also_when_one_is_given(self):
-        named = CoTeaching(**SMALL)
+        named = CoTeaching(**SMALL, noise_rate=0.2)
         assert not same(named.network, named.network2)
-        given = CoTeaching(**{**SMALL, "network": named.network, "network_args": None})
+        given = CoTeaching(noise_rate=0.2, **{**SMALL, "network": named.network, "network_args": None})
         assert given.network is named.network
         assert not same(given.network, given.network2)
         shapes = [[p.shape for p in network.parameters()] for network in (given.network, given.network2)]
         assert shapes[0] == shapes[1]
 
     def test_each_has_a_decoder_and_an_estimate_of_its_own(self):
-        module = CoTeaching(**SMALL, sanm=SANM(seed=0), warmup_epochs=0)
+        module = CoTeaching(**SMALL, noise_rate=0.2, sanm=SANM(seed=0), warmup_epochs=0)
         assert not same(module.sanm.decoder, module.sanm2.decoder)
         trainer(2).fit(module, data())
         assert not torch.equal(module.sanm.label_quality.quality, module.sanm2.label_quality.quality)
@@ -90,7 +90,7 @@ class TestTwoNetworks:
         both = []
         for other in (0.0, 0.5):
             torch.manual_seed(0)
-            module = CoTeaching(**SMALL, forget_rate=0.0)
+            module = CoTeaching(**SMALL, noise_rate=0.0)
             with torch.no_grad():
                 module.network2.network.fc.weight.mul_(1 + other)
             trainer(2, gradient_clip_val=0.5).fit(module, data())

@@ -5,7 +5,7 @@ import torch
 
 from sanm_lightning import SANM, CrossEntropy
 from sanm_lightning.methods import CDR
-from sanm_lightning.methods.cdr import critical_share, critical_threshold
+from sanm_lightning.functional import critical_fraction, critical_threshold
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -13,7 +13,8 @@ SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4,
 
 def method(kind=CDR, **options):
     torch.manual_seed(0)
-    return kind(**{**SMALL, "warmup_epochs": 1, **options})
+    given = {"noise_rate": 0.5} if kind is CDR else {}
+    return kind(**{**SMALL, "warmup_epochs": 1, **given, **options})
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.8, 1.0])
@@ -33,8 +34,8 @@ def test_the_threshold_is_the_nth_largest_score_over_all_tensors(share):
 
 
 def test_the_schedules():
-    assert [critical_share(epoch, 0.4, "constant", 20) for epoch in (0, 10, 30)] == pytest.approx([0.6] * 3)
-    gradual = [critical_share(epoch, 0.4, "gradual", 5) for epoch in range(7)]
+    assert [critical_fraction(epoch, 0.4, "constant", 20) for epoch in (0, 10, 30)] == pytest.approx([0.6] * 3)
+    gradual = [critical_fraction(epoch, 0.4, "gradual", 5) for epoch in range(7)]
     assert gradual == pytest.approx([1.0, 0.9, 0.8, 0.7, 0.6, 0.6, 0.6])
 
 
@@ -92,6 +93,7 @@ def test_two_decays_at_once_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; give the fraction"),
         ({"noise_rate": 1.0}, r"noise_rate in \[0, 1\), got 1.0"),
         ({"schedule": "linear"}, "schedule 'constant' or 'gradual'"),
         ({"decay": "l3"}, "decay 'l1' or 'l2'"),

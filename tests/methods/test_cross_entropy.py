@@ -44,11 +44,11 @@ class TestPlainCrossEntropy:
                 optimizer.step()
         assert same(module.network, other.network)
 
-    def test_holds_no_decoder_and_no_table(self):
+    def test_holds_no_decoder_and_records_nothing(self):
         module = method()
         trainer(1).fit(module, data())
         assert not list(module.sanm.parameters())
-        assert len(module.sanm.label_quality.bank) == 0
+        assert not bool(module.sanm.label_quality.bank.epochs.any()), "nothing was recorded"
 
     def test_trains_on_any_loader_of_pairs(self):
         images, labels = torch.rand(20, 3, 16, 16), torch.arange(20) % 4
@@ -88,15 +88,15 @@ class TestSANMOverCrossEntropy:
 
         module = method(SANM(seed=0))
         seen: list[tuple[Tensor, Tensor]] = []
-        observe = module.sanm.label_quality.observe
+        update = module.sanm.label_quality.update
 
-        def watched(logits, targets, index):
+        def watched(logits, targets, index, features=None):
             seen.append((index, -(targets * logits.log_softmax(1)).sum(1)))
-            observe(logits, targets, index)
+            update(logits, targets, index, features)
 
-        module.sanm.label_quality.observe = watched
+        module.sanm.label_quality.update = watched
         trainer(2).fit(module, data())
-        assert len(seen) == 8, "every batch of both epochs is observed"
+        assert len(seen) == 8, "every batch of both epochs is recorded"
         losses = torch.zeros(64)
         for index, loss in seen[-4:]:
             losses[index] = loss.detach()
@@ -132,12 +132,12 @@ class TestSANMOverCrossEntropy:
         with pytest.raises(ValueError, match="quality: oracle needs batches with true_labels"):
             trainer(1).fit(module, DataLoader(TensorDataset(images, labels), 4))
 
-    def test_logs_quality_hidden_share_and_both_losses(self):
+    def test_logs_quality_masked_fraction_and_both_losses(self):
         module = method(SANM(seed=0, beta=0.5))
         run = trainer(2)
         run.fit(module, data())
         figures = run.callback_metrics
-        for name in ("quality", "hidden_share"):
+        for name in ("quality", "masked_fraction"):
             assert 0 <= figures[f"train/{name}"] <= 1
         parts = figures["train/classification_loss"] + 0.5 * figures["train/reconstruction_loss"]
         torch.testing.assert_close(parts, figures["train/loss"])

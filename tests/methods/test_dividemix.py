@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 
 from sanm_lightning import SANM
 from sanm_lightning.methods import C2D, DivideMix
-from sanm_lightning.methods.dividemix import (
-    Division,
+from sanm_lightning.functional import (
+    clean_probability,
     co_refine,
-    endless,
-    labelled_set,
     linear_ramp,
     mixmatch_loss,
     negative_entropy,
-    prior_penalty,
+    prior_kl,
+    repeated_draw,
     sharpen,
+    threshold_split,
 )
-from sanm_lightning.sanm import clean_probability
+from sanm_lightning.methods.dividemix import Division
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -74,8 +74,8 @@ class TestFormulas:
     def test_the_penalty_is_the_divergence_from_the_uniform_prior(self):
         logits = torch.randn(7, 4)
         mean = [sum(row[c] for row in logits.softmax(1).tolist()) / 7 for c in range(4)]
-        assert float(prior_penalty(logits)) == pytest.approx(sum(0.25 * math.log(0.25 / m) for m in mean), rel=1e-5)
-        assert float(prior_penalty(torch.zeros(3, 4))) == pytest.approx(0, abs=1e-6)
+        assert float(prior_kl(logits)) == pytest.approx(sum(0.25 * math.log(0.25 / m) for m in mean), rel=1e-5)
+        assert float(prior_kl(torch.zeros(3, 4))) == pytest.approx(0, abs=1e-6)
 
     def test_negative_entropy_is_finite_where_a_probability_underflows(self):
         assert negative_entropy(torch.tensor([[200.0, 0.0, 0.0]])) == 0
@@ -89,23 +89,23 @@ class TestFormulas:
 class TestSets:
     @given(st.lists(st.floats(0, 1, width=32), min_size=2, max_size=30), st.floats(0, 1), st.booleans())
     def test_neither_set_is_ever_empty(self, clean, threshold, clip):
-        labelled, _ = labelled_set(torch.tensor(clean), threshold, clip)
+        labelled, _ = threshold_split(torch.tensor(clean), threshold, clip)
         assert 0 < int(labelled.sum()) < len(clean)
 
     def test_labelled_are_those_above_the_threshold(self):
-        labelled, empty = labelled_set(torch.tensor([0.2, 0.5, 0.51, 0.9]), 0.5)
+        labelled, empty = threshold_split(torch.tensor([0.2, 0.5, 0.51, 0.9]), 0.5)
         assert labelled.tolist() == [False, False, True, True]
         assert not empty
 
     def test_a_threshold_outside_the_range_is_moved_inside_and_said(self):
-        labelled, empty = labelled_set(torch.tensor([0.1, 0.3, 0.2]), 0.5)
+        labelled, empty = threshold_split(torch.tensor([0.1, 0.3, 0.2]), 0.5)
         assert labelled.tolist() == [False, True, False]
         assert empty
 
     @given(st.integers(1, 9), st.integers(0, 40))
     def test_every_round_serves_each_sample_once(self, size, length):
         pool = torch.arange(100, 100 + size)
-        order = endless(pool, length, torch.Generator().manual_seed(0))
+        order = repeated_draw(pool, length, torch.Generator().manual_seed(0))
         assert len(order) == length
         for start in range(0, length - size + 1, size):
             assert sorted(order[start : start + size].tolist()) == pool.tolist()
@@ -113,34 +113,38 @@ class TestSets:
 
 class TestDivision:
     def test_losses_are_normalised_per_network_and_averaged_over_the_last_epochs(self):
-        division = Division()
+        division = Division(3)
+        division.reset(20)
+        assert not division.done
         epochs = [torch.rand(2, 20) * 7 + 1 for _ in range(4)]
         for losses in epochs:
-            division.remember(losses, 3)
-        division.divide(10)
+            division.divide(losses, 10)
+        assert division.done
         for number in (0, 1):
             scaled = [(e[number] - e[number].min()) / (e[number].max() - e[number].min()) for e in epochs[1:]]
-            torch.testing.assert_close(division.clean[number], clean_probability(sum(scaled) / 3))
+            torch.testing.assert_close(division.clean[:, number], clean_probability(sum(scaled) / 3))
 
     def test_equal_losses_trust_every_label(self):
         division = Division()
-        division.remember(torch.ones(2, 5), 1)
-        division.divide(10)
+        division.reset(5)
+        division.divide(torch.ones(2, 5), 10)
         assert bool((division.clean == 1).all())
 
     def test_each_network_learns_on_the_division_of_the_other(self):
         module = method()
-        module.division.clean = torch.stack([torch.linspace(0, 1, 64), torch.linspace(1, 0, 64)])
-        module.begin_epoch = lambda: None
-        drawn = []
-        learn = module.learn
-        module.learn = lambda number, *rest: drawn.append((number, module._orders()[number])) or learn(number, *rest)
+        clean = torch.stack([torch.linspace(0, 1, 64), torch.linspace(1, 0, 64)], 1)
+        module.begin_epoch = lambda: setattr(module.division, "clean", clean)
+        blocks = []
+        mixmatch = module.mixmatch
+        module.mixmatch = lambda batch, number, *rest: blocks.append((number, batch)) or mixmatch(batch, number, *rest)
         module.warmup_epochs = 0
         trainer(1).fit(module, data())
-        for number, (labelled, unlabelled) in drawn:
-            other = module.division.clean[1 - number]
-            assert bool((other[labelled] > 0.5).all())
-            assert bool((other[unlabelled] <= 0.5).all())
+        assert [number for number, _ in blocks] == [0, 1] * 4
+        for number, batch in blocks:
+            other = clean[:, 1 - number][batch.index]
+            assert len(other) == 16
+            assert bool((other[:8] > 0.5).all())
+            assert bool((other[8:] <= 0.5).all())
 
     def test_the_scores_are_the_losses_of_unaugmented_images(self):
         module, source = method(warmup_epochs=0), data()
@@ -151,7 +155,7 @@ class TestDivision:
         run.datamodule = source  # scoring by hand, outside of a fit
         module.trainer = run
         with torch.no_grad():
-            scores = module.score()
+            scores = module.predict_train("loss", network=None)["loss"]
             expected = torch.nn.functional.cross_entropy(module.network2(batch.images), batch.labels, reduction="none")
         torch.testing.assert_close(scores[1], expected)
         assert not module.training
@@ -175,8 +179,9 @@ class TestSteps:
             return step(batch, batch_idx)
 
         module.training_step = watched
-        trainer(1).fit(module, source)
-        torch.testing.assert_close(torch.stack([loss for loss, _ in losses]), torch.stack(expected))
+        trainer(6, limit_train_batches=1, limit_val_batches=0).fit(module, source)
+        torch.testing.assert_close(torch.stack([loss for loss, _ in losses[:5]]), torch.stack(expected[:5]))
+        assert len(losses) == 6
 
     def test_an_empty_set_is_said_and_survived(self):
         module = method(p_threshold=1.0, warmup_epochs=0)
@@ -217,9 +222,9 @@ class TestSteps:
         for sanm in (module.sanm, module.sanm2):
             forward = sanm.forward
 
-            def watched(network, images, targets, quality, features=None, forward=forward):
+            def watched(network, images, targets, quality, *rest, forward=forward):
                 seen.append((targets, quality))
-                return forward(network, images, targets, quality, features)
+                return forward(network, images, targets, quality, *rest)
 
             sanm.forward = watched
         trainer(1).fit(module, data())
@@ -227,13 +232,13 @@ class TestSteps:
 
     def test_oracle_quality_judges_the_targets_that_are_learned(self):
         module = method(sanm=SANM(quality="oracle", seed=0), warmup_epochs=0, clip_threshold=True)
-        judged, peer_quality = [], module.peer_quality
+        judged, learn = [], module.learn
 
-        def watched(batch, targets, peer, estimate=None):
+        def watched(batch, targets, network=0, **options):
             judged.append((targets.argmax(1) == batch.true_labels).float())
-            return peer_quality(batch, targets, peer, estimate)
+            return learn(batch, targets, network, **options)
 
-        module.peer_quality = watched
+        module.learn = watched
         for (_, quality), expected in zip(self.asked(module), judged, strict=True):
             assert torch.equal(quality, expected)
 
@@ -270,11 +275,11 @@ class TestWrongInput:
 
     def test_a_loader_of_pairs_is_refused_before_training(self):
         pairs = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 4)
-        with pytest.raises(ValueError, match="DivideMix looks samples up by itself and needs a data module"):
+        with pytest.raises(ValueError, match="expected a data module of this package for DivideMix"):
             trainer(1).fit(method(), torch.utils.data.DataLoader(pairs, 4))
 
     def test_c2d_without_an_encoder_says_what_to_run(self):
-        with pytest.raises(ValueError, match="run first 'sanm fit --config configs/cifar10/simclr"):
+        with pytest.raises(ValueError, match="run first 'sanm fit --config configs/method/simclr"):
             trainer(1).fit(C2D(**SMALL), data())
 
 
@@ -287,7 +292,7 @@ def test_both_networks_of_c2d_start_from_the_encoder_with_heads_of_their_own(tmp
     module.on_train_start = lambda: starts.append(
         {k: v.clone() for k, v in module.state_dict().items() if "extra" not in k}
     )
-    trainer(1, limit_train_batches=1).fit(module, data())
+    trainer(2, limit_train_batches=1).fit(module, data())
     for key, value in encoder.state_dict().items():
         if ".fc." not in key:
             assert torch.equal(starts[0][f"network.{key}"], value)

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 
 from sanm_lightning import SANM, CrossEntropy, NoisyBatch
 from sanm_lightning.methods import ELR, ELRPlus
-from sanm_lightning.methods.elr import clamped_probabilities, early_learning_regularization
-from sanm_lightning.methods.elr_plus import averaging_share, sigmoid_ramp
+from sanm_lightning.functional import clamped_probs, early_learning_regularization, ema_decay, sigmoid_ramp
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -36,13 +35,13 @@ def test_the_term_against_a_loop_and_its_gradient_goes_to_the_prediction_only():
 
 
 def test_the_term_stays_finite_on_a_sure_prediction():
-    sure = clamped_probabilities(torch.tensor([[100.0, 0.0, 0.0]]))
+    sure = clamped_probs(torch.tensor([[100.0, 0.0, 0.0]]))
     assert math.isfinite(float(early_learning_regularization(sure, torch.tensor([[1.0, 0.0, 0.0]]))))
 
 
 def test_a_step_against_the_formulas():
     module = method(momentum=0.6, weight=2.0)
-    module.targets.resize(20)
+    module.targets.reset(20)
     module.targets.value.copy_(torch.rand(20, 4).softmax(1))
     before = module.targets.value.clone()
     module.trainer = trainer(1)
@@ -76,13 +75,13 @@ def test_the_memory_is_of_unmasked_images():
     module.sanm.forward = lambda *args: views.append(forward(*args)) or views[-1]
     trainer(1).fit(module, data())
     for written, view in zip(seen, views, strict=True):
-        p = clamped_probabilities(view.logits)
+        p = clamped_probs(view.logits)
         torch.testing.assert_close(written, p / p.sum(1, keepdim=True))
 
 
 def test_a_loader_without_indices_is_refused_before_training():
     pairs = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 4)
-    with pytest.raises(ValueError, match="ELR remembers what it predicted for each sample"):
+    with pytest.raises(ValueError, match="has to know how many"):
         trainer(1).fit(method(), torch.utils.data.DataLoader(pairs, 4))
 
 
@@ -90,15 +89,15 @@ def test_the_ramp_of_the_weight_and_the_share_of_the_teacher():
     assert [sigmoid_ramp(step, 0) for step in (0, 5)] == [1, 1]
     assert sigmoid_ramp(0, 100) == pytest.approx(math.exp(-5))
     assert sigmoid_ramp(100, 100) == sigmoid_ramp(500, 100) == 1
-    assert averaging_share(0, 0.997, 40000) == pytest.approx(0.997 * math.exp(-5 * (1 - 1 / 40000) ** 2))
-    assert averaging_share(0, 0.997, 40000) == pytest.approx(0.0067, abs=1e-4)
-    assert averaging_share(40000, 0.997, 40000) == 0.997
-    assert [averaging_share(step, 0.9, None) for step in (0, 1, 99)] == pytest.approx([0, 0.5, 0.9])
+    assert ema_decay(0, 0.997, 40000) == pytest.approx(0.997 * math.exp(-5 * (1 - 1 / 40000) ** 2))
+    assert ema_decay(0, 0.997, 40000) == pytest.approx(0.0067, abs=1e-4)
+    assert ema_decay(40000, 0.997, 40000) == 0.997
+    assert [ema_decay(step, 0.9, None) for step in (0, 1, 99)] == pytest.approx([0, 0.5, 0.9])
 
 
 def test_teachers_are_running_means_of_parameters_and_of_nothing_else():
     module = method(ELRPlus, gamma=0.5, ema_ramp_steps=None)
-    expected = [{n: p.clone() for n, p in teacher.named_parameters()} for teacher in module.teachers]
+    expected = [{n: p.clone() for n, p in teacher.module.named_parameters()} for teacher in module.teachers]
     steps = []
 
     def follow(trainer, *_):
@@ -112,7 +111,7 @@ def test_teachers_are_running_means_of_parameters_and_of_nothing_else():
     trainer(2, callbacks=[watcher()]).fit(module, data())
     assert len(steps) == 8
     for mean, teacher in zip(expected, module.teachers, strict=True):
-        for name, parameter in teacher.named_parameters():
+        for name, parameter in teacher.module.named_parameters():
             torch.testing.assert_close(parameter.detach(), mean[name], rtol=1e-4, atol=1e-6)
             assert not parameter.requires_grad
 
@@ -120,7 +119,7 @@ def test_teachers_are_running_means_of_parameters_and_of_nothing_else():
 def test_a_step_of_elr_plus_without_mixing_or_weight_is_cross_entropy_of_both():
     module = method(ELRPlus, alpha=0.0, weight=0.0)
     for bank in module.banks:
-        bank.resize(20)
+        bank.reset(20)
     module.trainer = trainer(1)
     module.eval()
     batch = NoisyBatch(torch.rand(3, 3, 16, 16), torch.tensor([0, 3, 1]), torch.tensor([7, 2, 19]))
@@ -146,7 +145,7 @@ def test_multiplied_targets_stay_distributions():
     ("kind", "options", "message"),
     [
         (ELR, {"weight": -1.0}, "weight >= 0"),
-        (ELR, {"momentum": 1.0}, r"momentum in \[0, 1\)"),
+        (ELR, {"momentum": 1.0}, r"decay in \[0, 1\)"),
         (ELRPlus, {"gamma": 1.0}, r"gamma in \[0, 1\)"),
         (ELRPlus, {"alpha": -1.0}, "alpha >= 0"),
         (ELRPlus, {"coef_steps": -1}, "coef_steps >= 0"),

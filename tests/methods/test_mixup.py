@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sanm_lightning.methods.mixup import mixup
+from sanm_lightning.functional import mixup
 
 
 def batch(seed: int = 0):
@@ -17,11 +17,11 @@ def batch(seed: int = 0):
 def test_every_row_is_a_mixture_of_itself_and_its_partner(seed, alpha, larger_half):
     images, targets, generator = batch(seed)
     mixed = mixup(images, targets, generator, alpha, larger_half)
-    assert (0.5 if larger_half else 0.0) <= mixed.share <= 1
+    assert (0.5 if larger_half else 0.0) <= mixed.lam <= 1
     assert sorted(mixed.partners.tolist()) == list(range(6))
     for i, partner in enumerate(mixed.partners.tolist()):
-        torch.testing.assert_close(mixed.images[i], mixed.share * images[i] + (1 - mixed.share) * images[partner])
-        torch.testing.assert_close(mixed.targets[i], mixed.share * targets[i] + (1 - mixed.share) * targets[partner])
+        torch.testing.assert_close(mixed.images[i], mixed.lam * images[i] + (1 - mixed.lam) * images[partner])
+        torch.testing.assert_close(mixed.targets[i], mixed.lam * targets[i] + (1 - mixed.lam) * targets[partner])
     torch.testing.assert_close(mixed.mix(targets), mixed.targets)
 
 
@@ -32,9 +32,9 @@ def test_alpha_zero_mixes_nothing():
     assert torch.equal(mixed.targets, targets)
 
 
-def test_shares_follow_the_beta_distribution():
+def test_weights_follow_the_beta_distribution():
     images, targets, generator = batch()
-    shares = torch.tensor([mixup(images[:1], targets[:1], generator, 4.0, False).share for _ in range(4000)])
+    shares = torch.tensor([mixup(images[:1], targets[:1], generator, 4.0, False).lam for _ in range(4000)])
     assert abs(float(shares.mean()) - 0.5) < 0.01
     assert abs(float(shares.var()) - 1 / 36) < 0.003  # 1 / (4 (2 alpha + 1))
 

@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from sanm_lightning import SANM
 from sanm_lightning.methods import SSR
-from sanm_lightning.methods.ssr import (
+from sanm_lightning.functional import (
     balanced_votes,
     class_balanced_draw,
+    clean_probability,
     feature_consistency,
+    fit_mixture,
     knn_vote,
     members_by_class,
+    mixture_posterior,
     relabel,
 )
-from sanm_lightning.sanm.quality import clean_probability, fit_mixture, mixture_posterior
 from tests.methods.toy import data, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -42,14 +44,14 @@ def test_the_vote_against_a_loop_whatever_the_chunk(count, k, chunk, seed):
     ]
     for i in range(count):
         near = sorted(range(count), key=lambda j, i=i: -cosine[i][j])[:k]
-        assert i in near, "a sample is its own neighbour"
+        assert i in near, "a sample is its own neighbor"
         assert shares[i].tolist() == pytest.approx([sum(int(labels[j]) == c for j in near) / k for c in range(4)])
 
 
 def test_more_neighbours_than_samples_are_refused():
-    with pytest.raises(ValueError, match="k in 1 to 3, the number of samples, got 4"):
+    with pytest.raises(ValueError, match="k in 1 to 3, got 4"):
         knn_vote(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), 4, 2)
-    with pytest.raises(ValueError, match="at least k = 65 training samples, one per neighbour, got 64"):
+    with pytest.raises(ValueError, match="at least k = 65 training samples, one per neighbor, got 64"):
         trainer(1).fit(method(k=65), data())
 
 
@@ -102,10 +104,9 @@ def test_consistency_is_the_negative_cosine_and_the_target_gets_no_gradient():
 
 def test_the_selection_is_what_the_formulas_say():
     module, source = method(theta_r=0.26, vote_quality="share"), data()
-    module.on_train_batch_start = lambda batch, batch_idx: None  # the vote is called by hand below
-    found = {}
+    found, begin_epoch = {}, module.begin_epoch
 
-    def vote_once():
+    def vote():
         with torch.no_grad():
             module.eval()
             batch = source.batch("train", torch.arange(64))
@@ -113,10 +114,9 @@ def test_the_selection_is_what_the_formulas_say():
             found["features"] = module.network.forward_head(maps, pre_logits=True)
             found["p"] = module.network.forward_head(maps).softmax(1)
             module.train()
-        module.begin_epoch()
+        begin_epoch()
 
-    start = module.on_train_start
-    module.on_train_start = lambda: (start(), vote_once())
+    module.begin_epoch = vote
     trainer(1, limit_train_batches=1).fit(module, source)
     labels = relabel(source.labels, found["p"], 0.26)
     assert int((labels != source.labels).sum()) > 0
@@ -124,7 +124,7 @@ def test_the_selection_is_what_the_formulas_say():
     votes = balanced_votes(knn_vote(found["features"], labels, 5, 4), labels)
     for i in range(64):
         assert bool(module.selection.selected[i]) == (float(votes[i, labels[i]]) >= float(votes[i].max()))
-    torch.testing.assert_close(module.clean_probability(), votes[torch.arange(64), source.labels])
+    torch.testing.assert_close(module.label_quality(), votes[torch.arange(64), source.labels])
 
 
 def test_an_empty_selection_is_said_and_survived(monkeypatch):
@@ -143,8 +143,8 @@ def test_sanm_takes_the_quality_of_the_votes_and_not_the_score(kind):
     module = method(sanm=SANM(seed=0), vote_quality=kind)
     seen = []
     forward = module.sanm.forward
-    module.sanm.forward = lambda network, images, targets, quality: (
-        seen.append(quality) or forward(network, images, targets, quality)
+    module.sanm.forward = lambda network, images, targets, quality, *rest: (
+        seen.append(quality) or forward(network, images, targets, quality, *rest)
     )
     trainer(1).fit(module, data())
     known = set(module.selection.quality.tolist())
@@ -191,15 +191,25 @@ def test_the_mixture_trusts_labels_that_win_narrowly_and_the_share_does_not(monk
 
 def test_a_selection_of_another_version_is_refused_in_a_sentence():
     state = method().state_dict()
-    del state["selection._extra_state"]["given_quality"]
-    with pytest.raises(ValueError, match=r"expected the weights of SSR .* the selection has no given_quality"):
+    del state["selection._extra_state"]["tables"]["given_quality"]
+    with pytest.raises(ValueError, match=r"expected the weights of SSR .* LabelStore has no given_quality"):
         method().load_state_dict(state)
 
 
 def test_a_warm_up_is_cross_entropy_on_given_labels():
     module = method(warmup_epochs=5, lambda_fc=0.0)
-    trainer(1).fit(module, data())
-    assert module.clean_probability() is None
+    losses, expected, step = [], [], module.training_step
+
+    def watched(batch, batch_idx):
+        with torch.no_grad():
+            expected.append(torch.nn.functional.cross_entropy(module.network(batch.images), batch.labels))
+        losses.append(step(batch, batch_idx))
+        return losses[-1]
+
+    module.training_step = watched
+    trainer(6, limit_train_batches=1, limit_val_batches=0).fit(module, data())
+    torch.testing.assert_close(torch.stack(losses[:5]).detach(), torch.stack(expected[:5]))
+    assert not torch.allclose(losses[5].detach(), expected[5])
     assert not hasattr(module, "projection")
 
 
