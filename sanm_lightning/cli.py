@@ -18,7 +18,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
-from sanm_lightning.relaunch import checkpoint_to_go_on_from
+from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
@@ -93,7 +93,7 @@ class SANMCLI(LightningCLI):
         """Find the checkpoint of ``--ckpt_path last``, or refuse: Lightning would begin anew with a warning."""
         asked = self.config_init[self.subcommand]
         fitting = self.subcommand == "fit"
-        asked["ckpt_path"] = checkpoint_to_go_on_from(self.trainer, asked["ckpt_path"], fitting)
+        asked["ckpt_path"] = resolve_ckpt_path(self.trainer, asked["ckpt_path"], fitting)
 
     before_validate = before_test = before_predict = before_fit
 

@@ -12,10 +12,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-__all__ = ["checkpoint_to_go_on_from"]
+__all__ = ["resolve_ckpt_path"]
 
 
-def checkpoint_to_go_on_from(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
+def resolve_ckpt_path(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
     """Turn ``last`` or ``hpc`` into a file, and let the trainer write where that run wrote.
 
     ``last`` is the newest checkpoint of the directories that this trainer writes to: those of every ``ModelCheckpoint``, of

@@ -11,7 +11,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.functional.classification import binary_auroc
 
-from sanm_lightning.safe_files import require_folder, write_whole
+from sanm_lightning.callbacks.stages import stage_epochs
+from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.safe_files import atomic_write, require_folder
+from sanm_lightning.sanm.callback import SANMCallback
 
 __all__ = ["RunRecord", "label_quality_auc"]
 
@@ -27,8 +30,8 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
     if true is None or given is None:
         return None
     right = true == given
-    own = getattr(pl_module, "clean_probability", None)
-    quality = own() if callable(own) else None  # what the method itself makes of the labels
+    own = getattr(pl_module, "label_quality", None)
+    quality = own() if callable(own) else None  # the method's own estimate
     if quality is None:
         if sanm is None or not sanm.enabled:
             return None
@@ -47,7 +50,8 @@ class RunRecord(L.Callback):
     The keys of the results: method, sanm (on or off), seed, epochs (finished), seconds (of fitting, over all resumes),
     noise_kind, noise_rate (asked), measured_noise_rate, test_accuracy_best (the highest of all evaluations: selected on
     the test set, as published protocols do), test_accuracy_last (final epoch), test_accuracy_last10 (mean over the
-    evaluations of the last ten epochs), quality_auc (see :func:`label_quality_auc`). Null where unknown.
+    evaluations of the last ten epochs), quality_auc (see :func:`label_quality_auc`), stages (epochs of each stage),
+    masked_steps (training steps in which SANM hid something). Null where unknown.
     """
 
     def __init__(self) -> None:
@@ -117,6 +121,11 @@ class RunRecord(L.Callback):
             "test_accuracy_last": self.accuracies.get(epochs - 1),
             "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
             "quality_auc": label_quality_auc(trainer, pl_module),
+            "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
+            "masked_steps": next(
+                (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),  # type: ignore[attr-defined]
+                None,
+            ),
         }
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
@@ -142,5 +151,5 @@ class RunRecord(L.Callback):
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write ``content`` so that a crash leaves the old file or the new one, never half of one."""
     text = json.dumps(content, indent=2) + "\n"
-    with write_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode())

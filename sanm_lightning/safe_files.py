@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO", "read_checkpoint", "require_folder", "write_whole"]
+__all__ = ["AtomicCheckpointIO", "read_checkpoint", "require_folder", "atomic_write"]
 
 
 @contextlib.contextmanager
-def write_whole(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that takes its name when it is complete and on the disk, and not before.
 
     What is written goes to ``<name>.tmp`` in the same folder: the name changes hands within one file system, in one step. A
@@ -127,7 +127,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         content = io.BytesIO()  # torch would turn the reason of a failed write into "unexpected pos"
         torch.save(checkpoint, content)
-        with write_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(content.getbuffer())
 
     def load_checkpoint(

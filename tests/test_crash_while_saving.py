@@ -13,7 +13,7 @@ import torch
 
 from sanm_lightning.cli import main
 from sanm_lightning.run_record import write_json
-from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint, write_whole
+from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint, atomic_write
 from tests.methods.toy import data, method, trainer
 from tests.test_cli import SMALL, TOY, typed
 
@@ -92,12 +92,12 @@ def test_a_full_disk_leaves_the_old_files_and_no_litter(tmp_path):
 
 def test_a_name_is_taken_when_the_file_is_complete(tmp_path):
     Path("a").write_bytes(b"old")
-    with write_whole("a") as file:
+    with atomic_write("a") as file:
         file.write(b"n")
         file.flush()
         assert Path("a").read_bytes() == b"old"
     assert Path("a").read_bytes() == b"n"
-    with pytest.raises(KeyboardInterrupt), write_whole("a") as file:
+    with pytest.raises(KeyboardInterrupt), atomic_write("a") as file:
         raise KeyboardInterrupt
     assert os.listdir() == ["a"]
     assert Path("a").read_bytes() == b"n"
