@@ -192,6 +192,8 @@ class SampleState(nn.Module):
         missing = [name for name in self._states if name not in state["tables"]]
         if missing:
             raise RuntimeError(f"{type(self).__name__} has no {', '.join(missing)}, as one of another version")
+        if len(self) and not any(len(rows) for rows in state["tables"].values()):
+            return  # saved before it had a size
         device, first = self.device, process_rank() == 0
         self._start.clear()
         for name, (_, dtype, _, reduction) in self._states.items():
