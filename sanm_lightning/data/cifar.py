@@ -14,9 +14,10 @@ __all__ = ["CIFAR10", "CIFAR100"]
 class _CIFAR(NoisyDataModule):
     files: ClassVar[type[torchvision.datasets.CIFAR10]]
     names: ClassVar[tuple[str, ...]]
+    statistics: ClassVar[dict[str, tuple[float, float, float]]]
 
     def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(root=root, **kwargs)
+        super().__init__(root=root, **{**self.statistics, **{k: v for k, v in kwargs.items() if v is not None}})
         self.download = download
 
     @property
@@ -91,6 +92,7 @@ class CIFAR10(_CIFAR):
     """
 
     files = torchvision.datasets.CIFAR10
+    statistics = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
     def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
@@ -110,6 +112,7 @@ class CIFAR100(_CIFAR):
     """
 
     files = torchvision.datasets.CIFAR100
+    statistics = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
     names = tuple(sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members))
 
     def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:

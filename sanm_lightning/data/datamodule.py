@@ -1,23 +1,21 @@
-"""The data module that all data sets share: labels, splits, loaders, and the look-up and augmentation on the device."""
+"""The data module that all data sets share: splits, loaders, and augmentation on the device."""
 
-import zlib
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.data.loader import ImageDataset, IndexLoader, seeded_generator
+from sanm_lightning.batch import EpochPlan, NoisyBatch, View
+from sanm_lightning.data.image_store import ImageDataset, ImageStore, Row, RowRequest, Transform
+from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
+from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
-from sanm_lightning.data.policies import augment
-from sanm_lightning.safe_files import write_whole
+from sanm_lightning.data.policies import POLICIES, augment, center_crop, takes_batches
+from sanm_lightning.random_streams import named_generator
 
 __all__ = ["NoisyDataModule", "Source"]
 
@@ -39,38 +37,6 @@ class Source(NamedTuple):
     images: Tensor | ImageDataset
 
 
-@dataclass
-class _Split:
-    """The part of a source that one loader serves. Images are resident (uint8), or streamed from a data set."""
-
-    labels: Tensor  # given, (n,)
-    true_labels: Tensor | None  # (n,)
-    origin: Tensor  # position in the original set, (n,)
-    images: Tensor | None = None
-    dataset: ImageDataset | None = None
-    on_device: dict[torch.device, "_Resident"] = field(default_factory=dict)
-
-
-class _Resident(NamedTuple):
-    labels: Tensor
-    true_labels: Tensor | None
-    images: Tensor | None
-
-
-class _Rows(Dataset[Tensor]):
-    """The rows of a source, in the order of a split."""
-
-    def __init__(self, images: Tensor | ImageDataset, rows: list[int]) -> None:
-        self.images = images
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[self.rows[index]]
-
-
 class NoisyDataModule(L.LightningDataModule):
     """Images with labels that may be wrong: the base of all data sets here, and of your own.
 
@@ -79,10 +45,14 @@ class NoisyDataModule(L.LightningDataModule):
     noise, a validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
 
     Loaders serve indices. Images that fit in ``resident_bytes`` are decoded once, lie on the device as uint8, and are
-    looked up there; larger sets are decoded by worker processes as they are needed. Either way a batch reaches the
-    model as a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the position in the split it
-    comes from, for training 0 to ``num_samples`` - 1. The augmentation of a batch is a function of the seed, the epoch,
-    the number of the batch and the process, so that a resumed run continues exactly.
+    looked up there; larger sets are decoded by worker processes as they are needed, each distinct sample of a batch once,
+    whatever the number of its views. Either way a batch reaches the model as a `sanm_lightning.batch.NoisyBatch` with
+    images in [0, 1]. Its ``index`` is the position in the split it comes from, for training 0 to ``num_samples`` - 1. The
+    augmentation of a batch is a function of the seed, the epoch, the number of the batch and the process, so that a
+    resumed run continues exactly.
+
+    A module in training may choose the samples of an epoch (``epoch_batches``) and the views of its batches (``views``), as
+    the methods of this package do; for any other module, batches are shuffled and have one view, ``weak``.
 
     Args:
         root: folder of the data.
@@ -97,6 +67,11 @@ class NoisyDataModule(L.LightningDataModule):
             only: a model that is chosen by it has seen the test set.
         resident_bytes: a split whose images take more bytes than this streams through workers.
         num_workers: worker processes that decode images.
+        policies: augmentation policies by name, beside or in place of those of this package. A callable with a parameter
+            ``generator`` gets all images of a batch, uint8 (B, 3, H, W), on their device; any other callable is a transform
+            of one image, uint8 (3, H, W), in torchvision's way, and runs in the workers.
+        mean: channel means of the training images, in [0, 1]: a fact of the data, for a network that is not told otherwise.
+        std: channel standard deviations, likewise.
         seed: of subset, noise, split, order and augmentation; by default torch's initial seed (``seed_everything``).
 
     Raises:
@@ -117,22 +92,25 @@ class NoisyDataModule(L.LightningDataModule):
         resident_bytes: int = 2**31,
         num_workers: int = 0,
         seed: int | None = None,
+        policies: dict[str, Callable] | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be 1 or more, got {value}: choose a larger one.")
+                raise ValueError(f"expected {name} of 1 or more, got {value}; choose a larger one")
         for name, value in (
             ("crop_padding", crop_padding),
             ("resident_bytes", resident_bytes),
             ("num_workers", num_workers),
         ):
             if value < 0:
-                raise ValueError(f"{name} must be 0 or more, got {value}: use 0 for none.")
+                raise ValueError(f"expected {name} of 0 or more, got {value}; use 0 for none")
         if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must be a share in [0, 1), got {val_fraction}: use 0.1 for a tenth.")
+            raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}; use 0.1 for a tenth")
         if seed is not None and seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}: choose another, such as 0.")
+            raise ValueError(f"expected a seed of 0 or more, got {seed}; choose another, such as 0")
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -146,8 +124,12 @@ class NoisyDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = torch.initial_seed() if seed is None else seed
         self._seed_is_given = seed is not None
+        self.policies: dict[str, Callable[..., Any]] = dict(policies or {})
+        self.mean, self.std = mean, std
         self._sources: dict[str, Source] = {}
-        self._splits: dict[SplitName, _Split] = {}
+        self._tables: dict[str, LabelTable] = {}
+        self._stores: dict[str, ImageStore] = {}
+        self._labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]] = {}
         self._train_loader: IndexLoader | None = None
 
     # What a data set has to give -----------------------------------------------------------------------------------
@@ -161,6 +143,23 @@ class NoisyDataModule(L.LightningDataModule):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels; known as soon as the object exists."""
+
+    @property
+    def decode_size(self) -> tuple[int, int]:
+        """(H, W) of a decoded image in pixels, at least ``image_size``; larger ones are cropped to that in every view."""
+        return self.image_size
+
+    def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
+        """Choose the positions that an epoch draws from, (M,), the same in every process; by default all.
+
+        A data set that draws a balanced subset anew for each epoch returns that, of the same size in every epoch. Methods draw
+        their samples from it, and passes over the training set walk it.
+
+        Args:
+            epoch: counted from 0.
+            peer: network 0 or 1 that the samples are for.
+        """
+        return torch.arange(self.num_samples)
 
     @abstractmethod
     def load_train(self) -> Source:
@@ -185,12 +184,12 @@ class NoisyDataModule(L.LightningDataModule):
     @property
     def num_samples(self) -> int:
         """Training samples, after the subset and without the validation split."""
-        return len(self._labelled("train").labels)
+        return len(self.table("train").labels)
 
     @property
     def labels(self) -> Tensor:
         """The given, noisy labels of the training split, shape (N,), int64, on the CPU."""
-        return self._labelled("train").labels
+        return self.table("train").labels
 
     @property
     def true_labels(self) -> Tensor | None:
@@ -198,7 +197,7 @@ class NoisyDataModule(L.LightningDataModule):
 
         They are known for curated sets, and where the noise was injected here.
         """
-        return self._labelled("train").true_labels
+        return self.table("train").true_labels
 
     @property
     def noise_kind(self) -> str:
@@ -213,15 +212,17 @@ class NoisyDataModule(L.LightningDataModule):
     @property
     def measured_noise_rate(self) -> float | None:
         """Share of the training split whose given label is not the true one, in [0, 1]; None if that is not known."""
-        split = self._labelled("train")
-        if split.true_labels is None:
-            return None
-        return (split.labels != split.true_labels).double().mean().item()
+        return self.table("train").noise_rate
 
     @property
     def eval_names(self) -> list[str]:
         """What the loaders of `val_dataloader` are, in their order: ``val`` if one is held out, ``test`` if tracked."""
         return (["val"] if self.val_fraction > 0 else []) + (["test"] if self.track_test else [])
+
+    @property
+    def test_names(self) -> list[str]:
+        """What the loaders of `test_dataloader` are, in their order."""
+        return ["test"]
 
     def save_labels(self, path: str | Path) -> None:
         """Writes the labels of the training split to a ``.npz`` file; all of it or nothing, also when interrupted.
@@ -238,22 +239,8 @@ class NoisyDataModule(L.LightningDataModule):
             ValueError: the name does not end in ``.npz``.
             OSError: the file cannot be written; what was there before is untouched.
         """
-        path = Path(path)
-        if path.suffix != ".npz":
-            raise ValueError(f"The label file must end in .npz, got {str(path)!r}: rename it.")
-        split = self._labelled("train")
-        arrays: dict[str, Any] = {
-            "labels": split.labels.numpy(),
-            "index": split.origin.numpy(),
-            "class_names": np.array(self.class_names, dtype=np.str_),
-            "noise_kind": np.array(self.noise_kind),
-            "noise_rate": np.array(np.nan if self.noise_rate is None else self.noise_rate),
-            "seed": np.array(self.seed if self.noise.seed is None else self.noise.seed, dtype=np.uint64),
-        }
-        if split.true_labels is not None:
-            arrays["true_labels"] = split.true_labels.numpy()
-        with write_whole(path) as file:
-            np.savez_compressed(file, **arrays)
+        noise_seed = self.seed if self.noise.seed is None else self.noise.seed
+        save_label_table(path, self.table("train"), self.class_names, self.noise_kind, self.noise_rate, noise_seed)
 
     # Splits --------------------------------------------------------------------------------------------------------
 
@@ -264,24 +251,25 @@ class NoisyDataModule(L.LightningDataModule):
             stage: ``fit``, ``validate``, ``test``, ``predict``, or None for everything.
         """
         self._share_seed()
-        names: list[SplitName] = []
+        names: list[str] = []
         if stage in (None, "fit"):
             names.append("train")
         if stage in (None, "fit", "validate"):
-            names.extend(cast(list[SplitName], self.eval_names))
+            names.extend(self.eval_names)
         if stage in (None, "test", "predict"):
-            names.append("test")
+            names.extend(self.test_names)
         for name in names:
-            self._split(name)
+            self.store(name)
 
     def teardown(self, stage: str) -> None:
         """Frees the memory on the device; everything is put back when it is needed."""
-        for split in self._splits.values():
-            split.on_device.clear()
+        self._labels_on_device.clear()
+        for store in self._stores.values():
+            store.free()
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, and a check sum of the training labels, so that a resumed run has the same labels."""
-        return {"seed": self.seed, "labels": self._check_sum() if "train" in self._splits else None}
+        return {"seed": self.seed, "labels": self.table("train").check_sum() if "train" in self._tables else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the seed of the run that is resumed, and compares the labels.
@@ -295,19 +283,15 @@ class NoisyDataModule(L.LightningDataModule):
         if state_dict["seed"] != self.seed:
             if self._seed_is_given:
                 raise ValueError(
-                    f"The seed of the data must be that of the run that is resumed, {state_dict['seed']}, got {self.seed}: "
-                    "give the same, or none."
+                    f"expected the seed of the data of the run that is resumed, {state_dict['seed']}, got {self.seed}; give the "
+                    "same, or none"
                 )
             self._restart_from_seed(state_dict["seed"])
-        if state_dict["labels"] not in (None, self._check_sum()):
+        if state_dict["labels"] not in (None, self.table("train").check_sum()):
             raise ValueError(
-                "The training labels must be those of the run that is resumed, but they differ: give the data module "
-                f"the same data, noise, subset and split, and seed {state_dict['seed']}."
+                "expected the training labels of the run that is resumed, got others; give the data module the same data, noise, "
+                f"subset and split, and seed {state_dict['seed']}"
             )
-
-    def _check_sum(self) -> int:
-        split = self._labelled("train")
-        return zlib.crc32(torch.stack([split.labels, split.origin]).numpy().tobytes())
 
     def _share_seed(self) -> None:
         """Without ``seed_everything`` every process would have labels and an order of its own."""
@@ -319,11 +303,11 @@ class NoisyDataModule(L.LightningDataModule):
     def _restart_from_seed(self, seed: int) -> None:
         """Everything that was loaded is loaded again: sources may depend on the seed, and labels and splits do."""
         self.seed = seed
-        ready = [name for name, split in self._splits.items() if split.images is not None or split.dataset is not None]
-        self._sources.clear()
-        self._splits.clear()
+        ready = list(self._stores)
+        for held in (self._sources, self._tables, self._stores, self._labels_on_device):
+            held.clear()  # type: ignore[attr-defined]
         for name in ready:
-            self._split(name)
+            self.store(name)
 
     def _source(self, name: Literal["train", "test"]) -> Source:
         if name not in self._sources:
@@ -332,136 +316,148 @@ class NoisyDataModule(L.LightningDataModule):
             what = "training" if name == "train" else "test"
             if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0 or len(images) != len(labels):
                 raise ValueError(
-                    f"The {what} set must have int64 labels of shape (N,) for its {len(images)} images, got shape "
-                    f"{tuple(labels.shape)} and type {labels.dtype}: give one label per image."
+                    f"expected int64 labels (N,) for the {len(images)} images of the {what} set, got {tuple(labels.shape)} of "
+                    f"{labels.dtype}; give one label per image"
                 )
             if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
                 raise ValueError(
-                    f"The labels of the {what} set must lie in 0 to {self.num_classes - 1}, got {int(labels.min())} to "
-                    f"{int(labels.max())}: number the classes from 0 and check num_classes."
+                    f"expected labels in 0 to {self.num_classes - 1} in the {what} set, got {int(labels.min())} to "
+                    f"{int(labels.max())}; number the classes from 0 and check num_classes"
                 )
-            if isinstance(images, Tensor) and (
-                images.dtype != torch.uint8 or images.shape[1:] != (3, *self.image_size)
-            ):
+            height, width = self.decode_size
+            if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, height, width)):
                 raise ValueError(
-                    f"The images of the {what} set must be uint8 of shape (N, 3, {self.image_size[0]}, "
-                    f"{self.image_size[1]}), got shape {tuple(images.shape)} and type {images.dtype}: convert them."
+                    f"expected uint8 images (N, 3, {height}, {width}) in the {what} set, got {tuple(images.shape)} of "
+                    f"{images.dtype}; convert them"
                 )
             self._sources[name] = source
         return self._sources[name]
 
-    def _labelled(self, name: SplitName) -> _Split:
-        """A split with its labels; its images may still be missing."""
-        if name not in self._splits:
-            if name == "test":
+    def table(self, split: str) -> LabelTable:
+        """Return the labels of ``train``, ``val`` or ``test``; of ``test`` they are taken to be right."""
+        if split == "val" and self.val_fraction == 0:
+            raise ValueError("expected a val_fraction above 0 for a validation split, got 0; set it, such as to 0.1")
+        if split not in self._tables:
+            if split == "test":
                 labels = self._source("test").labels
-                self._splits["test"] = _Split(labels, None, torch.arange(len(labels)))
+                self._tables["test"] = LabelTable(labels, None, torch.arange(len(labels)))
             else:
-                self._label_training_set()
-        return self._splits[name]
+                source = self._source("train")
+                self._tables |= label_tables(
+                    source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.val_fraction,
+                    self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
+                )  # fmt: skip
+        return self._tables[split]
 
-    def _label_training_set(self) -> None:
-        source = self._source("train")
-        kept = self._subset(source.labels)
-        if self.noise.kind == "file":  # a file is about the whole original set
-            given = self.noise.apply(source.labels, self.num_classes, self.seed)[kept]
-        else:
-            given = self.noise.apply(source.labels[kept], self.num_classes, self.seed)
-        injected = self.noise.kind not in ("none", "file")
-        true = source.labels[kept] if self.curated or injected else None
-        order = torch.randperm(len(kept), generator=seeded_generator(self.seed, 2))
-        held_out = round(self.val_fraction * len(kept))
-        if self.val_fraction > 0 and not 0 < held_out < len(kept):
-            raise ValueError(
-                f"A val_fraction of {self.val_fraction} leaves {held_out} samples for validation and "
-                f"{len(kept) - held_out} for training out of {len(kept)}; each needs 1 or more: change the fraction."
+    def store(self, split: str) -> ImageStore:
+        """Return the images of ``train``, ``val`` or ``test``."""
+        if split not in self._stores:
+            table, images = self.table(split), self._source("test" if split == "test" else "train").images
+            self._stores[split] = ImageStore(
+                images, table.origin, self.decode_size, self.resident_bytes, self.num_workers
             )
-        # Sorted, so that without a validation split index i is image i of the data set.
-        rows: dict[SplitName, Tensor] = {"train": order[held_out:].sort().values}
-        if held_out:
-            rows["val"] = order[:held_out].sort().values
-        for name, row in rows.items():
-            self._splits[name] = _Split(given[row], None if true is None else true[row], kept[row])
+        return self._stores[split]
 
-    def _subset(self, labels: Tensor) -> Tensor:
-        """Positions of the training samples that are used, sorted: as many of each class as there are, or as others."""
-        size = self.max_train_samples
-        if size is None:
-            return torch.arange(len(labels))
-        if not self.num_classes <= size <= len(labels):
-            raise ValueError(
-                f"max_train_samples must lie between the number of classes, {self.num_classes}, and the size of the "
-                f"training set, {len(labels)}, got {size}: choose one in between, or none for the whole set."
-            )
-        order = torch.randperm(len(labels), generator=seeded_generator(self.seed, 1))
-        # Number the samples of each class in random order, and take all the firsts, all the seconds, and so on.
-        by_class = order[labels[order].argsort(stable=True)]
-        counts = labels.bincount(minlength=self.num_classes)
-        number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-        rank = torch.empty_like(number)
-        rank[by_class] = number
-        return order[rank[order].argsort(stable=True)[:size]].sort().values
-
-    def _split(self, name: SplitName) -> _Split:
-        """A split that is ready to be served."""
-        if name == "val" and self.val_fraction == 0:
-            raise ValueError("A validation split was asked for, but val_fraction is 0: set val_fraction, such as 0.1.")
-        split = self._labelled(name)
-        if split.images is None and split.dataset is None:
-            images = self._source("test" if name == "test" else "train").images
-            height, width = self.image_size
-            everything = len(split.origin) == len(images)
-            if len(split.origin) * 3 * height * width > self.resident_bytes:
-                split.dataset = _Rows(images, split.origin.tolist())
-            elif isinstance(images, Tensor):
-                split.images = images if everything else images[split.origin]
-            else:
-                split.images = self._decode(_Rows(images, split.origin.tolist()))
-        return split
-
-    def _decode(self, dataset: _Rows) -> Tensor:
-        images = torch.empty((len(dataset), 3, *self.image_size), dtype=torch.uint8)
-        # The generator keeps the loader from drawing a number from the global stream.
-        loader = DataLoader(dataset, 64, num_workers=self.num_workers, generator=torch.Generator().manual_seed(0))
-        for place, decoded in zip(torch.split(images, 64), loader, strict=True):
-            place.copy_(decoded)
-        return images
+    def split_size(self, split: str) -> int:
+        """Return the number of samples of a split."""
+        return len(self.table(split).labels)
 
     # Loaders -------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> IndexLoader:
-        """Shuffled index batches of the training split, this process's share."""
-        fixed_order = getattr(self.trainer, "overfit_batches", 0) > 0
-        self._train_loader = self._loader("train", self.batch_size, shuffle=True, fixed_order=fixed_order)
-        return self._train_loader
+        """Batches of the training split, this process's share; chosen by the module where it does so."""
+        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        loader = self._loader(
+            "train", self.batch_size, shuffle=True, pool=self.epoch_pool,
+            fixed_order=getattr(self.trainer, "overfit_batches", 0) > 0,
+            choose=self._choose if hasattr(module, "epoch_batches") else None,
+        )  # fmt: skip
+        self._train_loader = loader
+        return loader
 
     def val_dataloader(self) -> list[IndexLoader]:
         """One loader per name in `eval_names`; an empty list if there is none."""
-        return [self._loader(cast(SplitName, name), self.eval_batch_size) for name in self.eval_names]
+        return [self._loader(name, self.eval_batch_size) for name in self.eval_names]
 
-    def test_dataloader(self) -> IndexLoader:
-        """The test set, in order, this process's share."""
-        return self._loader("test", self.eval_batch_size)
+    def test_dataloader(self) -> IndexLoader | list[IndexLoader]:
+        """One loader per name in `test_names`, in order, this process's share."""
+        loaders = [self._loader(name, self.eval_batch_size) for name in self.test_names]
+        return loaders[0] if len(loaders) == 1 else loaders
 
-    def predict_dataloader(self) -> IndexLoader:
-        """The test set, in order, this process's share."""
-        return self._loader("test", self.eval_batch_size)
+    def predict_dataloader(self) -> IndexLoader | list[IndexLoader]:
+        """The same as `test_dataloader`."""
+        return self.test_dataloader()
+
+    def pass_dataloader(self, split: str = "train") -> IndexLoader:
+        """Every sample of a split once over all processes, in order; of the training split those of the epoch's pool."""
+        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        pool = (lambda _: self.epoch_pool(epoch)) if split == "train" else None
+        return self._loader(split, self.eval_batch_size, pool=pool)
 
     def _loader(
-        self, name: SplitName, batch_size: int, *, shuffle: bool = False, fixed_order: bool = False
+        self, split: str, batch_size: int, pool: Callable[[int], Tensor] | None = None, **options: Any
     ) -> IndexLoader:
-        split = self._split(name)
+        store = self.store(split)
+        transforms = any(transform for view in self._transforms() for transform in view) and options.get("shuffle")
         return IndexLoader(
-            len(split.labels),
+            self.split_size(split) if pool is None else len(pool(0)),
             batch_size,
-            shuffle=shuffle,
+            shuffle=options.pop("shuffle", False),
             seed=self.seed,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
-            dataset=split.dataset,
-            num_workers=self.num_workers,
-            fixed_order=fixed_order,
+            store=store if store.resident is None or transforms else None,
+            pool=pool,
+            request=self._request if split == "train" and pool == self.epoch_pool else None,
+            **options,
         )
+
+    # What the module in training wants ----------------------------------------------------------------------------------
+
+    def _choose(self, epoch: int) -> Tensor | None:
+        """Let the module begin the epoch and choose its batches."""
+        module: Any = cast(Any, self.trainer).lightning_module
+        loader = cast(IndexLoader, self._train_loader)
+        module.prepare_epoch()
+        plan = EpochPlan(
+            epoch, len(loader), self.batch_size, self.num_samples, loader.rank, loader.world_size,
+            lambda peer: self.epoch_pool(epoch, peer),
+        )  # fmt: skip
+        chosen: Tensor | None = module.epoch_batches(plan)
+        if chosen is not None and chosen.numel() and int(chosen.max()) >= self.num_samples:
+            raise ValueError(
+                f"expected positions in [0, {self.num_samples}) in the batches of an epoch, got {int(chosen.max())}"
+            )
+        return chosen
+
+    def _views(self) -> tuple[View, ...]:
+        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        views = getattr(module, "views", None)
+        return tuple(views()) if callable(views) and hasattr(module, "epoch_batches") else ("weak",)
+
+    def _policy(self, name: str) -> Callable[..., Any]:
+        if name not in self.policies and name not in POLICIES:
+            known = ", ".join([*POLICIES, *self.policies])
+            raise ValueError(f"expected a view among {known}, got {name!r}; choose one, or add it to data.policies")
+        return self.policies.get(name) or POLICIES[name]
+
+    def _transforms(self) -> tuple[tuple[Transform | None, ...], ...]:
+        """For each view, the transforms of its blocks that workers apply; None for what is done on the device."""
+        found = []
+        for view in self._views():
+            policies = [self._policy(name) for name in ((view,) if isinstance(view, str) else view)]
+            kinds = {takes_batches(policy) for policy in policies}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"expected policies of one kind within a view, got batch policies and transforms of one image in {view}; "
+                    "wrap the transform, or choose another"
+                )
+            found.append(tuple(None if takes_batches(policy) else policy for policy in policies))
+        return tuple(found)
+
+    def _request(self, epoch: int, step: int, index: Tensor) -> RowRequest:
+        rank = 0 if self._train_loader is None else self._train_loader.rank
+        return RowRequest(index, self._transforms(), (self.seed, rank, epoch, step))
 
     # Batches -------------------------------------------------------------------------------------------------------
 
@@ -469,11 +465,52 @@ class NoisyDataModule(L.LightningDataModule):
         """Turns what a loader served, now on the device, into images and labels."""
         assert self.trainer is not None  # only a trainer calls this hook
         split = self._current_split(dataloader_idx)
-        index, images = (batch, None) if isinstance(batch, Tensor) else batch
-        generator = self._augmentation() if split == "train" else None
-        looked_up = self.batch(split, index, images, generator)
+        made = self._training_batch(batch) if split == "train" else self.pass_batch(batch, split)
         # Pure 16- or 64-bit training converts batches before this hook, when there were no images yet.
-        return cast(NoisyBatch, self.trainer.precision_plugin.convert_input(looked_up))
+        return cast(NoisyBatch, self.trainer.precision_plugin.convert_input(made))
+
+    def _training_batch(self, item: Tensor | Row) -> NoisyBatch:
+        loader = cast(IndexLoader, self._train_loader)
+        epoch, step = loader.position
+        index, images, ready = self._images(item, "train")
+        views = []
+        for number, view in enumerate(self._views()):
+            if len(ready) > number and ready[number].numel():
+                views.append(ready[number].to(torch.float32).div_(255))
+                continue
+            names = (view,) if isinstance(view, str) else view
+            generator = named_generator("augment", self.seed, loader.rank, epoch, step, number)
+            blocks = [
+                self._augmented(block, name, generator)
+                for block, name in zip(images.split(len(images) // len(names)), names, strict=True)
+            ]
+            views.append(torch.cat(blocks).to(torch.float32).div_(255) if len(blocks) > 1 else _unit(blocks[0]))
+        labels, true_labels = self._labels("train", index)
+        return NoisyBatch(views[0], labels, index, true_labels, tuple(views))
+
+    def pass_batch(
+        self,
+        item: Tensor | Row,
+        split: str,
+        device: torch.device | None = None,
+        policy: str = "none",
+        generator: torch.Generator | None = None,
+    ) -> NoisyBatch:
+        """Turns what a loader of a split served into a batch of one view, un-augmented by default.
+
+        Args:
+            item: from `pass_dataloader` or another loader, on the device.
+            split: ``train``, ``val`` or ``test``.
+            device: of the batch; None takes that of the item.
+            policy: name of the view; a transform of one image cannot be used here.
+            generator: source of the view's randomness.
+        """
+        index, images, _ = self._images(item, split)
+        if device is not None:
+            index, images = index.to(device), images.to(device)
+        viewed = self._augmented(images, policy, generator)
+        labels, true_labels = self._labels(split, index)
+        return NoisyBatch(_unit(viewed), labels, index, true_labels)
 
     def batch(
         self,
@@ -483,56 +520,69 @@ class NoisyDataModule(L.LightningDataModule):
         generator: torch.Generator | None = None,
         policy: str = "weak",
     ) -> NoisyBatch:
-        """A batch, on the device of the index.
+        """Looks samples up, outside of a training; of a set that streams, they are decoded in this process.
 
         Args:
             split: ``train``, ``val`` or ``test``.
             index: positions in the split, shape (B,), int64.
-            images: shape (B, 3, H, W), uint8, as a loader of a split that streams serves them; without them a resident
-                split is looked up, and any other decoded in this process, which is slow.
+            images: shape (B, 3, H, W), uint8, where they are at hand.
             generator: the view is drawn from it; no augmentation is made without.
-            policy: which view, a name in `sanm_lightning.data.policies.POLICIES`: ``weak`` (crop and flip as this data
-                module has them), ``none``, ``auto_augment``, ``rand_augment``, ``jitter_affine``, ``simclr``.
+            policy: which view, see `policies`.
 
         Returns:
-            Images in [0, 1], float32, with the given labels; true labels for training and validation where known. The
-            labels of the test set are true ones, and given as labels.
+            Images in [0, 1], float32, with the given labels, on the device of the index; true labels for training and
+            validation where known. The labels of the test set are true ones, and given as labels.
 
         Raises:
             ValueError: an unknown split or policy.
         """
         if split not in ("train", "val", "test"):
-            raise ValueError(f"The split must be 'train', 'val' or 'test', got {split!r}: choose one of them.")
-        resident = self._resident(split, index.device)
-        if images is None:
-            if resident.images is not None:
-                images = resident.images.index_select(0, index)
-            else:
-                dataset = cast(ImageDataset, self._splits[split].dataset)
-                images = torch.stack([dataset[row] for row in index.tolist()]).to(index.device)
-        if generator is not None:  # while they are bytes: a quarter of the traffic
-            images = augment(images, policy, generator, self.crop_padding, self.flip)
-        true_labels = None if resident.true_labels is None else resident.true_labels[index]
-        return NoisyBatch(images.to(torch.float32).div_(255), resident.labels[index], index, true_labels)
+            raise ValueError(f"expected the split 'train', 'val' or 'test', got {split!r}; choose one of them")
+        images = self.store(split).look_up(index) if images is None else images
+        viewed = self._augmented(images, "none" if generator is None else policy, generator)
+        labels, true_labels = self._labels(split, index)
+        return NoisyBatch(_unit(viewed), labels, index, true_labels)
 
-    def _current_split(self, dataloader_idx: int) -> SplitName:
+    def _augmented(self, images: Tensor, name: str, generator: torch.Generator | None) -> Tensor:
+        """Make a view of bytes (B, 3, H, W): cropped to the image size, augmented while the images are bytes."""
+        if name == "none" and name not in self.policies:
+            return center_crop(images, self.image_size)
+        policy = self.policies.get(name)
+        if policy is None:
+            return augment(
+                images, name, cast(torch.Generator, generator), self.crop_padding, self.flip, self.image_size
+            )
+        if not takes_batches(policy):
+            raise ValueError(
+                f"expected a policy of whole batches here, got {name!r}, a transform of one image; it serves training views only"
+            )
+        return cast(Tensor, policy(images, generator=generator))
+
+    def _images(self, item: Tensor | Row, split: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Index, images of the row as bytes, and the views that workers made."""
+        if isinstance(item, Tensor):
+            return item, self.store(split).look_up(item), []
+        index, images, place, views = item
+        whole = images if len(images) == len(place) and split != "train" else images.index_select(0, place)
+        return index, whole, views
+
+    def _labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        key = (split, index.device)
+        if key not in self._labels_on_device:
+            table = self.table(split)
+            true = None if table.true_labels is None else table.true_labels.to(index.device)
+            self._labels_on_device[key] = (table.labels.to(index.device), true)
+        labels, true_labels = self._labels_on_device[key]
+        return labels[index], None if true_labels is None else true_labels[index]
+
+    def _current_split(self, dataloader_idx: int) -> str:
         assert self.trainer is not None
         if self.trainer.training:
             return "train"
         if self.trainer.sanity_checking or self.trainer.validating:
-            return cast(SplitName, self.eval_names[dataloader_idx])
-        return "test"
+            return self.eval_names[dataloader_idx]
+        return self.test_names[dataloader_idx]
 
-    def _augmentation(self) -> torch.Generator:
-        """The stream of the batch that was served last. On the CPU, so that all devices get the same views."""
-        assert self._train_loader is not None
-        epoch, number = self._train_loader.position
-        return seeded_generator(self.seed, 3, self._train_loader.rank, epoch, number)
 
-    def _resident(self, name: SplitName, device: torch.device) -> _Resident:
-        split = self._split(name)
-        if device not in split.on_device:
-            parts: Sequence[Tensor | None] = (split.labels, split.true_labels, split.images)
-            moved = [None if part is None else part.to(device) for part in parts]
-            split.on_device[device] = _Resident(cast(Tensor, moved[0]), moved[1], moved[2])
-        return split.on_device[device]
+def _unit(images: Tensor) -> Tensor:
+    return images.to(torch.float32).div_(255)

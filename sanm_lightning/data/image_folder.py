@@ -25,12 +25,14 @@ class ImageFolder(NoisyDataModule):
 
     Classes are the sub-folders of ``root/train``, sorted by name; files whose ending Pillow does not know are passed
     over. An image is turned upright (EXIF), put on white where it is transparent, resized until its short side is
-    ``image_size``, and cropped to the square in its middle. The labels are what somebody sorted: nothing is known about
+    ``decode_size``, and cropped to the square in its middle. Views are crops of that square of ``image_size``: at random places
+    in training, in the middle in evaluation. The labels are what somebody sorted: nothing is known about
     the true ones, unless noise is injected here.
 
     Args:
         root: folder that holds ``train`` and ``test``.
         image_size: side of the square images in pixels.
+        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
@@ -39,11 +41,20 @@ class ImageFolder(NoisyDataModule):
         FileNotFoundError: later, if one of the folders does not exist.
     """
 
-    def __init__(self, root: str = "data", image_size: int = 224, **kwargs: Any) -> None:
+    def __init__(
+        self, root: str = "data", image_size: int = 224, decode_size: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(root=root, **kwargs)
         if image_size < 1:
-            raise ValueError(f"image_size must be 1 pixel or more, got {image_size}: choose a larger one, such as 224.")
+            raise ValueError(
+                f"expected image_size of 1 pixel or more, got {image_size}; choose a larger one, such as 224"
+            )
+        if decode_size is not None and decode_size < image_size:
+            raise ValueError(
+                f"expected decode_size of {image_size}, the image_size, or more, got {decode_size}; choose a larger one"
+            )
         self._side = image_size
+        self._decoded = image_size if decode_size is None else decode_size
         self._class_names: list[str] | None = None
 
     @property
@@ -55,6 +66,11 @@ class ImageFolder(NoisyDataModule):
     def image_size(self) -> tuple[int, int]:
         """(side, side) in pixels."""
         return self._side, self._side
+
+    @property
+    def decode_size(self) -> tuple[int, int]:
+        """(side, side) of the squares that are decoded, in pixels."""
+        return self._decoded, self._decoded
 
     @property
     def class_names(self) -> list[str]:
@@ -105,7 +121,7 @@ class ImageFolder(NoisyDataModule):
                 raise ValueError(f"The class folder {str(folder)!r} has no images in it: add some, or remove it.")
             paths.extend(files)
             labels.extend([label_of[name]] * len(files))
-        return Source(torch.tensor(labels), _Files(paths, self._side))
+        return Source(torch.tensor(labels), _Files(paths, self._decoded))
 
 
 class _Files:

@@ -1,38 +1,16 @@
-"""A loader of sample indices that remembers where it is."""
+"""A loader of sample indices that keeps its place."""
 
 import math
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["ImageDataset", "IndexLoader", "seeded_generator"]
+from sanm_lightning.data.image_store import ImageStore, Row, RowRequest
+from sanm_lightning.random_streams import named_generator
 
-IndexedBatch = Tensor | tuple[Tensor, Tensor]
-
-
-class ImageDataset(Protocol):
-    """A map-style data set of decoded images: ``dataset[i]`` is a uint8 tensor of shape (3, H, W)."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Tensor: ...
-
-
-def seeded_generator(seed: int, *words: int) -> torch.Generator:
-    """A CPU generator whose stream is a function of all the numbers, and unrelated for any two different lists of them.
-
-    Args:
-        seed: 0 or more.
-        words: what the stream is for: an epoch, a rank, a batch number; each 0 or more.
-    """
-    # Adding the numbers up would make (epoch 1, rank 0) and (epoch 0, rank 1) the same stream, and one list of numbers
-    # as entropy would make (0) and (0, 0) the same.
-    state = np.random.SeedSequence(seed, spawn_key=words).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
+__all__ = ["IndexLoader"]
 
 
 class IndexLoader:
@@ -60,12 +38,15 @@ class IndexLoader:
         rank: number of this process.
         world_size: number of processes.
         drop_last: leave out the last partial batch; only with shuffle.
-        dataset: a map-style data set of uint8 images (3, H, W), decoded in worker processes as they are needed.
-        num_workers: worker processes that decode; 0 decodes in this one.
+        store: images that are decoded by workers as they are needed.
         fixed_order: the same permutation in every epoch, as over-fitting on a few batches needs it.
+        pool: gives the positions (M,) that an epoch draws from; None takes all.
+        choose: called with the epoch before its first batch, to do the work of its beginning and to choose its batches: positions
+            (S, B) of this process, S = ``len(self)``, or None for the shuffled ones.
+        request: makes of a step and its indices what a worker is asked for; by default the images alone.
 
     Yields:
-        Indices, shape (B,), int64; with a data set, indices and images, shape (B, 3, H, W), uint8. On the CPU.
+        Indices, shape (B,), int64; with a store, a :class:`Row`. On the CPU.
 
     Raises:
         ValueError: an argument is out of range.
@@ -81,22 +62,23 @@ class IndexLoader:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
-        dataset: ImageDataset | None = None,
-        num_workers: int = 0,
+        store: ImageStore | None = None,
         fixed_order: bool = False,
+        pool: Callable[[int], Tensor] | None = None,
+        choose: Callable[[int], Tensor | None] | None = None,
+        request: Callable[[int, int, Tensor], RowRequest] | None = None,
     ) -> None:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("world_size", world_size)):
             if value < 1:
-                raise ValueError(f"The loader needs a {name} of 1 or more, got {value}: choose a larger one.")
+                raise ValueError(f"expected a {name} of 1 or more, got {value}; choose a larger one")
         if not 0 <= rank < world_size:
-            raise ValueError(f"The rank must lie in 0 to {world_size - 1}, got {rank}: it counts the processes from 0.")
-        if seed < 0 or num_workers < 0:
-            raise ValueError(f"The seed and num_workers must be 0 or more, got {seed} and {num_workers}: change them.")
-        if dataset is not None and len(dataset) != num_samples:
-            raise ValueError(f"The data set must hold {num_samples} samples, got {len(dataset)}: pass the same one.")
+            raise ValueError(f"expected a rank in 0 to {world_size - 1}, got {rank}; ranks count the processes from 0")
+        if seed < 0:
+            raise ValueError(f"expected a seed of 0 or more, got {seed}; choose another, such as 0")
         if not shuffle and num_samples < world_size:
             raise ValueError(
-                f"{num_samples} samples cannot be shared out over {world_size} processes: use at most {num_samples}."
+                f"expected at least one sample for each of {world_size} processes, got {num_samples}; use at most {num_samples} "
+                "processes"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size
@@ -105,10 +87,11 @@ class IndexLoader:
         self.rank = rank
         self.world_size = world_size
         self.drop_last = drop_last
-        self.num_workers = num_workers
         self.fixed_order = fixed_order
+        self._pool, self._choose = pool, choose
+        self._request = request or (lambda epoch, step, index: RowRequest(index))
         # Not called `dataset`: Lightning takes anything with that attribute for a DataLoader that it may rebuild.
-        self._dataset = dataset
+        self._store = store
         self._epoch = 0
         self._served = 0  # batches of this epoch that have been yielded
         self._skip = 0  # batches that the next iteration leaves out, after a resume
@@ -150,14 +133,14 @@ class IndexLoader:
         """
         if not {"epoch", "batches"} <= state.keys():
             raise ValueError(
-                f"The state of the loader must hold 'epoch' and 'batches', got {sorted(state)}: resume from a "
-                "checkpoint that was written with this loader."
+                f"expected a loader state with 'epoch' and 'batches', got {sorted(state)}; resume from a checkpoint that was "
+                "written with this loader"
             )
         before = state.get("batch_size", self.batch_size), state.get("processes", self.world_size)
         if 0 < state["batches"] < state.get("of", len(self)) and before != (self.batch_size, self.world_size):
             raise ValueError(
-                f"A checkpoint from the middle of an epoch must be resumed with its batch size of {before[0]} on {before[1]} "
-                f"processes, got {self.batch_size} on {self.world_size}: give the same, or a checkpoint from an epoch's end."
+                f"expected a batch size of {before[0]} on {before[1]} processes, those of the checkpoint from the middle of an "
+                f"epoch, got {self.batch_size} on {self.world_size}; give the same, or a checkpoint from an epoch's end"
             )
         self._epoch, self._served = int(state["epoch"]), int(state["batches"])
         self._skip = self._served
@@ -172,54 +155,43 @@ class IndexLoader:
         too_small = last == 1 < self.batch_size or (self.drop_last and last < self.batch_size)
         return batches - 1 if too_small and batches > 1 else batches
 
-    def __iter__(self) -> Iterator[IndexedBatch]:
+    def __iter__(self) -> Iterator[Tensor | Row]:
         # A generator: nothing happens before the first batch is asked for. Lightning creates the first iterator before
         # it calls set_epoch.
-        batches = self._batches()[self._skip :]
-        self._served, self._skip = self._skip, 0
-        for batch in self._with_images(batches) if self._dataset is not None else batches:
+        chosen = self._choose(self._epoch) if self._choose is not None else None
+        batches = self._batches() if chosen is None else self._checked(chosen)
+        first, self._served, self._skip = self._skip, self._skip, 0
+        for batch in batches[first:] if self._store is None else self._decoded(batches, first):
             self._served += 1
             yield batch
 
+    def _decoded(self, batches: list[Tensor], first: int) -> Iterator[Row]:
+        assert self._store is not None
+        requests = [self._request(self._epoch, step, index) for step, index in enumerate(batches)]
+        return self._store.decode(requests[first:], self.seed)
+
+    def _checked(self, chosen: Tensor) -> list[Tensor]:
+        """The batches that a method has chosen, if they can be served."""
+        if chosen.ndim != 2 or len(chosen) != len(self) or chosen.shape[1] < 1 or chosen.dtype != torch.int64:
+            raise ValueError(
+                f"expected batches ({len(self)}, B) of int64 positions, one row per step, got {tuple(chosen.shape)} of "
+                f"{chosen.dtype}; the number of steps is the same in every epoch, so draw in rounds to fill them"
+            )
+        low, high = int(chosen.min()), int(chosen.max())
+        if low < 0:
+            raise ValueError(f"expected positions of 0 or more in the batches of an epoch, got {low} to {high}")
+        return list(chosen.cpu())
+
     def _batches(self) -> list[Tensor]:
         """The index batches of a whole epoch of this process."""
+        pool = torch.arange(self.num_samples) if self._pool is None else self._pool(self._epoch)
         if not self.shuffle:
-            share = torch.arange(self.num_samples)[self.rank :: self.world_size]
+            share = pool[self.rank :: self.world_size]
             if math.ceil(len(share) / self.batch_size) != len(self):
                 return list(share.tensor_split(len(self)))
             return list(torch.split(share, self.batch_size))
-        generator = seeded_generator(self.seed, 0, 0 if self.fixed_order else self._epoch)
-        order = torch.randperm(self.num_samples, generator=generator)
-        padding = -self.num_samples % self.world_size
-        order = order[torch.arange(self.num_samples + padding) % self.num_samples]
+        generator = named_generator("order", self.seed, 0 if self.fixed_order else self._epoch)
+        order = torch.randperm(len(pool), generator=generator)
+        padded = self.num_samples + -self.num_samples % self.world_size
+        order = pool[order[torch.arange(padded) % len(pool)]]
         return list(torch.split(order[self.rank :: self.world_size], self.batch_size))[: len(self)]
-
-    def _with_images(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self._dataset is not None
-        dataset = self._dataset
-        if not isinstance(dataset, Dataset):
-            dataset = _AsDataset(dataset)
-        return zip(
-            batches,
-            DataLoader(
-                dataset,
-                batch_sampler=[batch.tolist() for batch in batches],
-                num_workers=self.num_workers,
-                pin_memory=torch.cuda.is_available(),
-                # A generator of its own: otherwise every epoch would draw from the global stream, and a resumed run
-                # would differ in whatever else draws from it.
-                generator=seeded_generator(self.seed, 0, self._epoch),
-            ),
-            strict=True,
-        )
-
-
-class _AsDataset(Dataset[Tensor]):
-    def __init__(self, images: ImageDataset) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.images[index]

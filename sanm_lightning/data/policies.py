@@ -3,12 +3,14 @@
 Drawing first keeps the device busy: which images an operation is for is known without asking it.
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sanm_lightning.data.operations import (
     MOVES,
@@ -28,10 +30,12 @@ __all__ = [
     "Stage",
     "apply_stage",
     "augment",
+    "center_crop",
     "draw_auto_augment",
     "draw_color_jitter",
     "draw_rand_augment",
     "draw_resized_crop",
+    "takes_batches",
 ]
 
 NAMES = list(OPERATIONS)
@@ -313,7 +317,14 @@ RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 
 jitter before crop and flip, an affine map after them."""
 
 
-def augment(images: Tensor, policy: str, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
+def augment(
+    images: Tensor,
+    policy: str,
+    generator: torch.Generator,
+    padding: int = 4,
+    flip: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Make one view of each image.
 
     Args:
@@ -322,13 +333,55 @@ def augment(images: Tensor, policy: str, generator: torch.Generator, padding: in
         generator: source of all randomness, on the CPU; torch's global stream is not drawn from.
         padding: pixels of zero padding for the crop, where the policy crops.
         flip: whether a policy that crops may mirror as well.
+        size: h, w of the views, at most that of the images. Larger images are cropped at random places before the policy
+            (``none``: in the middle), ``simclr`` takes its windows from the whole image and resizes the view.
 
     Returns:
-        Views, shape (B, 3, H, W), uint8, on the device of the images.
+        Views, shape (B, 3, h, w), uint8, on the device of the images.
 
     Raises:
-        ValueError: the policy is not known.
+        ValueError: the policy is not known, or the size is larger than the images.
     """
     if policy not in POLICIES:
-        raise ValueError(f"The view must be one of {', '.join(POLICIES)}, got {policy!r}: choose one of them.")
-    return POLICIES[policy](images, generator, padding, flip) if len(images) else images
+        raise ValueError(f"expected a view among {', '.join(POLICIES)}, got {policy!r}; choose one of them")
+    size = (images.shape[2], images.shape[3]) if size is None else size
+    if not len(images):
+        return center_crop(images, size)
+    if size == tuple(images.shape[2:]):
+        return POLICIES[policy](images, generator, padding, flip)
+    if policy == "none":
+        return center_crop(images, size)
+    if policy == "simclr":
+        viewed = POLICIES[policy](images, generator, padding, flip)
+        resized = F.interpolate(viewed.float(), size, mode="bilinear", align_corners=False, antialias=True)
+        return resized.round_().clamp_(0, 255).to(torch.uint8)
+    if policy != "jitter_affine":  # they begin with the crop themselves, which takes its window from the larger image
+        cropped = crop_flip(
+            images, draw_crop_flip(len(images), padding, flip, generator, _rest(images, size)), padding, size
+        )
+        return POLICIES[policy](cropped, generator, 0, False)
+    cropped = crop_flip(images, draw_crop_flip(len(images), 0, False, generator, _rest(images, size)), 0, size)
+    return POLICIES[policy](cropped, generator, padding, flip)
+
+
+def _rest(images: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    rest = images.shape[2] - size[0], images.shape[3] - size[1]
+    if min(rest) < 0:
+        raise ValueError(
+            f"expected views no larger than the images {tuple(images.shape[2:])}, got {size}; decode larger"
+        )
+    return rest
+
+
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the middle of images (B, 3, H, W), of ``size`` (h, w); the images themselves where they have it."""
+    top, left = (rest // 2 for rest in _rest(images, size))
+    return images[:, :, top : top + size[0], left : left + size[1]]
+
+
+def takes_batches(policy: Callable[..., Any]) -> bool:
+    """Return whether a policy takes (uint8 images, generator); otherwise it transforms one image in torchvision's way."""
+    try:
+        return "generator" in inspect.signature(policy).parameters
+    except (TypeError, ValueError):
+        return False

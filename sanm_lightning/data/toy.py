@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.data.datamodule import NoisyDataModule, Source
-from sanm_lightning.data.loader import seeded_generator
+from sanm_lightning.random_streams import named_generator
 
 __all__ = ["Toy"]
 
@@ -61,14 +61,14 @@ class Toy(NoisyDataModule):
 
     def load_train(self) -> Source:
         """``num_samples`` images."""
-        return self._blobs(self._sizes[0], seeded_generator(self.seed, 4, 0))
+        return self._blobs(self._sizes[0], named_generator("toy", self.seed, 0))
 
     def load_test(self) -> Source:
         """``num_test_samples`` images."""
-        return self._blobs(self._sizes[1], seeded_generator(self.seed, 4, 1))
+        return self._blobs(self._sizes[1], named_generator("toy", self.seed, 1))
 
     def _blobs(self, size: int, generator: torch.Generator) -> Source:
-        looks = seeded_generator(self.seed, 5)  # of the classes, the same for training and test images
+        looks = named_generator("toy", self.seed, 2)  # of the classes, the same for training and test images
         colours = torch.rand(self._num_classes, 3, 1, 1, generator=looks)
         places = torch.rand(self._num_classes, 2, generator=looks) * 0.6 + 0.2
         labels = torch.arange(size) % self._num_classes
@@ -80,7 +80,7 @@ class Toy(NoisyDataModule):
 
 
 def _bump(places: Tensor, side: int) -> Tensor:
-    """Round bumps of height 1 at places (N, 2) in shares of the side -> (N, 1, side, side)."""
+    """Round bumps of height 1 at places (N, 2) in fractions of the side -> (N, 1, side, side)."""
     pixel = (torch.arange(side) + 0.5) / side
     row = (pixel - places[:, :1]).square().view(-1, 1, side, 1)
     column = (pixel - places[:, 1:]).square().view(-1, 1, 1, side)

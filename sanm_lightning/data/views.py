@@ -23,7 +23,9 @@ class CropFlip(NamedTuple):
     flipped: Tensor
 
 
-def draw_crop_flip(batch: int, padding: int, flip: bool, generator: torch.Generator) -> CropFlip:
+def draw_crop_flip(
+    batch: int, padding: int, flip: bool, generator: torch.Generator, rest: tuple[int, int] = (0, 0)
+) -> CropFlip:
     """Uniform crop positions, and a flip with probability 1/2 where flips are asked for.
 
     The same numbers are drawn with and without flips, so switching flips off leaves the crops as they were.
@@ -33,6 +35,7 @@ def draw_crop_flip(batch: int, padding: int, flip: bool, generator: torch.Genera
         padding: pixels added on each side, 0 or more; 0 means no shift.
         flip: whether images may be mirrored.
         generator: source of all randomness; the result lies on its device.
+        rest: rows and columns by which the images are larger than the crops.
 
     Returns:
         Parameters of B views.
@@ -42,13 +45,18 @@ def draw_crop_flip(batch: int, padding: int, flip: bool, generator: torch.Genera
     """
     _check_padding(padding)
     device = generator.device
-    offsets = torch.randint(2 * padding + 1, (2, batch), generator=generator, device=device)
+    if rest == (0, 0):
+        offsets = torch.randint(2 * padding + 1, (2, batch), generator=generator, device=device)
+    else:
+        places = torch.tensor([[2 * padding + 1 + more] for more in rest], device=device)
+        drawn = torch.rand((2, batch), generator=generator, device=device, dtype=torch.float64)
+        offsets = (drawn * places).long()
     coin = torch.rand(batch, generator=generator, device=device) < 0.5
     return CropFlip(offsets[0], offsets[1], coin if flip else torch.zeros_like(coin))
 
 
-def crop_flip(images: Tensor, parameters: CropFlip, padding: int) -> Tensor:
-    """Pads every image with zeros, cuts out a window of the original size, and mirrors it where asked.
+def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[int, int] | None = None) -> Tensor:
+    """Pads every image with zeros, cuts out a window, of the original size by default, and mirrors it where asked.
 
     Equal to ``pad``, ``crop`` and ``hflip`` of torchvision, image by image, on any device and for any type.
 
@@ -56,9 +64,10 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int) -> Tensor:
         images: shape (B, C, H, W).
         parameters: one view per image, from `draw_crop_flip` with the same padding.
         padding: pixels added on each side.
+        size: h, w of the views; None takes the size of the images.
 
     Returns:
-        Views, shape (B, C, H, W), type and device of the images.
+        Views, shape (B, C, h, w), type and device of the images.
 
     Raises:
         ValueError: images are not four-dimensional, the number of views differs, or padding is negative.
@@ -66,19 +75,19 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int) -> Tensor:
     _check_padding(padding)
     if images.dim() != 4 or len(parameters.top) != len(images):
         raise ValueError(
-            f"Images of shape (B, C, H, W) and B views are expected, got shape {tuple(images.shape)} and "
-            f"{len(parameters.top)} views: draw one view per image."
+            f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; draw one "
+            "view per image"
         )
     top, left, flipped = (values.to(images.device, non_blocking=True).unsqueeze(1) for values in parameters)
-    height, width = images.shape[2:]
+    height, width = images.shape[2:] if size is None else size
     padded = F.pad(images, (padding,) * 4)
     columns = torch.arange(width, device=images.device)
     columns = left + torch.where(flipped, columns.flip(0), columns)  # (B, W), in the padded image
     rows = top + torch.arange(height, device=images.device)  # (B, H)
     source = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(len(images), 1, height * width)
-    return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
+    return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(*images.shape[:2], height, width)
 
 
 def _check_padding(padding: int) -> None:
     if padding < 0:
-        raise ValueError(f"The crop padding must be 0 or more pixels, got {padding}: use 0 for no crop.")
+        raise ValueError(f"expected a crop padding of 0 pixels or more, got {padding}; use 0 for no crop")

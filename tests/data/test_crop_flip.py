@@ -47,7 +47,7 @@ class TestCropFlip:
             crop_flip(torch.rand(3, 3, 8, 8), draw_crop_flip(2, 1, True, generator()), 1)
 
     def test_refuses_negative_padding(self) -> None:
-        with pytest.raises(ValueError, match="0 or more pixels, got -1"):
+        with pytest.raises(ValueError, match="crop padding of 0 pixels or more, got -1"):
             crop_flip(torch.rand(3, 3, 8, 8), draw_crop_flip(3, 1, True, generator()), -1)
 
 

@@ -70,7 +70,7 @@ class Recorder(L.LightningModule):
         self.save_after, self.path, self.stop = save_after, path, stop
 
     def training_step(self, batch: NoisyBatch, batch_idx: int) -> Tensor:
-        images, labels, index, _ = batch
+        images, labels, index, *_ = batch
         assert index is not None
         self.seen.append((index.clone(), images.clone()))
         return torch.nn.functional.cross_entropy(self.layer(images.flatten(1)), labels)
@@ -110,7 +110,7 @@ class TestSubset:
     def test_decodes_nothing_else(self) -> None:
         data = Own(max_train_samples=12)
         data.setup("fit")
-        assert sorted(data.images.decoded) == data._splits["train"].origin.tolist()
+        assert sorted(data.images.decoded) == data.table("train").origin.tolist()
         assert len(data.images.decoded) == 12
         data.setup("fit")
         assert len(data.images.decoded) == 12  # and not a second time
@@ -131,11 +131,11 @@ class TestSubset:
 
     def test_of_a_tensor_is_made_of_its_rows(self) -> None:
         part, whole = Toy(seed=0, max_train_samples=10), Toy(seed=0)
-        origin = part._labelled("train").origin
+        origin = part.table("train").origin
         assert torch.equal(part.batch("train", torch.arange(10)).images, whole.batch("train", origin).images)
 
     def test_depends_on_the_seed_only(self) -> None:
-        first, same, other = (Own(max_train_samples=12, seed=s)._labelled("train").origin for s in (1, 1, 2))
+        first, same, other = (Own(max_train_samples=12, seed=s).table("train").origin for s in (1, 1, 2))
         assert torch.equal(first, same) and not torch.equal(first, other)
 
 
@@ -147,7 +147,7 @@ class TestLabels:
 
     def test_the_validation_split_is_noisy_too_and_apart_from_training(self) -> None:
         data = Own(noise=Noise("pair", 1.0), val_fraction=0.2)
-        train, val = data._labelled("train"), data._labelled("val")
+        train, val = data.table("train"), data.table("val")
         assert len(val.labels) == 12 and data.num_samples == 48
         assert sorted([*train.origin.tolist(), *val.origin.tolist()]) == list(range(60))
         batch = data.batch("val", torch.arange(12))
@@ -158,7 +158,7 @@ class TestLabels:
         given = torch.arange(60) % 3
         np.save(tmp_path / "labels.npy", given.numpy())
         data = Own(noise=Noise("file", path=str(tmp_path / "labels.npy")), max_train_samples=12, val_fraction=0.25)
-        assert torch.equal(data.labels, given[data._labelled("train").origin])
+        assert torch.equal(data.labels, given[data.table("train").origin])
         assert data.noise_rate is None and data.true_labels is None
         curated = Own(True, noise=data.noise)
         assert curated.measured_noise_rate == (given != curated.load_train().labels).double().mean()
@@ -211,7 +211,7 @@ class TestSaveLabels:
         assert (tmp_path / "a.npz").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
     def test_refuses_another_ending(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"end in \.npz"):
+        with pytest.raises(ValueError, match=r"ends in \.npz"):
             Own().save_labels(tmp_path / "labels.csv")
 
 
@@ -238,20 +238,17 @@ class TestBatch:
         resident, streaming = Own(), Own(resident_bytes=0)
         streaming.setup()
         assert streaming.images.decoded == []
-        for index, (again, images) in zip(resident.train_dataloader(), streaming.train_dataloader(), strict=True):
-            assert torch.equal(index, again)  # type: ignore[arg-type]
-            for ours, theirs in zip(
-                resident.batch("train", again), streaming.batch("train", again, images), strict=True
-            ):
-                assert ours is theirs is None or torch.equal(ours, theirs)  # type: ignore[arg-type]
+        for index, row in zip(resident.train_dataloader(), streaming.train_dataloader(), strict=True):
+            ours, theirs = resident.pass_batch(index, "train"), streaming.pass_batch(row, "train")
+            assert torch.equal(index, theirs.index)
+            for one, other in zip(ours[:4], theirs[:4], strict=True):
+                assert one is other is None or torch.equal(one, other)
 
     def test_a_resident_tensor_may_stream_as_well(self) -> None:
         data = Toy(seed=0, resident_bytes=0, max_train_samples=10)
-        index, images = next(iter(data.train_dataloader()))
-        assert torch.equal(
-            data.batch("train", index, images).images,
-            Toy(seed=0).batch("train", data._labelled("train").origin[index]).images,
-        )
+        row = next(iter(data.train_dataloader()))
+        whole = Toy(seed=0).batch("train", data.table("train").origin[row.index])
+        assert torch.equal(data.pass_batch(row, "train").images, whole.images)
 
     def test_a_streaming_split_decodes_what_no_loader_served(self) -> None:
         index = torch.tensor([2, 0, 2])
@@ -260,7 +257,7 @@ class TestBatch:
             assert torch.equal(resident, streaming)
 
     def test_an_unknown_policy_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="view must be one of none, weak"):
+        with pytest.raises(ValueError, match="expected a view among none, weak"):
             Toy(seed=0).batch("train", torch.arange(3), generator=torch.Generator(), policy="strong")
 
     def test_an_unknown_split_is_refused(self) -> None:
@@ -285,7 +282,7 @@ class TestUnderTheTrainer:
         names = [data.eval_names[loader] for loader, _, _ in model.evaluated]
         assert set(names) == set(data.eval_names)
         for name, (_, index, labels) in zip(names, model.evaluated, strict=True):
-            expected = data._labelled(name).labels  # type: ignore[arg-type]
+            expected = data.table(name).labels  # type: ignore[arg-type]
             assert torch.equal(labels, expected[index]) and index.tolist() == list(range(len(expected)))
         model.evaluated.clear()
         run.test(model, datamodule=data, verbose=False)
@@ -330,21 +327,21 @@ class TestUnderTheTrainer:
     def test_every_batch_of_every_epoch_is_augmented_differently(self) -> None:
         data = Toy(seed=0)  # 4 batches
         loader = data.train_dataloader()
-        draws = []
+        views = []
         for epoch in range(3):
             loader.set_epoch(epoch)
-            draws.extend(float(torch.rand(1, generator=data._augmentation())) for _ in loader)
-        assert len(set(draws)) == 12
+            views.extend(data._training_batch(torch.arange(16)).images.sum((1, 2, 3)) for _ in loader)
+        assert len({tuple(view.tolist()) for view in views}) == 12
 
     def test_two_processes_see_different_augmentation(self) -> None:
         data = Toy(seed=0)
         next(iter(data.train_dataloader()))
         assert data._train_loader is not None
-        streams = []
+        views = []
         for rank in (0, 1):
             data._train_loader.rank = rank
-            streams.append(torch.rand(4, generator=data._augmentation()))
-        assert not torch.equal(*streams)
+            views.append(data._training_batch(torch.arange(16)).images)
+        assert not torch.equal(*views)
 
     def test_a_run_without_a_seed_resumes_with_the_labels_it_began_with(self, tmp_path: Path) -> None:
         noise = Noise("symmetric_exclusive", 0.5)
@@ -362,7 +359,7 @@ class TestUnderTheTrainer:
     def test_other_labels_than_those_of_the_resumed_run_are_refused(self, tmp_path: Path) -> None:
         trainer().fit(Recorder(256, 2, tmp_path / "a.ckpt"), Toy(seed=0))
         other = Toy(seed=0, noise=Noise("pair", 0.5))
-        with pytest.raises(ValueError, match="training labels must be those of the run that is resumed"):
+        with pytest.raises(ValueError, match="training labels of the run that is resumed"):
             trainer().fit(Recorder(256), other, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
         trainer().test(Recorder(256), other, ckpt_path=tmp_path / "a.ckpt", weights_only=False, verbose=False)
 
@@ -371,16 +368,16 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [
-            ({"batch_size": 0}, "batch_size must be 1 or more"),
-            ({"eval_batch_size": 0}, "eval_batch_size must be 1 or more"),
-            ({"crop_padding": -1}, "crop_padding must be 0 or more"),
-            ({"num_workers": -1}, "num_workers must be 0 or more"),
+            ({"batch_size": 0}, "expected batch_size of 1 or more"),
+            ({"eval_batch_size": 0}, "expected eval_batch_size of 1 or more"),
+            ({"crop_padding": -1}, "expected crop_padding of 0 or more"),
+            ({"num_workers": -1}, "expected num_workers of 0 or more"),
             ({"val_fraction": 1.0}, r"\[0, 1\), got 1.0"),
-            ({"val_fraction": 0.999}, "leaves 60 samples for validation and 0 for training"),
-            ({"val_fraction": 0.001}, "leaves 0 samples for validation"),
-            ({"max_train_samples": 61}, "size of the training set, 60, got 61"),
-            ({"max_train_samples": 2}, "number of classes, 3"),
-            ({"seed": -1}, "seed must be 0 or more"),
+            ({"val_fraction": 0.999}, "leaves 60 for validation and 0 for training"),
+            ({"val_fraction": 0.001}, "leaves 0 for validation"),
+            ({"max_train_samples": 61}, "size of the training set, got 61"),
+            ({"max_train_samples": 2}, "from 3, the number of classes, to 60"),
+            ({"seed": -1}, "seed of 0 or more"),
         ],
     )
     def test_refuses_with_one_sentence(self, arguments: dict[str, Any], match: str) -> None:
@@ -390,11 +387,11 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("source", "match"),
         [
-            (Source(torch.tensor([0, 3]), Decoding(2)), "0 to 2, got 0 to 3"),
-            (Source(torch.tensor([0, -1]), Decoding(2)), "0 to 2, got -1"),
+            (Source(torch.tensor([0, 3]), Decoding(2)), "0 to 2 in the training set, got 0 to 3"),
+            (Source(torch.tensor([0, -1]), Decoding(2)), "0 to 2 in the training set, got -1"),
             (Source(torch.tensor([0.0, 1.0]), Decoding(2)), "int64 labels"),
             (Source(torch.tensor([0, 1]), Decoding(3)), "one label per image"),
-            (Source(torch.tensor([0, 1]), torch.zeros(2, 3, 2, 2)), "must be uint8"),
+            (Source(torch.tensor([0, 1]), torch.zeros(2, 3, 2, 2)), "expected uint8 images"),
             (Source(torch.tensor([0, 1]), torch.zeros(2, 3, 4, 4, dtype=torch.uint8)), r"\(N, 3, 2, 2\)"),
         ],
     )
@@ -407,5 +404,5 @@ class TestArguments:
             data.setup("fit")
 
     def test_a_validation_split_that_was_not_asked_for(self) -> None:
-        with pytest.raises(ValueError, match="val_fraction is 0"):
+        with pytest.raises(ValueError, match="val_fraction above 0"):
             Digits(seed=0).batch("val", torch.arange(2))
