@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from benchmarks.measure import DEVICE, medians
 from sanm_lightning import SANM
 from sanm_lightning.models import create_network
-from sanm_lightning.sanm.module import without_trace
+from sanm_lightning.sanm.inference import inference_context
 
 CLASSES = 10
 
@@ -94,7 +94,7 @@ def run(repeats: int, width: int, batch_size: int) -> dict[str, Any]:
         optimizer.step()
 
     def first_pass() -> None:
-        with without_trace(network, images, batch_statistics=True):
+        with inference_context(network, images, batch_statistics=True):
             network.forward_head(network.forward_features(images))
 
     def masked_pass() -> None:

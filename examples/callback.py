@@ -40,7 +40,7 @@ def main(epochs: int = 3, samples: int = 400) -> float:
                         callbacks=[SANMCallback(SANM(mu=0.3), layer="features")])  # fmt: skip
     trainer.fit(Theirs(), data)
     figures = trainer.callback_metrics
-    accuracy, hidden = float(figures["val/acc"]), float(figures.get("train/hidden_share", 0))
+    accuracy, hidden = float(figures["val/acc"]), float(figures.get("train/masked_fraction", 0))
     print(f"callback: {accuracy:.1%} right on the test digits after {epochs} epochs, {hidden:.1%} of the pixels hidden")
     return accuracy
 

@@ -1,4 +1,4 @@
-"""SANM in a plain PyTorch loop: two calls in the step, and label quality refreshed once per epoch."""
+"""SANM in a plain PyTorch loop: two calls in the step, and label quality fitted once per epoch."""
 
 import timm
 import torch
@@ -16,19 +16,19 @@ def main(epochs: int = 3, samples: int = 300) -> float:
     network = timm.create_model("preact_resnet18", num_classes=10, width=6)
     sanm = SANM()
     sanm.build(network, image_size=(32, 32))  # before the optimizer: the decoder has parameters
-    sanm.label_quality.resize(len(images))
+    sanm.label_quality.reset(len(images))
     optimizer = torch.optim.SGD([*network.parameters(), *sanm.parameters()], lr=0.05, momentum=0.9)
 
     for epoch in range(epochs):
         if epoch > 0:
-            sanm.label_quality.refresh()
+            sanm.label_quality.fit()
         for index in torch.randperm(len(images)).split(25):
             x, targets = images[index], F.one_hot(labels[index], 10).float()
             quality = sanm.source_of_quality(targets, index) if epoch >= 1 else None  # None: warm-up, no masks
             views = sanm(network, x, targets, quality)
             features = network.forward_features(views.images)
             logits = network.forward_head(features)
-            sanm.label_quality.observe(views.unmasked(logits), targets, index)
+            sanm.label_quality.update(views.unmasked(logits), targets, index)
             loss = F.cross_entropy(logits, views.targets) + sanm.reconstruction(features, x)
             optimizer.zero_grad()
             loss.backward()

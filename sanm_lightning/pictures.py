@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.sanm.activation import feature_map
-from sanm_lightning.sanm.module import Views, without_trace
+from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.module import Views
 
 __all__ = ["SANMPictures", "draw_views"]
 
@@ -87,7 +88,7 @@ class SANMPictures(L.Callback):
         views = sanm(network, images, targets, sanm.source_of_quality(targets, index, true))
         sanm.set_extra_state(state)  # a look is no step
         masked = views.images[-len(images) :]
-        with without_trace(network, masked, sanm.batch_statistics):
+        with inference_context(network, masked, sanm.batch_statistics):
             features = network.forward_features(masked)  # type: ignore[operator, union-attr]
             painted = None if sanm.decoder is None else sanm.decoder(feature_map(features, sanm.decoder.shape[0]))
         quality = sanm.label_quality(views.unmasked(views.logits), targets, index)  # type: ignore[arg-type]

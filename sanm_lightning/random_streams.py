@@ -38,15 +38,3 @@ def process_rank() -> int:
 def several_processes() -> bool:
     """Return whether torch.distributed runs."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-# Until every room uses named streams.
-
-
-def derived_seed(*parts: int) -> int:  # noqa: D103
-    digest = hashlib.blake2b(",".join(map(str, parts)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little")
-
-
-def derived_generator(device: torch.device, *parts: int) -> torch.Generator:  # noqa: D103
-    return torch.Generator(device).manual_seed(derived_seed(*parts))

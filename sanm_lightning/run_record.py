@@ -35,9 +35,9 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
     if quality is None:
         if sanm is None or not sanm.enabled:
             return None
-        if sanm.quality != "oracle" and not bool(sanm.label_quality.bank.epochs.any()):
-            return None  # nothing was observed yet, or not by index
-        quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.quality
+        quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.values
+        if quality is None:
+            return None  # nothing was recorded yet, or not by index
     quality = quality.detach().float().cpu()
     if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None

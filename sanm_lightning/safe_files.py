@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-__all__ = ["AtomicCheckpointIO", "read_checkpoint", "require_folder", "atomic_write"]
+__all__ = ["AtomicCheckpointIO", "atomic_write", "read_checkpoint", "require_folder"]
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def test_a_method_runs_a_step_under_sanm(monkeypatch, config):
     slim(monkeypatch)
     cli = one_step(monkeypatch, config, CONFIGS / "sanm.yaml", classes=100 if "cifar100" in str(config) else 10)
     assert cli.model.sanm.enabled
-    assert cli.model.sanm.last["hidden_share"].ndim == 0
+    assert cli.model.sanm.last["masked_fraction"].ndim == 0
 
 
 def test_simclr_under_sanm_is_refused_in_a_sentence(monkeypatch):
@@ -122,7 +122,7 @@ def test_a_rates_overlay_fits_its_method_and_noise(monkeypatch, overlay):
 def test_a_variant_of_sanm_goes_on_top_of_a_method(monkeypatch, overlay):
     slim(monkeypatch)
     cli = one_step(monkeypatch, CONFIGS / "cifar10" / "cross_entropy.yaml", CONFIGS / "noise" / "sym50.yaml", overlay)
-    assert cli.model.sanm.last["hidden_share"].ndim == 0
+    assert cli.model.sanm.last["masked_fraction"].ndim == 0
 
 
 @pytest.mark.parametrize("method", ["dividemix", "c2d"])
@@ -145,4 +145,4 @@ def test_noise_goes_on_top_of_a_method(monkeypatch, noise):
 
 def test_the_quickstart_runs_a_step_under_its_own_sanm(monkeypatch):
     cli = one_step(monkeypatch, CONFIGS / "quickstart.yaml", CONFIGS / "quickstart_sanm.yaml")
-    assert cli.model.sanm.last["hidden_share"].ndim == 0
+    assert cli.model.sanm.last["masked_fraction"].ndim == 0

@@ -13,7 +13,7 @@ import torch
 
 from sanm_lightning.cli import main
 from sanm_lightning.run_record import write_json
-from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint, atomic_write
+from sanm_lightning.safe_files import AtomicCheckpointIO, atomic_write, read_checkpoint
 from tests.methods.toy import data, method, trainer
 from tests.test_cli import SMALL, TOY, typed
 

@@ -14,13 +14,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from sanm_lightning.methods.mixup import Mixed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sanm_lightning import SANM, methods
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.methods.mixup import Mixed
 from sanm_lightning.per_sample import SampleBank, TargetBank
 from sanm_lightning.sanm.quality import LabelQuality
 from tests.methods.toy import data, trainer

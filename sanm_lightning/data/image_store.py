@@ -29,7 +29,7 @@ class ImageDataset(Protocol):
 class RowRequest(NamedTuple):
     """What a worker is asked for: the samples of one step, and which of their views it makes itself."""
 
-    index: Tensor
+    indices: Tensor
     """(B,), positions in the split; a position may occur several times."""
     transforms: tuple[tuple[Transform | None, ...], ...] = ()
     """For each view one transform per block of the row; None is left to the device."""
@@ -40,8 +40,8 @@ class RowRequest(NamedTuple):
 class Row(NamedTuple):
     """What a worker answers: each distinct sample decoded once."""
 
-    index: Tensor
-    """(B,)."""
+    indices: Tensor
+    """(B,), positions in the split."""
     images: Tensor
     """(D, 3, H, W), uint8: the distinct samples."""
     place: Tensor
@@ -57,13 +57,13 @@ class _Rows(Dataset[Row]):
         self.images, self.origin = images, origin
 
     def __getitem__(self, request: Any) -> Row:
-        distinct, place = torch.unique(request.index, return_inverse=True)
+        distinct, place = torch.unique(request.indices, return_inverse=True)
         decoded = torch.stack([self.images[row] for row in self.origin[distinct].tolist()])
         views = [
             self._transformed(number, request, decoded, place) if any(transforms) else decoded.new_zeros(0)
             for number, transforms in enumerate(request.transforms)
         ]
-        return Row(request.index, decoded, place, views)
+        return Row(request.indices, decoded, place, views)
 
     @staticmethod
     def _transformed(number: int, request: RowRequest, decoded: Tensor, place: Tensor) -> Tensor:
@@ -77,13 +77,14 @@ class _Rows(Dataset[Row]):
             if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.ndim != 3:
                 what = f"{tuple(view.shape)} of {view.dtype}" if isinstance(view, Tensor) else type(view).__name__
                 raise ValueError(
-                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; leave out "
-                    "conversions to float and normalization, the network does both"
+                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; leave "
+                    "conversions to float and normalization to the network"
                 )
             made.append(view)
         if len({view.shape for view in made}) > 1:
             raise ValueError(
-                f"expected views of one size from {type(transforms[0]).__name__}, got {made[0].shape} and others; end with a crop"
+                f"expected views of one size from {type(transforms[0]).__name__}, got {tuple(made[0].shape)} and others; end "
+                "with a crop"
             )
         return torch.stack(made)
 

@@ -112,8 +112,8 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
             self.sanm2 = self.sanm.peer_copy(named_seed("peer", self.sanm.seed))
         self.sanm.build(self.network, self.image_size)
         if self.num_networks == 2:
-            copied = self._create is None
-            self.network2: Any = copy.deepcopy(network).apply(reset_parameters) if copied else self._create()
+            given: Any = network
+            self.network2: Any = self._create() if self._create else copy.deepcopy(given).apply(reset_parameters)
             self.sanm2.build(self.network2, self.image_size)
         self.accuracy = nn.ModuleDict()
 
@@ -158,7 +158,7 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> logits (B, C); of two networks the mean."""
-        logits = [network(images) for network in self.networks]
+        logits: list[Tensor] = [network(images) for network in self.networks]
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
     # What a method calls

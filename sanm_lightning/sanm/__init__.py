@@ -1,10 +1,11 @@
 """SANM itself: the equations as pure functions, the module that holds them, and two ways to lay it over any training."""
 
+from sanm_lightning.functional import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.sanm.activation import class_activation_map, energy_map
 from sanm_lightning.sanm.labels import regularize_labels
-from sanm_lightning.sanm.masking import apply_mask, mask_box, mask_ratio
+from sanm_lightning.sanm.masking import apply_mask, mask_box, mask_ratio, masked_fraction
 from sanm_lightning.sanm.module import SANM, FrozenNetwork, Views
-from sanm_lightning.sanm.quality import LabelQuality, Mixture, clean_probability, fit_mixture, mixture_posterior
+from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, QualityFile
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "FrozenNetwork",
     "LabelQuality",
     "Mixture",
+    "QualityEstimator",
+    "QualityFile",
     "Views",
     "apply_mask",
     "class_activation_map",
@@ -21,6 +24,7 @@ __all__ = [
     "fit_mixture",
     "mask_box",
     "mask_ratio",
+    "masked_fraction",
     "mixture_posterior",
     "reconstruction_loss",
     "regularize_labels",

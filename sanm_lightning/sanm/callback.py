@@ -1,25 +1,22 @@
-"""SANM over a module that nobody has to edit: the step is wrapped, its mathematics stays in :class:`SANM`."""
+"""SANM over a module that nobody has to edit: the step is wrapped, the mathematics is that of :class:`SANM`."""
 
-import contextlib
-import copy
 import functools
 import inspect
-import types
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torchmetrics import Metric
 
-from sanm_lightning.sanm.activation import classifier_weight
-from sanm_lightning.sanm.module import SANM, without_trace
+from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
+from sanm_lightning.sanm.foreign_batch import images_and_labels, probabilities, rebuilt, tensor_or_none
+from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.module import SANM
+from sanm_lightning.sanm.rehearsal import misread_labels, own_streams
+from sanm_lightning.sanm.saliency import cam
+from sanm_lightning.state_callback import size_states, write_synced_states
 
 __all__ = ["FeatureTap", "SANMCallback"]
 
@@ -28,134 +25,6 @@ KEY = "_sanm"
 WARMUP_EPOCHS = 1
 SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 """Strategies that share out weights, by name: lightning and pytorch_lightning have classes of their own."""
-
-
-class FeatureTap(nn.Module):
-    """Any convolutional classifier, seen by timm's conventions, that remembers the features of its last forward.
-
-    Of a timm model ``forward_features`` is listened to. Of another network (torchvision's, one's own) the map that enters
-    the last average pooling is taken, or the output of a named layer; then ``forward_features`` runs the whole network and
-    keeps the logits for ``forward_head``. The network is run once here, on two black images.
-
-    Args:
-        network: the classifier, images (B, 3, H, W) -> logits (B, C).
-        image_size: H, W of the images in pixels.
-        layer: name of the submodule whose output is the last feature map; None finds it.
-        need_classifier: insist on a linear classifier on the pooled features.
-
-    Raises:
-        ValueError: if no feature map or no linear classifier can be found, or the network does not run.
-    """
-
-    features: Tensor | None = None
-    logits: Tensor | None = None
-
-    def __init__(
-        self, network: nn.Module, image_size: Sequence[int], layer: str | None = None, need_classifier: bool = True
-    ) -> None:
-        super().__init__()
-        self.network: Any = network
-        self._undo: list[Callable[[], None]] = []
-        timm_names = ("forward_features", "forward_head", "get_classifier", "num_features")
-        self._timm = layer is None and all(hasattr(network, name) for name in timm_names)
-        like = next(network.parameters(), torch.zeros(()))
-        images = torch.zeros(2, 3, *image_size, device=like.device, dtype=like.dtype)
-        try:
-            self._listen(layer)
-            with without_trace(self, images):
-                features = self.forward_features(images)
-                logits = self.forward_head(features)
-            if not (isinstance(logits, Tensor) and logits.ndim == 2):
-                raise ValueError(f"{type(network).__name__} does not yield logits (B, C)")
-            self.num_classes: int = logits.shape[1]
-            self.num_features: int = network.num_features if self._timm else features.shape[1]  # type: ignore[assignment]
-            if need_classifier:
-                classifier_weight(self if not self._timm else network, self.num_features)  # type: ignore[arg-type]
-        except Exception as error:
-            self.remove()
-            if isinstance(error, ValueError):
-                raise
-            name, shape = type(network).__name__, tuple(images.shape)
-            raise ValueError(f"{name} does not run on images {shape} ({type(error).__name__}: {error})") from error
-        self.forget()
-
-    def _listen(self, layer: str | None) -> None:
-        network = self.network
-        if self._timm:
-            inner = getattr(network, "_orig_mod", network)  # of a compiled one
-            self._plain_features = inner.forward_features
-            self._undo.append(_shadow(inner, "forward_features", self._features_of))
-        elif layer is not None:
-            try:
-                self._undo.append(network.get_submodule(layer).register_forward_hook(self._see_output).remove)
-            except AttributeError:
-                raise ValueError(f"{type(network).__name__} has no layer {layer!r}") from None
-        else:
-            pools = [m for m in network.modules() if isinstance(m, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))]
-            if not pools:
-                raise ValueError(
-                    f"{type(network).__name__} has no average pooling to take a feature map from, so the layer whose output "
-                    "is the last feature map must be named with layer="
-                )
-            self._undo.append(pools[-1].register_forward_pre_hook(self._see_input).remove)
-        self._undo.append(network.register_forward_hook(self._see_logits).remove)
-
-    # Bound methods, not closures: in a deep copy of the network they belong to the copy.
-
-    def _features_of(self, *args: Any, **kwargs: Any) -> Tensor:
-        features: Tensor = self._plain_features(*args, **kwargs)
-        self.features = features
-        return features
-
-    def _see_output(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.features = output
-
-    def _see_input(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.features = inputs[0]
-
-    def _see_logits(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
-        self.logits = output
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> feature map (B, D, h, w)."""
-        if self._timm:
-            features: Tensor = self.network.forward_features(images)
-            return features
-        self.forget()
-        self.network(images)
-        if self.features is None:
-            raise ValueError(f"{type(self.network).__name__} does not run the layer that yields its last feature map")
-        return self.features
-
-    def forward_head(self, features: Tensor) -> Tensor:
-        """Feature map (B, D, h, w) -> logits (B, C); of a network that is not timm's, the last feature map only."""
-        logits = self.network.forward_head(features) if self._timm else self.logits
-        assert logits is not None
-        return logits
-
-    def get_classifier(self) -> nn.Module:
-        """Return the linear classifier."""
-        if self._timm:
-            classifier: nn.Module = self.network.get_classifier()
-            return classifier
-        shape = (self.num_classes, self.num_features)
-        linear = [m for m in self.network.modules() if isinstance(m, nn.Linear) and tuple(m.weight.shape) == shape]
-        if not linear:
-            raise ValueError(
-                f"{type(self.network).__name__} has no linear classifier from the {shape[1]} channels of its last feature "
-                f"map to {shape[0]} classes, as a class activation map needs it (SANM(place='energy') does not)"
-            )
-        return linear[-1]
-
-    def forget(self) -> None:
-        """Let go of the last forward, and of its graph."""
-        self.features = self.logits = None
-
-    def remove(self) -> None:
-        """Take every hook off again."""
-        while self._undo:
-            self._undo.pop()()
-        self.forget()
 
 
 class SANMCallback(L.Callback):
@@ -172,8 +41,8 @@ class SANMCallback(L.Callback):
     optimizer does not know joins its first parameter group. The decoder is kept in the callback's own state, so the module's
     state dict stays the user's. The first mask comes after ``SANM(warmup_epochs=)`` epochs, by default 1.
 
-    Logs the means over an epoch's steps of ``train/quality``, ``train/hidden_share``, ``train/reconstruction_loss`` (L_r) and
-    ``train/classification_loss`` (the loss without beta L_r).
+    Logs the means over an epoch's steps of ``train/quality``, ``train/masked_fraction`` and ``train/reconstruction_loss`` (L_r),
+    each the mean over the SANMs at work, and of ``train/classification_loss`` (the loss without beta L_r of any of them).
 
     Args:
         sanm: hyper-parameters and parts; None means ``SANM()``.
@@ -182,7 +51,9 @@ class SANMCallback(L.Callback):
         layer: name of that network's submodule whose output is the last feature map; None finds it.
         image_size: H, W of the training images; None asks the data module, then looks at a batch.
         wrap: False leaves the step alone (for methods that call SANM themselves) and keeps the rest: label quality is
-            refreshed once per epoch, figures are logged.
+            fitted once per epoch, figures are logged.
+        rehearse: run the step on a copy of the module before the first update, to find out whether it reads its labels as
+            class indices; False takes it on trust.
 
     Raises:
         MisconfigurationException: before the first update, if the module cannot be served; the sentence says why. Strategies
@@ -196,11 +67,14 @@ class SANMCallback(L.Callback):
         layer: str | None = None,
         image_size: tuple[int, int] | None = None,
         wrap: bool = True,
+        rehearse: bool = True,
     ) -> None:
         self.sanm = SANM() if sanm is None else sanm
         self.network, self.layer, self.image_size, self.wrap = network, layer, image_size, wrap
-        self.tap: FeatureTap | None = None
-        self._refreshed = -1  # the epoch whose beginning saw the last refresh
+        self.tap: FeatureExtractor | None = None
+        self.rehearse = rehearse
+        self._fitted = -1  # the epoch whose beginning saw the last fit of label quality
+        self._masked_steps: Tensor | None = None  # on the device, so that no step waits
         self._joined = False
         self._undo: list[Callable[[], Any]] = []
 
@@ -212,13 +86,11 @@ class SANMCallback(L.Callback):
             return
         _require_whole_weights(trainer, pl_module)
         self._unwrap()
-        parts = dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))])
-        for part in parts:  # without seed_everything every process has drawn a seed of its own
+        for part in self._sanms(pl_module):  # without seed_everything every process has drawn a seed of its own
             part.seed = trainer.strategy.broadcast(part.seed)
         data = getattr(trainer, "datamodule", None)
-        num_samples = getattr(data, "num_samples", None)
-        if self.sanm.enabled and isinstance(num_samples, int):
-            self.sanm.label_quality.resize(num_samples)
+        if not any(module is self.sanm for module in pl_module.modules()):
+            size_states(self.sanm, trainer, type(pl_module).__name__)
         if not self.wrap or not self.sanm.enabled:
             return
         if not pl_module.automatic_optimization:
@@ -239,7 +111,7 @@ class SANMCallback(L.Callback):
             raise MisconfigurationException(f"SANM cannot serve {type(pl_module).__name__}: {said}") from error
         self._wrap_step(pl_module, tap)
 
-    def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureTap:
+    def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
         """Return a tap on the named network, or else on the first of the usual names that is a whole classifier."""
         owner = type(pl_module).__name__
         children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
@@ -253,11 +125,11 @@ class SANMCallback(L.Callback):
                 raise MisconfigurationException(
                     f"{owner} has no submodule {self.network!r} for SANM to look at; it has: {children}"
                 ) from None
-        need_classifier = self.network is None or (self.sanm.mask and self.sanm.place == "cam")
+        need_classifier = self.network is None or (self.sanm.mask and self.sanm.saliency is cam)
         errors = []
         for candidate in candidates:
             try:
-                return FeatureTap(candidate, image_size, self.layer, need_classifier)
+                return FeatureExtractor(candidate, image_size, self.layer, need_classifier)
             except ValueError as error:
                 errors.append(str(error))
         hint = "" if self.network else f"; if that is not the network, name it with network= (there are: {children})"
@@ -310,16 +182,16 @@ class SANMCallback(L.Callback):
 
     # The step
 
-    def _wrap_step(self, pl_module: L.LightningModule, tap: FeatureTap) -> None:
+    def _wrap_step(self, pl_module: L.LightningModule, tap: FeatureExtractor) -> None:
         step = pl_module.training_step
-        probed = not self.sanm.labels
+        probed = not (self.sanm.labels and self.rehearse)
 
         @functools.wraps(step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal probed
             if not probed:
                 probed = True
-                misread = _misread_labels(pl_module, tap, step, batch, args, kwargs)
+                misread = misread_labels(pl_module, tap, step, batch, args, kwargs)
                 if misread:
                     raise MisconfigurationException(
                         f"the training step of {type(pl_module).__name__} reads its labels as class indices ({misread}), and "
@@ -329,20 +201,20 @@ class SANMCallback(L.Callback):
             return self._masked_step(pl_module, tap, step, batch, args, kwargs)
 
         training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]  # Lightning looks at it
-        self._undo.append(_shadow(pl_module, "training_step", training_step))
+        self._undo.append(shadow(pl_module, "training_step", training_step))
 
     def _masked_step(
         self,
         pl_module: L.LightningModule,
-        tap: FeatureTap,
+        tap: FeatureExtractor,
         step: Callable[..., Any],
         batch: Any,
         args: Any,
         kwargs: Any,
     ) -> Any:
-        images, labels = _images_and_labels(batch)
-        index, true_labels = (_tensor_or_none(batch, name) for name in ("index", "true_labels"))
-        targets = _probabilities(labels, tap.num_classes)
+        images, labels = images_and_labels(batch)
+        index, true_labels = (tensor_or_none(batch, name) for name in ("index", "true_labels"))
+        targets = probabilities(labels, tap.num_classes)
         quality = None
         if self.sanm.masking(pl_module.current_epoch, WARMUP_EPOCHS):
             quality = self.sanm.source_of_quality(targets, index, true_labels)
@@ -351,7 +223,7 @@ class SANMCallback(L.Callback):
         rows = torch.arange(len(views.images), device=images.device) % len(images)
         given = views.targets if self.sanm.labels else labels[rows]
         tap.forget()
-        out = step(_rebuilt(batch, views.images, given, rows), *args, **kwargs)
+        out = step(rebuilt(batch, views.images, given, rows), *args, **kwargs)
         features, logits = tap.features, tap.logits
         tap.forget()
         if out is None:
@@ -362,72 +234,88 @@ class SANMCallback(L.Callback):
                 f"({type(tap.network).__name__}); name the right submodule with network="
             )
         if views.logits is None and logits is None:  # a step that calls the parts of its network one by one
-            with without_trace(tap, images):
+            with inference_context(tap, images):
                 logits = tap.forward_head(tap.forward_features(images))
             tap.forget()
-        self.sanm.label_quality.observe(views.unmasked(logits), targets, index)  # type: ignore[arg-type]
-        term = self.sanm.reconstruction(features, images)
+        clean = views.unmasked(cast(Tensor, logits))
+        self.sanm.label_quality.update(clean, targets, index, views.features)
+        term = self.sanm.reconstruction(features, images, views)
         return {**out, "loss": out["loss"] + term} if isinstance(out, Mapping) else out + term
 
     # Once per epoch, and figures
 
+    def _sanms(self, pl_module: L.LightningModule) -> list[SANM]:
+        """Every SANM of the module, this callback's own among them."""
+        return list(dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))]))
+
+    def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Fit label quality, once per epoch; what has begun is saved, since an epoch that is resumed has no start hook."""
+        if self.sanm.enabled and self._fitted != trainer.current_epoch:
+            for sanm in self._sanms(pl_module):
+                sanm.fit_quality(pl_module)
+            self._fitted = trainer.current_epoch
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Refresh label quality once per epoch; lazily, since an epoch that is resumed has no start hook."""
-        if self.sanm.enabled and self._refreshed != trainer.current_epoch:
-            if self._refreshed >= 0:
-                self.sanm.label_quality.refresh()
-            self._refreshed = trainer.current_epoch
+        """Begin the epoch, where the loader has not."""
+        self.begin_epoch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log mean quality, hidden share, L_c and L_r of the step."""
+        """Log the figures of the step."""
         if not self.sanm.enabled:
             return
-        figures = dict(self.sanm.last)
+        worked = [sanm for sanm in self._sanms(pl_module) if sanm.last]
+        figures = {}
+        for name in ("quality", "masked_fraction", "reconstruction_loss"):
+            values = [sanm.last[name] for sanm in worked if name in sanm.last]
+            if values:
+                figures[name] = torch.stack(values).mean()
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):  # Lightning has divided it by the number of accumulated batches
-            loss = loss.detach() * trainer.accumulate_grad_batches
-            figures["classification_loss"] = loss - self.sanm.beta * figures.get("reconstruction_loss", 0.0)
+            terms = [
+                sanm.beta * sanm.last["reconstruction_loss"] for sanm in worked if "reconstruction_loss" in sanm.last
+            ]
+            figures["classification_loss"] = loss.detach() * trainer.accumulate_grad_batches - sum(terms)
         for name, value in figures.items():
             pl_module.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+        if "masked_fraction" in figures:
+            hidden = (figures["masked_fraction"] > 0).long()
+            before = 0 if self._masked_steps is None else self._masked_steps.to(hidden.device)
+            self._masked_steps = before + hidden
+
+    @property
+    def masked_steps(self) -> int:
+        """Training steps so far in which this process hid something."""
+        return 0 if self._masked_steps is None else int(self._masked_steps)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the last epoch's evidence in, so that the final quality speaks of the final network.
+        """Take the last epoch's evidence in, so that the final quality is that of the final network.
 
         Here and not at the end of training, which a run that is resumed from its last checkpoint does not have.
         """
         if self.sanm.enabled:
-            self.sanm.label_quality.refresh()
+            for sanm in self._sanms(pl_module):
+                sanm.fit_quality(pl_module)
 
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch of the last refresh and, for a module that does not hold SANM itself, SANM's state."""
-        state: dict[str, Any] = {"refreshed": self._refreshed}
+        """Return the epoch of the last fit and, for a module that does not hold SANM itself, SANM's state."""
+        state: dict[str, Any] = {"refreshed": self._fitted, "masked_steps": self.masked_steps}
         if self._joined:
             state["sanm"] = self.sanm.state_dict()
-            self._complete(state["sanm"], "")
+            write_synced_states(self.sanm, state["sanm"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state."""
-        self._refreshed = state_dict["refreshed"]
+        self._fitted = state_dict["refreshed"]
+        self._masked_steps = torch.tensor(int(state_dict.get("masked_steps", 0)))
         if "sanm" in state_dict:
             self.sanm.load_state_dict(state_dict["sanm"])
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the evidence of all ranks into the state dict of a module that holds SANM itself. Every rank calls it."""
-        for name, module in pl_module.named_modules():
-            if module is self.sanm:
-                self._complete(checkpoint["state_dict"], name + ".")
-
-    def _complete(self, state: dict[str, Any], prefix: str) -> None:
-        key = prefix + "label_quality.bank._extra_state"
-        if key in state:
-            state[key] = self.sanm.label_quality.bank.complete_state()
 
 
 def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -443,176 +331,14 @@ def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> 
         )
 
 
-# Batches
-
-
-def _images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
-        return batch[0], batch[1]
-    raise MisconfigurationException(
-        f"SANM expected batches (images, labels, ...) of tensors, got {type(batch).__name__}; call SANM in the step yourself "
-        "for batches of another shape"
-    )
-
-
-def _tensor_or_none(batch: Any, name: str) -> Tensor | None:
-    part = getattr(batch, name, None)  # every list and tuple has a method called index
-    return part if isinstance(part, Tensor) else None
-
-
-def _probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels (B,) of indices or (B, C) of probabilities -> (B, C), floating."""
-    if labels.ndim == 2 and labels.is_floating_point():
-        return labels
-    if labels.ndim == 1 and not labels.is_floating_point():
-        return F.one_hot(labels.long(), num_classes).float()
-    raise MisconfigurationException(
-        "SANM expected labels (B,) of class indices or (B, C) of class probabilities, got "
-        f"{tuple(labels.shape)} of {labels.dtype}"
-    )
-
-
-def _rebuilt(batch: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Any:
-    """Return a new batch of the same kind with other images and labels, and the asked rows of what else is per sample."""
-    size = len(batch[0])
-    rest = [part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == size else part for part in batch[2:]]
-    parts = [images, labels, *rest]
-    return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
-
-
 def _size_of_a_batch(trainer: L.Trainer) -> Sequence[int]:
     try:
-        with _own_streams():  # a shuffled loader draws its seed from the global stream, and a data set may draw, too
+        with own_streams():  # a shuffled loader draws its seed from the global stream, and a data set may draw, too
             batch = next(iter(trainer.fit_loop._data_source.dataloader()))
     except Exception as error:
         raise MisconfigurationException(
             f"SANM must know the size of the images before training, and no batch can be had yet ({type(error).__name__}: "
             f"{error}); pass image_size="
         ) from error
-    size: Sequence[int] = _images_and_labels(batch)[0].shape[-2:]
+    size: Sequence[int] = images_and_labels(batch)[0].shape[-2:]
     return size
-
-
-def _shadow(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Put ``value`` before a method of one object; the answer takes it away again."""
-    before = owner.__dict__.get(name)
-    setattr(owner, name, value)
-    return lambda: owner.__dict__.pop(name) and None if before is None else setattr(owner, name, before)
-
-
-@contextlib.contextmanager
-def _own_streams() -> Iterator[None]:
-    streams = isolate_rng()
-    streams.__enter__()
-    try:
-        yield
-    finally:  # which isolate_rng lacks
-        streams.__exit__(None, None, None)
-
-
-# Does a step read its labels as indices?
-
-
-class _QuietTrainer:
-    """A trainer for a rehearsal: it answers as the real one, and what is written to it or its loggers is lost."""
-
-    def __init__(self, trainer: Any) -> None:
-        self._real = trainer
-        self.logger = DummyLogger()
-        self.loggers = [self.logger]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-def _misread_labels(
-    pl_module: L.LightningModule, tap: FeatureTap, step: Any, batch: Any, args: Any, kwargs: Any
-) -> str | None:
-    """Say what goes wrong in a step that gets one-hot rows in place of class indices; None if nothing is seen to.
-
-    The step is rehearsed on copies of the module, with the labels that the network predicts (so that no accuracy is zero by
-    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and
-    what its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with
-    class weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
-    """
-    images, labels = _images_and_labels(batch)
-    if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:
-        return None
-    size = max(2, len(images))
-    rows = torch.arange(size + (size == tap.num_classes), device=images.device) % len(images)
-
-    def rehearse(given: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        twin, twin_tap = copy.deepcopy((pl_module, tap))  # without a trainer: a module's copy has none
-        twin._trainer = _QuietTrainer(pl_module._trainer)
-        twin_tap.forget()
-        figures = _listen_to(twin)
-        out = types.MethodType(step.__func__, twin)(_rebuilt(batch, images[rows], given, rows), *args, **kwargs)
-        for name, metric in _metrics(twin):
-            if metric.update_called:
-                _note(figures, name, metric.compute())
-        _note(figures, "loss", out.get("loss") if isinstance(out, Mapping) else out)
-        return figures, twin_tap.logits
-
-    def quietly(given: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        device = images.device.type
-        autocast = torch.autocast(
-            device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cache_enabled=False
-        )
-        with _own_streams(), warnings.catch_warnings(), torch.no_grad(), autocast:
-            warnings.simplefilter("ignore")
-            return rehearse(given)
-
-    try:
-        _, logits = quietly(labels[rows])
-        predicted = logits.argmax(1) if logits is not None and logits.shape[:1] == rows.shape else labels[rows]
-        plain, again = quietly(predicted)[0], quietly(predicted)[0]
-    except Exception:  # plain labels fail as well, or the module cannot be copied: training itself will say
-        return None
-    try:
-        soft = quietly(F.one_hot(predicted, tap.num_classes).float())[0]
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    loss_change = soft["loss"] / plain["loss"] if {"loss"} <= plain.keys() & soft.keys() else torch.ones(1)
-    for name in plain.keys() & again.keys() & soft.keys():
-        before, after = plain[name], soft[name]
-        if _close(before, again[name]) and not _close(before, after) and not _close(before * loss_change, after):
-            return f"{name} is {_shown(after)} in place of {_shown(before)}"
-    return None
-
-
-def _listen_to(twin: Any) -> dict[str, Tensor]:
-    """Make a copied module forget its metrics, and write what it logs to a dictionary."""
-    figures: dict[str, Tensor] = {}
-
-    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        _note(figures, name, value)
-
-    def log_dict(dictionary: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        for name, value in dictionary.items():
-            _note(figures, name, value)
-
-    twin.log, twin.log_dict = log, log_dict
-    for _, metric in _metrics(twin):
-        metric.sync_on_compute = metric._to_sync = metric.dist_sync_on_step = False
-        metric.reset()
-    return figures
-
-
-def _metrics(module: nn.Module) -> list[tuple[str, Metric]]:
-    return [(name, child) for name, child in module.named_modules() if isinstance(child, Metric)]
-
-
-def _note(figures: dict[str, Tensor], name: str, value: Any) -> None:
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            _note(figures, f"{name}.{key}", part)
-    elif isinstance(value, (Tensor, int, float)):
-        figures[name] = torch.as_tensor(value).detach().to("cpu", torch.float64).flatten()
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one, other, rtol=5e-3, atol=1e-4, equal_nan=True)
-
-
-def _shown(value: Tensor) -> str:
-    return f"{float(value):.4g}" if value.numel() == 1 else str([round(float(part), 4) for part in value[:4]])

@@ -1,19 +1,25 @@
 """How much to hide, where, and with what (SANM, Eq. 2 to 5)."""
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "RATIO_RANGES",
+    "Ratio",
     "affine_ratio",
     "apply_mask",
     "fixed_ratio",
-    "hidden_share",
     "inside_box",
     "mask_box",
     "mask_ratio",
+    "masked_fraction",
     "random_ratio",
+    "resolve_ratio",
     "two_level_ratio",
 ]
 
@@ -26,7 +32,7 @@ def _check_quality(quality: Tensor) -> None:
         raise ValueError(f"expected label quality in [0, 1], got {float(quality.min())} to {float(quality.max())}")
 
 
-def _check_share(name: str, value: float) -> None:
+def _check_fraction(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"expected {name} in [0, 1], got {value}")
 
@@ -41,30 +47,30 @@ def mask_ratio(quality: Tensor, mu: float) -> Tensor:
         mu: basic mask ratio, in [0, 1].
 
     Returns:
-        Share of the image area to hide, shape (B,), in [0, mu].
+        Fraction of the image area to hide, shape (B,), in [0, mu].
 
     Raises:
         ValueError: if ``quality`` is not (B,), ``mu`` is outside [0, 1], or (on CPU) a quality is outside [0, 1].
     """
-    _check_share("mu", mu)
+    _check_fraction("mu", mu)
     _check_quality(quality)
     return mu * (1 - quality)
 
 
 def fixed_ratio(quality: Tensor, mu: float) -> Tensor:
-    """Hide the share ``mu`` of every image, whatever its label. Source: SANM, Figure 2, "Fixed". Shapes as mask_ratio."""
-    _check_share("mu", mu)
+    """Hide the fraction ``mu`` of every image, whatever its label. Source: SANM, Figure 2, "Fixed". Shapes as mask_ratio."""
+    _check_fraction("mu", mu)
     _check_quality(quality)
     return torch.full_like(quality, mu)
 
 
 def random_ratio(quality: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
-    """Hide a share drawn from U(low, high), whatever the label. Source: SANM, Figure 2, "Random" (.2 to .4).
+    """Hide a fraction drawn from U(low, high), whatever the label. Source: SANM, Figure 2, "Random" (.2 to .4).
 
     Shapes and errors as :func:`mask_ratio`.
     """
-    _check_share("low", low)
-    _check_share("high", high)
+    _check_fraction("low", low)
+    _check_fraction("high", high)
     _check_quality(quality)
     drawn = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32)
     return (low + (high - low) * drawn).clamp(max=1)  # rounding may step over it
@@ -75,8 +81,8 @@ def two_level_ratio(quality: Tensor, clean: float, noisy: float) -> Tensor:
 
     Source: SANM, Figure 2, "Noise-aware" (.2 and .3). Shapes and errors as :func:`mask_ratio`.
     """
-    _check_share("clean", clean)
-    _check_share("noisy", noisy)
+    _check_fraction("clean", clean)
+    _check_fraction("noisy", noisy)
     _check_quality(quality)
     return torch.where(quality >= 0.5, clean, noisy).to(quality.dtype)
 
@@ -91,6 +97,41 @@ def affine_ratio(
     return (random_ratio(quality, low, high, generator) + mask_ratio(quality, mu)).clamp(max=1)
 
 
+Ratio = Callable[..., Tensor]
+"""(quality (B,), generator=...) -> the fraction of each image to hide, (B,), in [0, 1]."""
+
+RATIO_RANGES = {"random": (0.2, 0.4), "two_level": (0.2, 0.3), "affine": (0.02, 0.07)}
+"""Published low and high of the ratios that have them."""
+
+
+def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
+    """Turn the ``ratio`` of SANM into a callable.
+
+    Args:
+        ratio: ``"noise_aware"``, ``"fixed"``, ``"random"``, ``"two_level"``, ``"affine"``, or a callable
+            (quality (B,), generator=...) -> (B,).
+        mu: basic mask ratio.
+        low: of the last three.
+        high: likewise.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    ratios: dict[str, Ratio] = {
+        "noise_aware": lambda quality, generator=None: mask_ratio(quality, mu),
+        "fixed": lambda quality, generator=None: fixed_ratio(quality, mu),
+        "random": partial(random_ratio, low=low, high=high),
+        "two_level": lambda quality, generator=None: two_level_ratio(quality, low, high),
+        "affine": partial(affine_ratio, mu=mu, low=low, high=high),
+    }
+    found = ratios.get(ratio) if isinstance(ratio, str) else ratio
+    if not callable(found):
+        raise ValueError(
+            f"SANM expected a ratio among {', '.join(ratios)}, or a callable, got {ratio!r}; choose one of them"
+        )
+    return found
+
+
 def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
     """Draw a box of the asked area and aspect at each map's first maximum.
 
@@ -100,7 +141,7 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
-        ratio: share of the image area to hide, shape (B,), in [0, 1].
+        ratio: fraction of the image area to hide, shape (B,), in [0, 1].
         aspect: height over width of the box, shape (B,), positive.
         anchor: ``"center"`` or ``"corner"``.
 
@@ -177,8 +218,8 @@ def _sides(box: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return (up <= row) & (row <= down) & filled, (left <= column) & (column <= right)
 
 
-def hidden_share(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the share of pixels that :func:`inside_box` marks in each image, shape (B,), float32, in [0, 1]."""
+def masked_fraction(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the fraction of pixels that :func:`inside_box` marks in each image, shape (B,), float32, in [0, 1]."""
     rows, columns = _sides(box, size)
     return rows.float().mean(1) * columns.float().mean(1)
 

@@ -4,8 +4,11 @@ import functools
 from collections.abc import MutableMapping
 from typing import Any
 
+import lightning as L
+
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.module import SANM
+from sanm_lightning.state_callback import SampleStateCallback
 
 __all__ = ["SANMMixin"]
 
@@ -27,6 +30,7 @@ class SANMMixin:
         sanm_network: name of the submodule that classifies; None finds it.
         sanm_layer: name of that network's submodule whose output is the last feature map; None finds it.
         sanm_image_size: H, W of the training images; None asks the data module, then looks at a batch.
+        sanm_rehearse: see :class:`SANMCallback`.
 
     All other arguments go to the next base class.
 
@@ -45,15 +49,24 @@ class SANMMixin:
         sanm_network: str | None = None,
         sanm_layer: str | None = None,
         sanm_image_size: tuple[int, int] | None = None,
+        sanm_rehearse: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.sanm = sanm if isinstance(sanm, SANM) else SANM(**(sanm or {}))
-        self._sanm_options = {"network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size}
+        self.sanm = sanm if isinstance(sanm, SANM) else SANM.from_options(sanm or {})
+        self._sanm_options: dict[str, Any] = {
+            "network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size, "rehearse": sanm_rehearse,
+        }  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """See to it that a class with callbacks of its own has SANM's too, whether or not it asks its bases for theirs."""
         super().__init_subclass__(**kwargs)
+        bases = cls.__mro__
+        if L.LightningModule in bases and bases.index(L.LightningModule) < bases.index(SANMMixin):
+            raise TypeError(
+                f"expected SANMMixin before LightningModule among the bases of {cls.__name__}, got it after, where it does "
+                f"nothing; write class {cls.__name__}(SANMMixin, L.LightningModule)"
+            )
         if "configure_callbacks" in cls.__dict__:
             own = cls.configure_callbacks
 
@@ -69,12 +82,15 @@ class SANMMixin:
 
     def _with_sanm(self, callbacks: Any) -> list[Any]:
         found = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
-        if any(isinstance(callback, SANMCallback) for callback in found):
-            return found
-        return [*found, SANMCallback(self.sanm, wrap=self.wraps_training_step, **self._sanm_options)]  # type: ignore[arg-type]
+        kinds = tuple(type(callback) for callback in found)
+        return [*found, *(own for own in self._own_callbacks() if not issubclass(type(own), kinds))]
+
+    def _own_callbacks(self) -> list[Any]:
+        """The callbacks without which the module would not be under SANM."""
+        return [SampleStateCallback(), SANMCallback(self.sanm, wrap=self.wraps_training_step, **self._sanm_options)]
 
     def _set_hparams(self, hp: Any) -> None:
         """Let ``save_hyperparameters`` record SANM as plain Python, so that a checkpoint opens safely."""
         if isinstance(hp, MutableMapping) and isinstance(hp.get("sanm"), SANM):
-            hp = {**hp, "sanm": hp["sanm"].options}
+            hp = {**hp, "sanm": hp["sanm"].saved_options}
         super()._set_hparams(hp)  # type: ignore[misc]

@@ -1,45 +1,38 @@
 """SANM as one module: hyper-parameters, decoder and label quality behind two calls."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+import copy
+import importlib
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, cast
 
-import timm
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sanm_lightning.random_streams import derived_generator, derived_seed, process_rank
-from sanm_lightning.sanm.activation import (
-    Backbone,
-    class_activation_map,
-    classifier_weight,
-    energy_map,
-    feature_map,
-    upsample,
-)
+from sanm_lightning.random_streams import named_generator, named_seed, process_rank
+from sanm_lightning.sanm.activation import Backbone, classifier_weight, feature_map, upsample
+from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
-    affine_ratio,
+    RATIO_RANGES,
+    Ratio,
     apply_mask,
-    fixed_ratio,
-    hidden_share,
     mask_box,
-    mask_ratio,
-    random_ratio,
-    two_level_ratio,
+    masked_fraction,
+    resolve_ratio,
 )
-from sanm_lightning.sanm.quality import LabelQuality
+from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
+from sanm_lightning.sanm.saliency import FrozenNetwork, Look, Saliency, energy, resolve_saliency
+from sanm_lightning.sanm.saliency import cam as class_activation
 
-__all__ = ["SANM", "FrozenNetwork", "Views", "without_trace"]
+__all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
 
 Quality = Tensor | Callable[[Tensor], Tensor] | None
 
 
 class Views(NamedTuple):
-    """What a method learns from in this step.
+    """The views that a method learns from in this step.
 
     V is B; 2B with two masked copies of each image (all at the maximum, then all at the minimum); and B more when the unmasked
     images are kept, which come first.
@@ -50,13 +43,20 @@ class Views(NamedTuple):
     targets: Tensor
     """(V, C), class probabilities."""
     ratio: Tensor | None = None
-    """(B,), the asked share of hidden area; None before the first mask."""
+    """(B,), the fraction of the area that was asked for; None before the first mask."""
     box: Tensor | None = None
-    """(B, 4), or (2B, 4) with two masked copies: up, down, left, right in pixels; None where nothing was hidden."""
+    """(B, 4), or (2B, 4) with two masked copies: up, down, left, right in pixels; None where no mask was drawn."""
     activation: Tensor | None = None
-    """(B, H, W), the map whose maximum was hidden; None where nothing was hidden."""
+    """(B, H, W), the map whose maximum was hidden; None likewise."""
     logits: Tensor | None = None
     """(B, C), of the unmasked images, without gradient; None where no extra pass was made."""
+    features: Tensor | None = None
+    """(B, D, h, w), of the unmasked images, without gradient; None likewise."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether SANM was at work: masks, label moves or reconstruction, before which the base method is plain."""
+        return self.ratio is not None
 
     def unmasked(self, logits: Tensor) -> Tensor:
         """Return the logits of the unmasked images: of the extra pass, or, where nothing was masked, ``logits`` (B, C)."""
@@ -67,85 +67,6 @@ class Views(NamedTuple):
     def rows(self, chosen: Tensor, batch_size: int) -> Tensor:
         """Return the rows of all views of the images ``chosen``, (K,) positions in a batch of ``batch_size``: (K V / B,)."""
         return torch.cat([chosen + first for first in range(0, len(self.images), batch_size)])
-
-
-@contextlib.contextmanager
-def without_trace(network: Any, images: Tensor, batch_statistics: bool = False) -> Iterator[None]:
-    """Run ``network`` as in evaluation, without gradient, leaving modes, statistics, streams and caches as they were.
-
-    Args:
-        network: the network that is going to be run; its ``modules()`` are looked at.
-        images: what it is going to be run on; their device counts.
-        batch_statistics: let batch norm use the statistics of this batch, as in training, in place of the running ones.
-
-    The cache is autocast's: a weight cast to bf16 without gradient would be served again to the training forward, and its
-    gradient would be lost.
-    """
-    training = [module for module in network.modules() if module.training] if hasattr(network, "modules") else []
-    norms = [m for m in training if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    device = images.device
-    flag = object.__setattr__  # a module's own looks for parameters first: a third of a mask's time for a ResNet-18
-    for module in training:
-        flag(module, "training", False)
-    if batch_statistics:
-        for norm in norms:  # in training mode but without tracking: the batch's own statistics, and no update
-            flag(norm, "training", True)
-            flag(norm, "track_running_stats", False)
-    try:
-        with (
-            torch.no_grad(),
-            torch.random.fork_rng([device] if device.type == "cuda" else []),
-            torch.autocast(
-                device.type,
-                dtype=torch.get_autocast_dtype(device.type),
-                enabled=torch.is_autocast_enabled(device.type),
-                cache_enabled=False,
-            ),
-        ):
-            yield
-    finally:
-        for module in training:
-            flag(module, "training", True)
-        for norm in norms:
-            flag(norm, "track_running_stats", True)
-
-
-class FrozenNetwork:
-    """Look with another network than the one in training: a pre-trained timm model that never changes.
-
-    Source: SANM, Table 4 ("masks from pre-trained backbones").
-
-    Images are resized to the model's own input size and normalised with its own statistics. It is not a part of the module
-    that uses it: no parameters, nothing in checkpoints.
-
-    Args:
-        name: timm model name with a linear head after global pooling, as ``resnet50``.
-        pretrained: load timm's weights (a download on first use); False only makes sense with ``checkpoint``, or in tests.
-        checkpoint: a file of weights for ``name`` in place of timm's own.
-    """
-
-    def __init__(self, name: str, pretrained: bool = True, checkpoint: str | None = None) -> None:
-        self.options = {"name": name, "pretrained": pretrained, "checkpoint": checkpoint}
-        with torch.random.fork_rng(devices=[]):
-            self.network: Any = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
-        self.network.eval().requires_grad_(False)
-        config = resolve_data_config({}, model=self.network)
-        self.size = tuple(config["input_size"][1:])
-        self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
-        self.std = torch.tensor(config["std"]).view(3, 1, 1)
-        self(torch.zeros(1, 3, *self.size))  # a network that cannot do it says so now, not after the warm-up
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> activation map (B, h, w) of the class that the frozen network sees."""
-        self.network.to(images.device)
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # moved once: a copy would wait
-        resized = F.interpolate(images.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
-        normalised = (resized - self.mean) / self.std
-        features = self.network.forward_features(normalised)
-        maps = feature_map(features, self.network.num_features)
-        classes = self.network.forward_head(features).argmax(1)
-        return class_activation_map(maps, classifier_weight(self.network, maps.shape[1]), classes)
 
 
 class SANM(nn.Module):
@@ -160,27 +81,30 @@ class SANM(nn.Module):
     and :meth:`build` once before training. What the paper leaves open is an argument here.
 
     Args:
-        mu: basic mask ratio, the share of the area hidden when a label is surely wrong, in [0, 1].
+        mu: basic mask ratio, the fraction of the area hidden when a label is surely wrong, in [0, 1].
         delta: bound of the box's aspect, height over width ~ U(delta, 1 / delta), in (0, 1].
         beta: weight of the reconstruction loss, >= 0.
         mask: hide image regions (AMG); False leaves images as they are.
         labels: soften labels (NLR); False leaves targets as they are.
         reconstruct: learn to reconstruct (SMR); False builds no decoder.
         place: where to hide: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1);
-            ``"energy"``, of the squared features (released code); ``"random"``; or a :class:`FrozenNetwork`.
+            ``"energy"``, of the squared features (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable, see
+            :data:`~sanm_lightning.sanm.saliency.Saliency`.
         ratio: how much to hide: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
-            ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code).
+            ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
+            callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
         ratio_range: low, high of the last three; None means what was published: (.2, .4), (.2, .3), (.02, .07).
-        quality: ``"estimated"`` from the network's own losses, or ``"oracle"``: the true labels, an upper bound for
-            studies, useless in practice.
-        evidence: what the estimate is made of, see :class:`LabelQuality`.
+        quality: None or ``"estimated"``: the method's own estimate where it has one, else :class:`LabelQuality` on the
+            network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`, which
+            always counts. The estimator is copied.
+        evidence: what :class:`LabelQuality` uses, see there.
         history: over which epochs, see :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
         anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see :func:`mask_box`.
         regions: ``"peak"`` hides at the map's maximum; ``"peak_and_trough"`` (released code) makes two copies of each image,
             one with a box at the maximum and one at the minimum, of one ratio and aspect, with the same targets. The
             reconstruction loss is the mean over copies, where the released code has their sum: double ``beta`` for its weight.
-        area: share of the ratio that a box hides, in (0, 1]; the label moves by the whole ratio. 1/2 in the released code.
+        area: fraction of the ratio that a box hides, in (0, 1]; the label moves by the whole ratio. 1/2 in the released code.
         spread: which classes the label's probability moves to, ``"all"`` (Eq. 7) or ``"others"`` (released code).
         batch_statistics: let batch norm use the batch's own statistics in the pass over the unmasked images (as the released
             code does, whose network is in training mode there); False uses the running ones. Those come from masked images
@@ -197,8 +121,6 @@ class SANM(nn.Module):
         ValueError: if an argument is out of its range.
     """
 
-    _ranges = {"random": (0.2, 0.4), "two_level": (0.2, 0.3), "affine": (0.02, 0.07)}
-
     def __init__(
         self,
         mu: float = 0.3,
@@ -207,10 +129,10 @@ class SANM(nn.Module):
         mask: bool = True,
         labels: bool = True,
         reconstruct: bool = True,
-        place: Literal["cam", "energy", "random"] | FrozenNetwork = "cam",
-        ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine"] = "noise_aware",
+        place: Literal["cam", "energy", "random"] | FrozenNetwork | Callable[[Look], Tensor] = "cam",
+        ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine"] | Callable[..., Tensor] = "noise_aware",
         ratio_range: tuple[float, float] | None = None,
-        quality: Literal["estimated", "oracle"] = "estimated",
+        quality: QualityEstimator | Literal["estimated", "oracle"] | None = None,
         evidence: Literal["loss", "margin"] = "loss",
         history: Literal["last", "mean"] | float = "last",
         fill: Literal["pixel", "channel"] = "pixel",
@@ -224,18 +146,14 @@ class SANM(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(place, dict):  # the options of a SANM whose place was a frozen network
-            place = FrozenNetwork(**place["init_args"])
-        low, high = ratio_range if ratio_range is not None else self._ranges.get(ratio, (0.0, 1.0))
+        default = RATIO_RANGES.get(ratio, (0.0, 1.0)) if isinstance(ratio, str) else (0.0, 1.0)
+        low, high = ratio_range if ratio_range is not None else default
         for name, value in (("mu", mu), ("delta", delta), ("beta", beta), ("area", area)):
             _require(isinstance(value, (int, float)), f"a number as {name}", value)
         _require(0 <= mu <= 1, "mu in [0, 1]", mu)
         _require(0 < delta <= 1, "delta in (0, 1]", delta)
         _require(beta >= 0, "beta >= 0", beta)
-        _require(isinstance(place, FrozenNetwork) or place in ("cam", "energy", "random"), "a known place", place)
-        _require(ratio in ("noise_aware", "fixed", *self._ranges), "a known ratio", ratio)
         _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
-        _require(quality in ("estimated", "oracle"), "quality 'estimated' or 'oracle'", quality)
         _require(fill in ("pixel", "channel"), "fill 'pixel' or 'channel'", fill)
         _require(anchor in ("center", "corner"), "anchor 'center' or 'corner'", anchor)
         _require(regions in ("peak", "peak_and_trough"), "regions 'peak' or 'peak_and_trough'", regions)
@@ -244,32 +162,80 @@ class SANM(nn.Module):
         _require(warmup_epochs is None or warmup_epochs >= 0, "warmup_epochs >= 0 or null", warmup_epochs)
         self.mu, self.delta, self.beta = mu, delta, beta
         self.mask, self.labels, self.reconstruct = mask, labels, reconstruct and beta > 0
-        self.place, self.ratio, self.ratio_range = place, ratio, (low, high)
-        self.quality, self.fill, self.keep_unmasked, self.warmup_epochs = quality, fill, keep_unmasked, warmup_epochs
+        self.saliency: Saliency = resolve_saliency(place)
+        self.ratio_of: Ratio = resolve_ratio(ratio, mu, low, high)
+        self.place = place if isinstance(place, str) else self.saliency
+        self.ratio, self.ratio_range = ratio, (low, high)
+        estimator = resolve_quality(quality)
+        self.quality = "estimated" if quality is None else quality if isinstance(quality, str) else "given"
+        self.fill, self.keep_unmasked, self.warmup_epochs = fill, keep_unmasked, warmup_epochs
         self.batch_statistics = batch_statistics
         self.anchor, self.regions, self.area, self.spread = anchor, regions, area, spread
         self.seed = torch.initial_seed() if seed is None else seed
-        self.label_quality = LabelQuality(evidence, history)
+        self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
         self.last: dict[str, Tensor] = {}
-        """Figures of the last step, scalars without gradient: quality, hidden_share, reconstruction_loss."""
+        """Figures of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
-        self._idle = True
-        frozen = {"class_path": "sanm_lightning.sanm.FrozenNetwork", "init_args": getattr(place, "options", None)}
+        self._views: Views | None = None  # of the last call, for the form of reconstruction that does not name them
+        self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last fit
+        frozen = {
+            "class_path": "sanm_lightning.sanm.FrozenNetwork",
+            "init_args": getattr(self.saliency, "options", None),
+        }
         self.options: dict[str, Any] = {
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
-            "place": place if isinstance(place, str) else frozen, "ratio": ratio,
-            "ratio_range": None if ratio_range is None else [low, high], "quality": quality, "evidence": evidence,
+            "place": frozen if isinstance(self.saliency, FrozenNetwork) else place, "ratio": ratio,
+            "ratio_range": None if ratio_range is None else [low, high], "quality": self.quality if estimator is None else estimator.options, "evidence": evidence,
             "history": history, "fill": fill, "anchor": anchor, "regions": regions, "area": area, "spread": spread,
             "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
             "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
-        """The arguments as plain Python, for a checkpoint."""
+        """The arguments as plain Python, for a checkpoint; a subclass adds its own."""
 
     @classmethod
     def off(cls) -> "SANM":
-        """Return a SANM that hands back what it is given: the plain base method."""
+        """Return a SANM that changes nothing: the plain base method."""
         return cls(mask=False, labels=False, reconstruct=False)
+
+    @staticmethod
+    def from_options(options: dict[str, Any]) -> "SANM":
+        """Make a SANM from options that a checkpoint holds: arguments, or class path and arguments of a subclass.
+
+        Raises:
+            ValueError: if the class path does not name a subclass of SANM.
+        """
+        if "class_path" not in options:
+            return SANM(**options)
+        room, _, name = str(options["class_path"]).rpartition(".")
+        kind = getattr(importlib.import_module(room), name, None) if room else None
+        if not (isinstance(kind, type) and issubclass(kind, SANM)):
+            raise ValueError(
+                f"expected the class path of a SANM, got {options['class_path']!r}; import its module first"
+            )
+        return kind(**(options.get("init_args") or {}))
+
+    @property
+    def saved_options(self) -> dict[str, Any]:
+        """What :meth:`from_options` takes."""
+        if type(self) is SANM:
+            return self.options
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.options}
+
+    def peer_copy(self, seed: int) -> "SANM":
+        """Return a copy for a second network: the same class and options, a decoder and an estimator of its own.
+
+        Args:
+            seed: of boxes, fills and decoder weights. The decoder is built by :meth:`build`. A frozen network is shared.
+        """
+        twin = copy.deepcopy(self, {id(self.saliency): self.saliency})
+        twin.seed, twin.decoder = seed, None
+        return twin
+
+    @property
+    def prefers_method_quality(self) -> bool:
+        """Whether a method's own estimate of label quality takes the place of SANM's."""
+        return self.quality == "estimated"
 
     @property
     def enabled(self) -> bool:
@@ -277,7 +243,7 @@ class SANM(nn.Module):
         return self.mask or self.labels or self.reconstruct
 
     def build(self, network: Backbone, image_size: tuple[int, int]) -> None:
-        """Look once at ``network``: build the decoder for its feature map, and refuse a network that has no CAM.
+        """Build the decoder for the feature map of ``network``, and refuse a network that has no CAM.
 
         Call it before the optimizer is made; a second call changes nothing.
 
@@ -292,23 +258,23 @@ class SANM(nn.Module):
             return
         module = network if isinstance(network, nn.Module) else None
         like = next(module.parameters(), torch.zeros(())) if module is not None else torch.zeros(())
-        generator = derived_generator(torch.device("cpu"), self.seed)
+        generator = named_generator("probe", self.seed)
         try:
             images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}"
             ) from error
-        with without_trace(network, images):
+        with inference_context(network, images):
             output = network.forward_features(images)
             features = feature_map(output, network.num_features)
             logits = network.forward_head(output)
         channels, *map_size = features.shape[1:]
-        if self.mask and self.place == "cam":
+        if self.mask and self.saliency is class_activation:
             _require_pooled_linear(network, features, logits)
-        if self.mask and self.place in ("cam", "energy") and map_size[0] * map_size[1] == 1:
+        if self.mask and self.saliency in (class_activation, energy) and map_size[0] * map_size[1] == 1:
             raise ValueError(
-                f"a feature map of 1 x 1 cannot say where the network looks ({type(network).__name__} on images of "
+                f"expected a feature map of more than one place, got 1 x 1 ({type(network).__name__} on images of "
                 f"{image_size[0]} x {image_size[1]}); use a larger image_size, a network of smaller stride, or place: random"
             )
         if self.reconstruct and self.decoder is None:
@@ -342,7 +308,13 @@ class SANM(nn.Module):
         return lambda logits: self.label_quality(logits, targets, index)
 
     def forward(
-        self, network: Backbone, images: Tensor, targets: Tensor, quality: Quality, features: Tensor | None = None
+        self,
+        network: Backbone,
+        images: Tensor,
+        targets: Tensor,
+        quality: Quality,
+        features: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Views:
         """Make the views a method learns from. No gradient, no trace in batch-norm statistics or random streams.
 
@@ -356,9 +328,12 @@ class SANM(nn.Module):
                 unmasked images; or None before the first mask.
             features: of the unmasked images, shape (B, D, h, w), where the method has them; then no pass over the
                 backbone is made here.
+            generator: source of boxes and fills, on the device of the images; None takes a stream of this module, named
+                by seed, process and number of the call.
 
         Raises:
-            ValueError: if shapes do not fit, or (on CPU; elsewhere at the next refresh) a quality is outside [0, 1].
+            ValueError: if shapes do not fit, or (on CPU; elsewhere at the next fit of the quality) a quality is outside
+                [0, 1].
         """
         if images.ndim != 4 or targets.ndim != 2 or len(images) != len(targets):
             raise ValueError(
@@ -367,38 +342,36 @@ class SANM(nn.Module):
             )
         self._steps += 1
         self.last = {}
-        self._idle = quality is None or not self.enabled
         if quality is None or not self.enabled:
-            return Views(images, targets)
-        generator = derived_generator(images.device, self.seed, process_rank(), self._steps)
-        look = self.mask or callable(quality)
-        logits, maps = self._look(network, images, features, generator) if look else (None, None)
+            self._views = Views(images, targets)
+            return self._views
+        if generator is None:
+            generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
+        look = self._look(network, images, features, generator) if self.mask or callable(quality) else None
         with torch.no_grad():
-            known = quality(logits) if callable(quality) and logits is not None else quality
-            assert isinstance(known, Tensor)
+            known = quality(look.logits) if callable(quality) and look is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
                 raise ValueError(f"expected quality (B,) = ({len(images)},), got {tuple(known.shape)}")
-            self.label_quality.look_later(known)
-            ratio = self._ratio(known, generator)
+            self._check_later(known)
+            ratio = self.ratio_of(known, generator=generator)
             softened = regularize_labels(targets, ratio, spread=self.spread) if self.labels else targets
             masked, box, activation = images, None, None
-            if self.mask and maps is not None:
+            if self.mask and look is not None:
+                with inference_context(network, images):
+                    maps = self.saliency(look)
                 activation = upsample(maps, (images.shape[2], images.shape[3]))
-                aspect = self._aspect(ratio, generator)
-                extremes = [activation] if self.regions == "peak" else [activation, -activation]
-                boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
-                box, copies = torch.cat(boxes), len(boxes)
-                copied = images if copies == 1 else images.repeat(copies, 1, 1, 1)
-                masked = apply_mask(copied, box, fill=self.fill, generator=generator)
-                softened = softened if copies == 1 else softened.repeat(copies, 1)
-                self.last["hidden_share"] = hidden_share(box, (images.shape[2], images.shape[3])).mean()
+                masked, box = self._masked(images, activation, ratio, generator)
+                softened = softened.repeat(len(masked) // len(images), 1)
+                self.last["masked_fraction"] = masked_fraction(box, (images.shape[2], images.shape[3])).mean()
             self.last["quality"] = known.mean()
             if self.keep_unmasked:
                 masked, softened = torch.cat([images, masked]), torch.cat([targets, softened])
-        return Views(masked, softened, ratio, box, activation, logits)
+        seen = (None, None) if look is None else (look.logits, look.features)
+        self._views = Views(masked, softened, ratio, box, activation, *seen)
+        return self._views
 
-    def reconstruction(self, features: Tensor, images: Tensor) -> Tensor:
-        """Return beta times the reconstruction loss: how badly the decoder paints the images from masked features.
+    def reconstruction(self, features: Tensor, images: Tensor, views: Views | None = None) -> Tensor:
+        """Return beta times the reconstruction loss of the images from the features of their masked views.
 
         Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask the decoder takes part with weight
         zero, or DistributedDataParallel stops on unused parameters.
@@ -407,6 +380,7 @@ class SANM(nn.Module):
             features: of the views' images, from the forward that the method learns from, shape (V, D, h, w), with
                 gradient; several masked copies of the batch may follow one another.
             images: the unmasked images, shape (B, 3, H, W).
+            views: of :meth:`forward`; None takes those of its last call.
 
         Returns:
             A scalar; zero where there is nothing to learn from.
@@ -415,13 +389,14 @@ class SANM(nn.Module):
             RuntimeError: if :meth:`build` was not called.
             ValueError: if the features do not belong to the images.
         """
+        views, self._views = views or self._views, None
         if not self.reconstruct:
             return features.new_zeros(())
         if self.decoder is None:
             raise RuntimeError(
                 "SANM has no decoder yet; call sanm.build(network, image_size) before the optimizer is made"
             )
-        if self._idle:
+        if views is None or not views.masked:
             return 0.0 * torch.stack([parameter.sum() for parameter in self.decoder.parameters()]).sum()
         masked = features[len(images) :] if self.keep_unmasked else features
         copies, rest = divmod(len(masked), len(images))
@@ -434,44 +409,44 @@ class SANM(nn.Module):
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
 
-    def _look(
-        self, network: Backbone, images: Tensor, features: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits (B, C) of the unmasked images and, where masks are drawn, activation maps (B, h, w)."""
-        with without_trace(network, images, self.batch_statistics):
+    def fit_quality(self, module: Any = None) -> None:
+        """Fit the estimator of label quality; once per epoch, in every process.
+
+        Raises:
+            ValueError: if a quality outside [0, 1] was used since the last call.
+        """
+        wrong, self._out_of_range = self._out_of_range, None
+        if wrong is not None and bool(wrong):
+            raise ValueError(
+                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a "
+                "probability that the given label is right"
+            )
+        self.label_quality.fit(module)
+
+    def _check_later(self, quality: Tensor) -> None:
+        """Note on the device whether a quality (B,) is outside [0, 1]; on the CPU the functions that use it raise at once."""
+        if quality.device.type != "cpu":
+            bad = ~((quality >= 0) & (quality <= 1)).all()
+            self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
+
+    def _look(self, network: Backbone, images: Tensor, features: Tensor | None, generator: torch.Generator) -> Look:
+        with inference_context(network, images, self.batch_statistics):
             features = network.forward_features(images) if features is None else features.detach()
-            logits = network.forward_head(features)
-            if not self.mask:
-                return logits, None
-            if isinstance(self.place, FrozenNetwork):
-                return logits, self.place(images)
-            if self.place == "random":
-                size = (len(images), *images.shape[2:])
-                return logits, torch.rand(size, generator=generator, device=images.device)
-            maps = feature_map(features, network.num_features)
-            if self.place == "energy":
-                return logits, energy_map(maps)
-            return logits, class_activation_map(maps, classifier_weight(network, maps.shape[1]), logits.argmax(1))
+            return Look(network, images, features, network.forward_head(features), generator)
 
-    def _ratio(self, quality: Tensor, generator: torch.Generator) -> Tensor:
-        low, high = self.ratio_range
-        if self.ratio == "noise_aware":
-            return mask_ratio(quality, self.mu)
-        if self.ratio == "fixed":
-            return fixed_ratio(quality, self.mu)
-        if self.ratio == "random":
-            return random_ratio(quality, low, high, generator)
-        if self.ratio == "two_level":
-            return two_level_ratio(quality, low, high)
-        return affine_ratio(quality, self.mu, low, high, generator)
-
-    def _aspect(self, ratio: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw delta_i ~ U(delta, 1 / delta) (Eq. 3)."""
+    def _masked(
+        self, images: Tensor, activation: Tensor, ratio: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Masked copies of the images, and their boxes."""
         drawn = torch.rand(ratio.shape, generator=generator, device=ratio.device)
-        return self.delta + (1 / self.delta - self.delta) * drawn
+        aspect = self.delta + (1 / self.delta - self.delta) * drawn  # delta_i ~ U(delta, 1 / delta), Eq. 3
+        extremes = [activation] if self.regions == "peak" else [activation, -activation]
+        boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
+        box, copied = torch.cat(boxes), images if len(boxes) == 1 else images.repeat(len(boxes), 1, 1, 1)
+        return apply_mask(copied, box, fill=self.fill, generator=generator), box
 
     def _build_decoder(self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int]) -> None:
-        self.decoder = Decoder(channels, map_size, image_size, seed=derived_seed(self.seed))
+        self.decoder = Decoder(channels, map_size, image_size, seed=named_seed("decoder", self.seed))
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return seed and step counter, which name the random streams, and the decoder's shape, so that a load can build it."""

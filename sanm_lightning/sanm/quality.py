@@ -1,146 +1,97 @@
-"""Per-sample evidence -> probability that the given label is right (the G of SANM's Eq. 2).
+"""Label quality: the probability that a given label is right (the G of SANM's Eq. 2), and its estimators.
 
 The paper leaves the estimator open. The one of DivideMix (Li et al., ICLR 2020), which SANM's released code uses, fits two
-Gaussians to the losses: a network learns right labels first, so a small loss speaks for a label.
+Gaussians to the losses: networks learn right labels first, so that a small loss speaks for a label.
 """
 
-import warnings
-from typing import Any, Literal, NamedTuple
+import copy
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor, nn
 
-from sanm_lightning.per_sample_old import SampleBank
+from sanm_lightning.functional import (
+    Mixture,
+    clean_probability,
+    fit_mixture,
+    label_margin,
+    mixture_posterior,
+    soft_cross_entropy,
+)
+from sanm_lightning.per_sample import EpochMean, SampleState
 
-__all__ = [
-    "LabelQuality",
-    "Mixture",
-    "clean_probability",
-    "fit_mixture",
-    "label_loss",
-    "label_margin",
-    "mixture_posterior",
-]
-
-
-class Mixture(NamedTuple):
-    """Two Gaussians over min-max normalised losses; the component of lower mean comes first."""
-
-    low: Tensor
-    """The smallest loss of the fit, a scalar."""
-    high: Tensor
-    """The largest loss of the fit, a scalar."""
-    weights: Tensor
-    """(2,), sum to 1. (1, 0) when the losses held nothing to tell apart."""
-    means: Tensor
-    """(2,), of the normalised losses."""
-    variances: Tensor
-    """(2,), of the normalised losses, positive."""
+__all__ = ["LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
 
 
-def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
-    """Fit two Gaussians to min-max normalised losses.
+class QualityEstimator(nn.Module):
+    """Base class of estimators of label quality, for ``SANM(quality=...)``.
 
-    Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The k-means
-    start has a fixed seed here, so the same losses always give the same mixture.
-
-    Args:
-        losses: shape (N,), finite, on any device.
-        max_iter: iterations at most; the published number is 10 (C2D takes 200).
-
-    Returns:
-        The mixture, on the device of ``losses``. Where all losses are equal, or N < 2, every label is trusted: the
-        mixture has one component.
-
-    Raises:
-        ValueError: if ``losses`` is not (N,), or holds NaN or infinity.
+    An estimator that is handed in takes the place of what a method makes of the labels itself. The second network of a method
+    gets a deep copy. Its constructor must not read files: a checkpoint is loaded without them. What is known of each sample
+    belongs into a :class:`~sanm_lightning.per_sample.SampleState`. Arguments of the constructor are recorded for checkpoints,
+    so that they should be plain Python.
     """
-    values = _finite(losses.detach().to("cpu", torch.float64))
-    low, high = (values.min(), values.max()) if len(values) else (torch.zeros(()), torch.zeros(()))
-    device = losses.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len(values) < 2 or not bool(high > low):
-        one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-        fit = Mixture(low, high, one, two, torch.ones(2))
-    else:
-        model = GaussianMixture(2, max_iter=max_iter, tol=1e-2, reg_covar=5e-4, random_state=0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations are the published way
-            model.fit(((values - low) / (high - low)).numpy().reshape(-1, 1))
-        order = torch.from_numpy(model.means_[:, 0].argsort())
-        weights, means, variances = (
-            torch.from_numpy(part)[order] for part in (model.weights_, model.means_[:, 0], model.covariances_[:, 0, 0])
-        )
-        fit = Mixture(low, high, weights, means, variances)
-    return Mixture(*(part.to(device, dtype) for part in fit))
+
+    init_args: dict[str, Any]
+    """The arguments that the estimator was made with."""
+    needs_evidence = True
+    """Whether :meth:`update` reads what the network predicts; without, no pass is made for it."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "QualityEstimator":
+        """Record the arguments."""
+        made = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs).arguments
+        except TypeError:  # a copy is made without any, and filled afterwards
+            bound = {}
+        given = {name: value for name, value in list(bound.items())[1:] if name != "kwargs"}
+        made.__dict__["init_args"] = {**given, **bound.get("kwargs", {})}
+        return made
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Class path and arguments as plain Python, for checkpoints."""
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(self.init_args)}
+
+    def update(
+        self, logits: Tensor, targets: Tensor, index: Tensor | None = None, features: Tensor | None = None
+    ) -> None:
+        """Take in what the network predicts for unmasked images. No communication, no wait for the device.
+
+        Args:
+            logits: shape (B, C).
+            targets: given labels as class probabilities, shape (B, C).
+            index: positions in the training set, shape (B,), or None where samples have no identity.
+            features: feature maps of the images, shape (B, D, h, w), where they are at hand.
+        """
+
+    def fit(self, module: Any = None) -> None:
+        """Do what is done once per epoch; every process calls it.
+
+        Args:
+            module: in training; a method of this package has ``predict_train`` for a pass over the training set.
+        """
+
+    def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the quality of each label, shape (B,), in [0, 1]; arguments as for :meth:`update`."""
+        raise TypeError(f"expected {type(self).__name__} to define forward(logits, targets, index); add it")
+
+    @property
+    def values(self) -> Tensor | None:
+        """Quality of each training sample, (N,), where it is known by index; for records."""
+        return None
 
 
-def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
-    """Score losses, new ones too, under a fitted mixture: the probability of the component of lower mean.
+class LabelQuality(QualityEstimator):
+    """Label quality as the posterior of a mixture of two Gaussians over the losses of the samples.
 
-    Losses beyond the range of the fit count as its edge: the wider Gaussian would claim them from both sides.
-
-    Args:
-        mixture: from :func:`fit_mixture`.
-        losses: shape (N,), on the device of ``mixture``.
-
-    Returns:
-        Shape (N,), float32, in [0, 1].
-
-    Raises:
-        ValueError: if ``losses`` is not (N,), or (on CPU) holds NaN or infinity.
-    """
-    span = mixture.high - mixture.low
-    scaled = (_finite(losses).to(mixture.low.dtype) - mixture.low) / torch.where(span > 0, span, 1)
-    distance = scaled.clamp(0, 1).unsqueeze(1) - mixture.means  # (N, 2)
-    log_joint = mixture.weights.log() - 0.5 * (mixture.variances.log() + distance.square() / mixture.variances)
-    return log_joint.softmax(1)[:, 0].float()
-
-
-def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
-    """Turn the losses of a training set into the probability that each label is right.
-
-    Source: DivideMix, Section 3.1; used as the label quality G of SANM's Eq. 2. :func:`fit_mixture`, then
-    :func:`mixture_posterior`.
-
-    Args:
-        losses: shape (N,), finite.
-        max_iter: as for :func:`fit_mixture`.
-
-    Returns:
-        Shape (N,), float32, in [0, 1], 1 = clean. All 1 where the losses are equal or N < 2.
-
-    Raises:
-        ValueError: if ``losses`` is not (N,), or holds NaN or infinity.
-    """
-    return mixture_posterior(fit_mixture(losses, max_iter=max_iter), losses)
-
-
-def label_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each sample: logits (B, C), targets (B, C) -> (B,) float32, >= 0, small for a trusted label."""
-    return -(targets.float() * logits.float().log_softmax(1)).sum(1)
-
-
-def label_margin(logits: Tensor, targets: Tensor) -> Tensor:
-    """Best other logit minus the label's: logits (B, C), targets (B, C) -> (B,) float32, small for a trusted label.
-
-    Source: Pleiss et al., NeurIPS 2020, "area under the margin", with the sign turned so that it ranks as a loss does; the
-    area is its mean over epochs (``history: mean``).
-    """
-    logits = logits.float()
-    label = targets.argmax(1, keepdim=True)
-    others = logits.scatter(1, label, float("-inf"))
-    return others.amax(1) - logits.gather(1, label).squeeze(1)
-
-
-class LabelQuality(nn.Module):
-    """Estimate label quality from what the network said of each sample.
-
-    With sample indices: a table of N values, the mean evidence of each sample; once per epoch (:meth:`refresh`) a mixture is
-    fitted to it and gives each sample its quality for the next epoch. Without: a window of recent evidence, a mixture fitted
-    to it once per epoch, and each batch scored under that.
+    With sample indices: a table of N values, the mean evidence of each sample in an epoch; once per epoch (:meth:`fit`) a
+    mixture is fitted to it and gives each sample its quality for the next epoch. Without: a window of recent evidence, a
+    mixture fitted to it once per epoch, and each batch scored under that.
 
     Args:
         evidence: ``"loss"`` is the cross-entropy (DivideMix); ``"margin"`` the best other logit minus the label's.
@@ -160,37 +111,32 @@ class LabelQuality(nn.Module):
     ) -> None:
         super().__init__()
         if evidence not in ("loss", "margin"):
-            raise ValueError(f"expected evidence 'loss' or 'margin', got {evidence!r}")
+            raise ValueError(f"expected evidence 'loss' or 'margin', got {evidence!r}; choose one")
         if not (history in ("last", "mean") or (isinstance(history, float) and 0 < history < 1)):
-            raise ValueError(f"expected history 'last', 'mean' or a momentum in (0, 1), got {history!r}")
+            raise ValueError(f"expected history 'last', 'mean' or a momentum in (0, 1), got {history!r}; choose one")
         if window < 2:
-            raise ValueError(f"expected a window of at least 2 samples, got {window}")
+            raise ValueError(f"expected a window of at least 2 samples, got {window}; raise it")
         self.evidence, self.history, self.window = evidence, history, window
         momentum = history if isinstance(history, float) else 0.0
-        self.bank = SampleBank(0, momentum, running_mean=history == "mean")
-        self.quality = torch.ones(0)  # (N,), of the bank's samples; 1 until something is known
+        self.bank = EpochMean(momentum, running_mean=history == "mean")
+        self.bank.required = False  # without indices, a window of recent samples serves
+        self.quality = torch.ones(0)  # (N,), of the samples of the bank; empty until something is known
         self._recent = torch.zeros(0)  # (W,), a ring of the latest evidence
         self._seen = 0  # samples that went through the ring
         self._mixture: Mixture | None = None
-        self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last refresh
 
-    def resize(self, num_samples: int) -> None:
-        """Make room for ``num_samples`` training samples, if the room is not already right."""
-        if len(self.bank) != num_samples:
-            self.bank.resize(num_samples)
-            self.quality = torch.ones(num_samples, device=self.bank.value.device)
+    def reset(self, num_samples: int) -> None:
+        """Forget everything, and make room for ``num_samples`` training samples; a trainer's callback does so by itself."""
+        self.bank.reset(num_samples)
+        self.quality = torch.ones(num_samples, device=self.bank.device)
 
-    def observe(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> None:
-        """Note what the network says of unmasked images. No communication, no waiting for the device.
-
-        Args:
-            logits: shape (B, C).
-            targets: given labels as class probabilities, shape (B, C).
-            index: positions in the training set, shape (B,), or None where samples have no identity.
-        """
+    def update(
+        self, logits: Tensor, targets: Tensor, index: Tensor | None = None, features: Tensor | None = None
+    ) -> None:
+        """Record the evidence of unmasked images, see :meth:`QualityEstimator.update`."""
         evidence = self._evidence(logits, targets)
         if index is not None and len(self.bank):
-            self.bank.observe(index, evidence)
+            self.bank.update(index, evidence)
             return
         if not len(self._recent):
             self._recent = torch.zeros(self.window, device=evidence.device, dtype=torch.float32)
@@ -198,52 +144,43 @@ class LabelQuality(nn.Module):
         self._recent.index_copy_(0, place[-self.window :], evidence[-self.window :])
         self._seen += len(evidence)
 
-    def look_later(self, quality: Tensor) -> None:
-        """Remember on the device whether a quality (B,) that somebody else made lies outside [0, 1]; :meth:`refresh` raises.
-
-        On the CPU nothing is remembered: there the functions that use it raise at once.
-        """
-        if quality.device.type != "cpu":
-            bad = ~((quality >= 0) & (quality <= 1)).all()
-            self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
-
-    def refresh(self) -> None:
-        """Fit the mixture to the evidence so far; once per epoch. Every rank must call it.
+    def fit(self, module: Any = None) -> None:
+        """Fit the mixture to the evidence so far; once per epoch, in every process.
 
         Raises:
-            ValueError: if the evidence holds NaN or infinity, or a quality outside [0, 1] was used since the last call.
+            ValueError: if the evidence holds NaN or infinity.
         """
-        wrong, self._out_of_range = self._out_of_range, None
-        if wrong is not None and bool(wrong):
-            raise ValueError(
-                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a "
-                "probability that the given label is right"
-            )
         if len(self.bank):
-            self.bank.fold()
+            values = self.bank.compute()
             seen = self.bank.epochs > 0
-            self.quality = torch.ones_like(self.bank.value)
+            self.quality = torch.ones_like(values)
             if bool(seen.any()):
-                self.quality[seen] = clean_probability(self.bank.value[seen])
+                self.quality[seen] = clean_probability(values[seen])
         if self._seen:
             self._mixture = fit_mixture(self._recent[: min(self._seen, self.window)])
+
+    @property
+    def values(self) -> Tensor | None:
+        """Quality of each training sample, (N,); None where nothing was recorded by index."""
+        return self.quality if len(self.quality) and bool(self.bank.epochs.any()) else None
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the quality of each sample's label, shape (B,), in [0, 1]; 1 where nothing is known yet.
 
         Args:
-            logits: what the network says now, shape (B, C); read only where samples have no index.
+            logits: present predictions, shape (B, C); read only where samples have no index.
             targets: given labels as class probabilities, shape (B, C).
             index: positions in the training set, shape (B,), or None.
         """
         if index is not None and len(self.bank):
-            return self.quality[index]
+            known = len(self.quality) == len(self.bank)
+            return self.quality[index] if known else torch.ones_like(index, dtype=torch.float32)
         if self._mixture is None:
             return torch.ones(len(logits), device=logits.device)
         return mixture_posterior(self._mixture, self._evidence(logits, targets))
 
     def _evidence(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return (label_loss if self.evidence == "loss" else label_margin)(logits.detach(), targets.detach())
+        return (soft_cross_entropy if self.evidence == "loss" else label_margin)(logits.detach(), targets.detach())
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return qualities, window position and mixture as tensors and plain Python."""
@@ -252,7 +189,7 @@ class LabelQuality(nn.Module):
         return {"quality": self.quality.cpu().clone(), "recent": recent, "seen": self._seen, "mixture": mixture}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state, whatever the number of samples was before."""
+        """Take over a state of any number of samples."""
         device = self.bank.value.device
         self.quality, self._recent = state["quality"].to(device).clone(), state["recent"].to(device).clone()
         self._seen = state["seen"]
@@ -268,10 +205,98 @@ class LabelQuality(nn.Module):
         return self
 
 
-def _finite(losses: Tensor) -> Tensor:
-    if losses.ndim != 1:
-        raise ValueError(f"expected losses (N,), got shape {tuple(losses.shape)}")
-    if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
-        bad = int((~torch.isfinite(losses)).sum())
-        raise ValueError(f"expected finite losses, got {bad} NaN or infinite of {len(losses)}; has training diverged?")
-    return losses
+class QualityFile(QualityEstimator):
+    """Label quality from a file, fixed for the whole training.
+
+    The file is read when a training begins, and not in the constructor; checkpoints hold the values.
+
+    Args:
+        path: a ``.npy`` file of shape (N,), a ``.npz`` file, or a ``.csv`` file with a header, with one value in [0, 1] per
+            training sample, in the order of the training set.
+        key: name of the array or column, by default ``quality``.
+    """
+
+    needs_evidence = False
+
+    def __init__(self, path: str, key: str = "quality") -> None:
+        super().__init__()
+        self.path, self.key = path, key
+        self.table: Any = SampleState()
+        self.table.add_state("quality", default=1.0, dist_reduce_fx=None)
+        self.table.add_state("known", dtype=torch.bool, dist_reduce_fx=None)
+
+    def fit(self, module: Any = None) -> None:
+        """Read the file, unless the values are known.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it does not hold N values in [0, 1].
+        """
+        if bool(self.table.known.any()):
+            return
+        values = self._read()
+        if values.shape != (len(self.table),) or not bool(((values >= 0) & (values <= 1)).all()):
+            raise ValueError(
+                f"expected {len(self.table)} values in [0, 1] in {self.path!r}, one per training sample, got shape "
+                f"{tuple(values.shape)} from {float(values.min()) if values.numel() else None} to "
+                f"{float(values.max()) if values.numel() else None}; make the file for this training set"
+            )
+        self.table.quality = values.to(self.table.device, torch.float32)
+        self.table.known = torch.ones_like(self.table.known)
+
+    def _read(self) -> Tensor:
+        path = Path(self.path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"expected a file of label quality in {self.path!r}, got no such file; check the path"
+            )
+        try:
+            if path.suffix == ".csv":
+                table = np.genfromtxt(path, delimiter=",", names=True, encoding="utf-8")
+                return torch.from_numpy(np.atleast_1d(table[self.key]).astype(np.float32))
+            held = np.load(path, allow_pickle=False)
+            return torch.from_numpy(np.asarray(held if path.suffix == ".npy" else held[self.key], dtype=np.float32))
+        except (ValueError, KeyError, OSError, IndexError) as error:
+            raise ValueError(
+                f"expected label quality under {self.key!r} in {self.path!r}, got a file that cannot be read so ({error}); give "
+                "a .npy, .npz or .csv file and the name of the array or column"
+            ) from error
+
+    def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the values of the samples, (B,); 1 before the file is read."""
+        if index is None:
+            raise ValueError(
+                "expected batches with positions in the training set for quality from a file, got none; use a data module of "
+                "this package, or batches NoisyBatch(images, labels, index)"
+            )
+        quality: Tensor = self.table.quality[index]
+        return quality
+
+    @property
+    def values(self) -> Tensor | None:
+        """Quality of each training sample, (N,); None before the file is read."""
+        quality: Tensor = self.table.quality
+        return quality if bool(self.table.known.any()) else None
+
+
+def resolve_quality(quality: Any) -> QualityEstimator | None:
+    """Return the estimator that ``SANM(quality=...)`` names, a copy of its own; None for ``"estimated"`` and ``"oracle"``.
+
+    Args:
+        quality: None, ``"estimated"``, ``"oracle"``, an estimator, or the options of one, as checkpoints hold them.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if quality in (None, "estimated", "oracle"):
+        return None
+    if isinstance(quality, dict) and "class_path" in quality:
+        room, _, name = str(quality["class_path"]).rpartition(".")
+        kind = getattr(importlib.import_module(room), name, None)
+        if isinstance(kind, type) and issubclass(kind, QualityEstimator):
+            return kind(**(quality.get("init_args") or {}))
+    if isinstance(quality, QualityEstimator):
+        return copy.deepcopy(quality)
+    raise ValueError(
+        f"SANM expected quality 'estimated', 'oracle' or a QualityEstimator, got {quality!r}; choose one of them"
+    )

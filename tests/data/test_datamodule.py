@@ -247,7 +247,7 @@ class TestBatch:
     def test_a_resident_tensor_may_stream_as_well(self) -> None:
         data = Toy(seed=0, resident_bytes=0, max_train_samples=10)
         row = next(iter(data.train_dataloader()))
-        whole = Toy(seed=0).batch("train", data.table("train").origin[row.index])
+        whole = Toy(seed=0).batch("train", data.table("train").origin[row.indices])
         assert torch.equal(data.pass_batch(row, "train").images, whole.images)
 
     def test_a_streaming_split_decodes_what_no_loader_served(self) -> None:

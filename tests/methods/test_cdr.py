@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sanm_lightning import SANM, CrossEntropy
-from sanm_lightning.methods import CDR
 from sanm_lightning.functional import critical_fraction, critical_threshold
+from sanm_lightning.methods import CDR
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from sanm_lightning import SANM, NoisyBatch
-from sanm_lightning.methods import CoTeaching
 from sanm_lightning.functional import forget_rate, small_loss, soft_cross_entropy
+from sanm_lightning.methods import CoTeaching
 from tests.methods.toy import data, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sanm_lightning import SANM
-from sanm_lightning.methods import C2D, DivideMix
 from sanm_lightning.functional import (
     clean_probability,
     co_refine,
@@ -20,6 +19,7 @@ from sanm_lightning.functional import (
     sharpen,
     threshold_split,
 )
+from sanm_lightning.methods import C2D, DivideMix
 from sanm_lightning.methods.dividemix import Division
 from tests.methods.toy import data, same, trainer
 

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from sanm_lightning import SANM, CrossEntropy, NoisyBatch
-from sanm_lightning.methods import ELR, ELRPlus
 from sanm_lightning.functional import clamped_probs, early_learning_regularization, ema_decay, sigmoid_ramp
+from sanm_lightning.methods import ELR, ELRPlus
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -81,7 +81,7 @@ def test_the_memory_is_of_unmasked_images():
 
 def test_a_loader_without_indices_is_refused_before_training():
     pairs = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 4)
-    with pytest.raises(ValueError, match="has to know how many"):
+    with pytest.raises(ValueError, match="expected a data module with num_samples for ELR"):
         trainer(1).fit(method(), torch.utils.data.DataLoader(pairs, 4))
 
 

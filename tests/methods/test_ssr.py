@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sanm_lightning import SANM
-from sanm_lightning.methods import SSR
 from sanm_lightning.functional import (
     balanced_votes,
     class_balanced_draw,
@@ -20,6 +19,7 @@ from sanm_lightning.functional import (
     mixture_posterior,
     relabel,
 )
+from sanm_lightning.methods import SSR
 from tests.methods.toy import data, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}

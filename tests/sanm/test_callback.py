@@ -23,7 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.data import Toy
 from sanm_lightning.sanm import SANM
-from sanm_lightning.sanm.callback import SANMCallback, _shadow
+from sanm_lightning.sanm.callback import SANMCallback
+from sanm_lightning.sanm.feature_extractor import shadow
 from sanm_lightning.sanm.mixin import SANMMixin
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,7 +113,7 @@ class Explicit(SANMMixin, Stranger):
         views = self.sanm(self.net, images, targets, quality)
         features = self.net.forward_features(views.images)
         logits = self.net.forward_head(features)
-        self.sanm.label_quality.observe(views.unmasked(logits), targets, index)
+        self.sanm.label_quality.update(views.unmasked(logits), targets, index)
         return F.cross_entropy(logits, views.targets) + self.sanm.reconstruction(features, images)
 
 
@@ -182,7 +183,7 @@ class TestThreeWaysIn:
         states = []
         for module, sanm, trainer in runs:
             assert sanm.decoder is not None
-            assert trainer.callback_metrics["train/hidden_share"] > 0.01
+            assert trainer.callback_metrics["train/masked_fraction"] > 0.01
             assert trainer.callback_metrics["train/quality"] < 0.999
             states.append(weights(module, sanm.decoder) | {"quality": sanm.label_quality.quality})
         assert_same(states[0], states[1])
@@ -310,7 +311,7 @@ class TestBatchesAndSteps:
         for keep in (False, True):
             assert (
                 fit(Indexing(), SANMCallback(SANM(labels=False, keep_unmasked=keep))).callback_metrics[
-                    "train/hidden_share"
+                    "train/masked_fraction"
                 ]
                 > 0
             )
@@ -346,7 +347,7 @@ class TestTheOtherNamespace:
         assert two.sanm.decoder is not None
         reference, sanm, _ = trained("callback", SANM)
         assert sanm.decoder is not None
-        assert trainer.callback_metrics["train/hidden_share"] > 0
+        assert trainer.callback_metrics["train/masked_fraction"] > 0
         assert_same(weights(one, callback.sanm.decoder), weights(two, two.sanm.decoder))
         assert_same(weights(one, callback.sanm.decoder), weights(reference, sanm.decoder))
 
@@ -565,7 +566,7 @@ class TestLabelsReadAsIndices:
             return weights(module) | {"stream": torch.get_rng_state()}, logged, logger.written
 
         with_rehearsal = run()
-        monkeypatch.setattr("sanm_lightning.sanm.callback._misread_labels", lambda *args: None)
+        monkeypatch.setattr("sanm_lightning.sanm.callback.misread_labels", lambda *args: None)
         without = run()
         assert_same(with_rehearsal[0], without[0])
         assert with_rehearsal[1:] == without[1:]
@@ -586,7 +587,7 @@ class TestRefusals:
         with pytest.raises((MisconfigurationException, ValueError), match=match) as caught:
             fit(module, SANMCallback(**options), data=data)
         assert "\n" not in str(caught.value)
-        assert "FeatureTap" not in str(caught.value)
+        assert "FeatureExtractor" not in str(caught.value)
         if data is None:
             learned = [name for name, _ in module.named_parameters()]
             after = weights(module)
@@ -643,7 +644,7 @@ class TestRefusals:
     def test_a_map_of_one_place(self) -> None:
         module = Stranger()
         module.net.conv = nn.Conv2d(3, 8, 8)
-        self.refused(module, r"feature map of 1 x 1 .*Small on images of 8 x 8")
+        self.refused(module, r"feature map of more than one place, got 1 x 1 .*Small on images of 8 x 8")
 
     @pytest.mark.parametrize(
         ("batch", "match"),
@@ -793,29 +794,30 @@ class TestFigures:
         figures = trainer.callback_metrics
         torch.testing.assert_close(figures["train/classification_loss"], torch.stack(losses[4:]).mean())
         torch.testing.assert_close(figures["train/reconstruction_loss"], torch.stack(terms[4:]).mean())
-        assert 0 < figures["train/hidden_share"] < 0.3
+        assert 0 < figures["train/masked_fraction"] < 0.3
         assert 0 < figures["train/quality"] < 1
 
 
 class TestLabelQuality:
     @pytest.mark.parametrize("data", [pairs, toy])
-    def test_is_refreshed_once_per_epoch_and_never_in_a_step(self, tmp_path: Path, data: Any) -> None:
+    def test_is_fitted_once_per_epoch_and_never_in_a_step(self, tmp_path: Path, data: Any) -> None:
         def run(ckpt: Any = None) -> list[tuple[int, int]]:
             module, callback, calls = Stranger(), SANMCallback(), []
-            quality, plain = callback.sanm.label_quality, callback.sanm.label_quality.refresh
+            quality, plain = callback.sanm.label_quality, callback.sanm.label_quality.fit
 
-            def refresh() -> None:
+            def watched(given: Any = None) -> None:
+                assert given is module
                 calls.append((module.trainer.current_epoch, module.trainer.global_step))
-                plain()
+                plain(given)
 
-            _shadow(quality, "refresh", refresh)
+            shadow(quality, "fit", watched)
             saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
                 fit(module, callback, saving, data=data(), ckpt=ckpt)
             return calls
 
-        assert run() == [(1, 4), (2, 8), (3, 12)]  # between the epochs, and when all is over
+        assert run() == [(0, 0), (1, 4), (2, 8), (3, 12)]  # before each epoch, and when all is over
         assert run(tmp_path / "step=6.ckpt") == [(2, 8), (3, 12)]  # from mid-epoch
         assert run(tmp_path / "step=8.ckpt") == [(2, 8), (3, 12)]  # from the last step of an epoch
 

@@ -12,8 +12,8 @@ from sanm_lightning.sanm import apply_mask, mask_box, mask_ratio
 from sanm_lightning.sanm.masking import (
     affine_ratio,
     fixed_ratio,
-    hidden_share,
     inside_box,
+    masked_fraction,
     random_ratio,
     two_level_ratio,
 )
@@ -300,9 +300,9 @@ class TestInsideBox:
         out = inside_box(torch.tensor([[1.0, 2.0, 0.0, 1.0]]), (4, 4))
         assert out[0, 0].nonzero().tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
 
-    def test_hidden_share_counts_the_pixels(self) -> None:
+    def test_masked_fraction_counts_the_pixels(self) -> None:
         box = torch.tensor([[0.0, 4.0, 0.0, 4.0], [1.0, 2.0, 0.0, 1.0], [2.0, 2.0, 0.0, 4.0], [0.0, 3.0, 1.0, 1.0]])
-        assert torch.equal(hidden_share(box, (4, 4)), torch.tensor([1.0, 0.25, 0.0, 0.0]))
+        assert torch.equal(masked_fraction(box, (4, 4)), torch.tensor([1.0, 0.25, 0.0, 0.0]))
 
     @pytest.mark.parametrize("shape", [(4,), (2, 3), (2, 4, 1)])
     def test_refuses_what_is_no_box(self, shape: tuple[int, ...]) -> None:

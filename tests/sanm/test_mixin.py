@@ -54,7 +54,7 @@ def fit(module: Any, *callbacks: Any, epochs: int = 2, ckpt: Any = None) -> L.Tr
 
 
 def hidden(trainer: L.Trainer) -> float:
-    return float(trainer.callback_metrics.get("train/hidden_share", 0))
+    return float(trainer.callback_metrics.get("train/masked_fraction", 0))
 
 
 def test_options_go_to_sanm_and_all_other_arguments_to_the_next_base() -> None:

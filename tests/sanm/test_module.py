@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sanm_lightning.sanm import SANM, FrozenNetwork, Views, apply_mask, clean_probability, mask_box, regularize_labels
 from sanm_lightning.sanm import module as sanm_module
 from sanm_lightning.sanm.activation import upsample
-from sanm_lightning.sanm.module import without_trace
+from sanm_lightning.sanm.inference import inference_context
 
 SIZE = (16, 16)
 
@@ -163,15 +163,15 @@ class TestViews:
         assert not torch.equal(answers[0].box, answers[1].box)
         assert same(answers[1], answers[2])
 
-    def test_tell_of_the_quality_the_hidden_share_and_the_reconstruction(self) -> None:
+    def test_tell_of_the_quality_the_masked_fraction_and_the_reconstruction(self) -> None:
         sanm, net = built()
         images, targets, quality = batch()
         views = sanm(net, images, targets, quality)
         loss = sanm.reconstruction(net.forward_features(views.images), images)
-        assert set(sanm.last) == {"quality", "hidden_share", "reconstruction_loss"}
+        assert set(sanm.last) == {"quality", "masked_fraction", "reconstruction_loss"}
         assert not any(figure.requires_grad for figure in sanm.last.values())
         assert sanm.last["quality"] == quality.mean()
-        assert 0 < sanm.last["hidden_share"] <= 0.3
+        assert 0 < sanm.last["masked_fraction"] <= 0.3
         torch.testing.assert_close(0.02 * sanm.last["reconstruction_loss"], loss.detach())
 
     def test_take_a_quality_made_of_the_logits_of_the_unmasked_images(self) -> None:
@@ -236,7 +236,7 @@ class TestLeavesNoTrace:
         net = network()
         modes = [m.training for m in net.modules()]
         stream = torch.get_rng_state()
-        with pytest.raises(RuntimeError, match="channels"), without_trace(net, batch()[0], batch_statistics=True):
+        with pytest.raises(RuntimeError, match="channels"), inference_context(net, batch()[0], batch_statistics=True):
             net.forward_features(torch.ones(1, 7, 4, 4) + torch.rand(1))
         assert [m.training for m in net.modules()] == modes
         assert net.frozen.track_running_stats
@@ -245,7 +245,7 @@ class TestLeavesNoTrace:
 
     def test_in_autocast_s_cache_of_weights(self) -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            with without_trace(network(), batch()[0]):
+            with inference_context(network(), batch()[0]):
                 assert torch.is_autocast_enabled("cpu")
                 assert torch.get_autocast_dtype("cpu") == torch.bfloat16
                 assert not torch.is_autocast_cache_enabled()
@@ -547,12 +547,12 @@ class TestQualityOfTheModule:
     def test_is_estimated_from_what_label_quality_knows(self) -> None:
         sanm, net = built()
         images, targets, _ = batch(10)
-        sanm.label_quality.resize(20)
+        sanm.label_quality.reset(20)
         losses = torch.cat([0.1 + 0.01 * random(12), 3 + random(8)])
         index = torch.arange(20)
         logits = torch.stack([(-losses).exp().log(), (1 - (-losses).exp()).log()], 1)
-        sanm.label_quality.observe(logits, F.one_hot(torch.zeros(20, dtype=torch.long), 2).float(), index)
-        sanm.label_quality.refresh()
+        sanm.label_quality.update(logits, F.one_hot(torch.zeros(20, dtype=torch.long), 2).float(), index)
+        sanm.label_quality.fit()
         asked = torch.arange(5, 15)
         views = sanm(net, images, targets, sanm.source_of_quality(targets, asked, None))
         torch.testing.assert_close(views.ratio, 0.3 * (1 - clean_probability(losses)[asked]), rtol=1e-2, atol=1e-3)
@@ -624,7 +624,7 @@ class TestBuild:
 
     @pytest.mark.parametrize("place", ["cam", "energy"])
     def test_refuses_a_map_of_one_place(self, place: Any) -> None:
-        with pytest.raises(ValueError, match=r"a feature map of 1 x 1 cannot say where .*Small on images of 4 x 4"):
+        with pytest.raises(ValueError, match=r"more than one place, got 1 x 1 .*Small on images of 4 x 4"):
             SANM(place=place).build(network(), (4, 4))
 
     @pytest.mark.parametrize("options", [{"place": "random"}, {"mask": False}])
@@ -694,11 +694,11 @@ class TestWrongInput:
             ({"delta": 0}, r"SANM expected delta in \(0, 1\], got 0"),
             ({"delta": 1.25}, r"SANM expected delta in \(0, 1\], got 1.25"),
             ({"beta": -1}, "SANM expected beta >= 0, got -1"),
-            ({"place": "centre"}, "SANM expected a known place, got 'centre'"),
-            ({"ratio": "all"}, "SANM expected a known ratio, got 'all'"),
+            ({"place": "centre"}, "SANM expected a place among .*, got 'centre'"),
+            ({"ratio": "all"}, "SANM expected a ratio among .*, got 'all'"),
             ({"ratio": "random", "ratio_range": (0.4, 0.2)}, "SANM expected 0 <= low <= high <= 1 in ratio_range"),
             ({"ratio": "random", "ratio_range": (0.4, 1.2)}, "SANM expected 0 <= low <= high <= 1 in ratio_range"),
-            ({"quality": "true"}, "SANM expected quality 'estimated' or 'oracle', got 'true'"),
+            ({"quality": "true"}, "SANM expected quality 'estimated', 'oracle' or a QualityEstimator, got 'true'"),
             ({"evidence": "accuracy"}, "expected evidence 'loss' or 'margin', got 'accuracy'"),
             ({"history": 2.0}, "expected history 'last', 'mean' or a momentum"),
             ({"fill": "zero"}, "SANM expected fill 'pixel' or 'channel', got 'zero'"),

@@ -12,8 +12,9 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning import SANM
+from sanm_lightning.functional import label_margin, soft_cross_entropy
 from sanm_lightning.sanm import LabelQuality, clean_probability, fit_mixture, mixture_posterior
-from sanm_lightning.sanm.quality import label_loss, label_margin
 
 quick = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -170,7 +171,7 @@ class TestMixture:
                 asked.append(self)
                 return super().fit(*args)
 
-        monkeypatch.setattr("sanm_lightning.sanm.quality.GaussianMixture", Spy)
+        monkeypatch.setattr("sanm_lightning.functional.mixture.GaussianMixture", Spy)
         fit_mixture(two_groups())
         published = {"n_components": 2, "max_iter": 10, "tol": 1e-2, "reg_covar": 5e-4}
         assert {name: asked[0].get_params()[name] for name in published} == published
@@ -179,7 +180,7 @@ class TestMixture:
 class TestEvidence:
     def test_the_loss_matches_the_loop_over_cross_entropy(self) -> None:
         logits, targets = random(5, 4), random(5, 4, seed=1).softmax(1)
-        for i, loss in enumerate(label_loss(logits, targets).tolist()):
+        for i, loss in enumerate(soft_cross_entropy(logits, targets).tolist()):
             total = sum(math.exp(float(z)) for z in logits[i])
             assert loss == pytest.approx(
                 -sum(float(targets[i, j]) * math.log(math.exp(float(logits[i, j])) / total) for j in range(4)), rel=1e-5
@@ -192,7 +193,7 @@ class TestEvidence:
             others = [float(z) for j, z in enumerate(logits[i]) if j != labels[i]]
             assert margin == pytest.approx(max(others) - float(logits[i, labels[i]]), rel=1e-5)
 
-    @pytest.mark.parametrize("evidence", [label_loss, label_margin])
+    @pytest.mark.parametrize("evidence", [soft_cross_entropy, label_margin])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_is_float32_and_leaves_its_inputs_alone(self, evidence: object, dtype: torch.dtype) -> None:
         logits, targets = random(3, 4).to(dtype), one_hot([0, 1, 2]).to(dtype)
@@ -200,7 +201,7 @@ class TestEvidence:
         assert evidence(logits, targets).dtype == torch.float32  # type: ignore[operator]
         assert torch.equal(logits, before)
 
-    @pytest.mark.parametrize("evidence", [label_loss, label_margin])
+    @pytest.mark.parametrize("evidence", [soft_cross_entropy, label_margin])
     def test_is_smaller_for_a_label_that_the_network_believes(self, evidence: object) -> None:
         logits = torch.tensor([[9.0, 0, 0, 0], [9.0, 0, 0, 0]])
         believed, doubted = evidence(logits, one_hot([0, 1]))  # type: ignore[operator]
@@ -221,13 +222,13 @@ class TestLabelQualityWithIndices:
     @pytest.mark.parametrize("history", ["last", "mean", 0.8])
     def test_is_the_clean_probability_of_a_history_kept_by_hand(self, history: str | float) -> None:
         label_quality = LabelQuality(history=history)  # type: ignore[arg-type]
-        label_quality.resize(30)
+        label_quality.reset(30)
         kept: list[float] = []
         for epoch in range(3):
             losses = two_groups(20, 10, seed=epoch)
             for half in (torch.arange(15), torch.arange(15, 30)):
-                label_quality.observe(logits_of_loss(losses[half]), given_zero(15), half)
-            label_quality.refresh()
+                label_quality.update(logits_of_loss(losses[half]), given_zero(15), half)
+            label_quality.fit()
             for i, loss in enumerate(losses.tolist()):
                 if epoch == 0:
                     kept.append(loss)
@@ -240,70 +241,76 @@ class TestLabelQualityWithIndices:
 
     def test_trusts_every_label_until_something_is_known(self) -> None:
         label_quality = LabelQuality()
-        label_quality.resize(4)
+        label_quality.reset(4)
         index = torch.tensor([0, 3])
         assert torch.equal(label_quality(random(2, 2), given_zero(2), index), torch.ones(2))
-        label_quality.observe(random(2, 2), given_zero(2), index)
+        label_quality.update(random(2, 2), given_zero(2), index)
         assert torch.equal(label_quality(random(2, 2), given_zero(2), index), torch.ones(2))
-        label_quality.refresh()
-        label_quality.observe(random(2, 2), given_zero(2), torch.tensor([1, 2]))
+        label_quality.fit()
+        label_quality.update(random(2, 2), given_zero(2), torch.tensor([1, 2]))
         assert torch.equal(label_quality.quality[1:3], torch.ones(2))
 
     def test_a_sample_never_seen_is_trusted_and_does_not_enter_the_mixture(self) -> None:
         label_quality, losses = LabelQuality(), two_groups(6, 4) + 2  # far from the zero of a sample never seen
-        label_quality.resize(30)
-        label_quality.observe(logits_of_loss(losses), given_zero(10), torch.arange(10))
-        label_quality.refresh()
+        label_quality.reset(30)
+        label_quality.update(logits_of_loss(losses), given_zero(10), torch.arange(10))
+        label_quality.fit()
         torch.testing.assert_close(label_quality.quality[:10], clean_probability(losses), rtol=1e-3, atol=1e-3)
         assert (label_quality.quality[6:10] < 0.1).all()
         assert torch.equal(label_quality.quality[10:], torch.ones(20))
 
-    def test_a_right_size_is_left_alone_and_another_one_forgets(self) -> None:
+    def test_a_reset_forgets(self) -> None:
         label_quality = LabelQuality()
-        label_quality.resize(10)
-        label_quality.observe(logits_of_loss(two_groups(6, 4)), given_zero(10), torch.arange(10))
-        label_quality.refresh()
-        before = label_quality.quality.clone()
-        label_quality.resize(10)
-        assert torch.equal(label_quality.quality, before)
-        label_quality.resize(3)
+        label_quality.reset(10)
+        label_quality.update(logits_of_loss(two_groups(6, 4)), given_zero(10), torch.arange(10))
+        label_quality.fit()
+        assert bool((label_quality.quality < 1).any())
+        label_quality.reset(3)
         assert torch.equal(label_quality.quality, torch.ones(3))
+        assert label_quality.values is None
+
+    def test_a_table_of_another_size_trusts_every_label_until_the_next_fit(self) -> None:
+        label_quality = LabelQuality()
+        label_quality.reset(4)
+        label_quality.fit()
+        label_quality.bank.reset(6)  # by the callback, for another training set
+        assert torch.equal(label_quality(random(2, 2), given_zero(2), torch.tensor([5, 0])), torch.ones(2))
 
     def test_the_margin_can_stand_in_for_the_loss(self) -> None:
         label_quality, logits = LabelQuality("margin"), random(12, 4)
         targets = one_hot([0, 1, 2, 3] * 3)
-        label_quality.resize(12)
-        label_quality.observe(logits, targets, torch.arange(12))
-        label_quality.refresh()
+        label_quality.reset(12)
+        label_quality.update(logits, targets, torch.arange(12))
+        label_quality.fit()
         torch.testing.assert_close(label_quality.quality, clean_probability(label_margin(logits, targets)))
 
     def test_says_so_when_training_has_diverged(self) -> None:
         label_quality = LabelQuality()
-        label_quality.resize(3)
-        label_quality.observe(torch.full((3, 2), float("nan")), given_zero(3), torch.arange(3))
+        label_quality.reset(3)
+        label_quality.update(torch.full((3, 2), float("nan")), given_zero(3), torch.arange(3))
         with pytest.raises(ValueError, match="expected finite losses, got 3 NaN or infinite of 3"):
-            label_quality.refresh()
+            label_quality.fit()
 
     @pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
-    def test_a_wrong_quality_on_another_device_is_told_at_the_next_refresh_once(self, wrong: float) -> None:
+    def test_a_wrong_quality_on_another_device_is_told_at_the_next_fit_once(self, wrong: float) -> None:
         class Elsewhere(torch.Tensor):
             """A tensor that says it is on a GPU."""
 
             device = property(lambda self: torch.device("cuda"))  # type: ignore[assignment]
 
-        label_quality = LabelQuality()
+        sanm = SANM()
         for values in ([0.0, 1.0], [wrong, 0.5], [0.5, 0.5]):  # a later good one does not forgive
-            label_quality.look_later(torch.tensor(values).as_subclass(Elsewhere))
+            sanm._check_later(torch.tensor(values).as_subclass(Elsewhere))
         with pytest.raises(ValueError, match=r"expected label quality in \[0, 1\], got values outside of it"):
-            label_quality.refresh()
-        label_quality.look_later(torch.tensor([0.0, 1.0]).as_subclass(Elsewhere))
-        label_quality.refresh()
+            sanm.fit_quality()
+        sanm._check_later(torch.tensor([0.0, 1.0]).as_subclass(Elsewhere))
+        sanm.fit_quality()
 
     def test_takes_logits_with_gradient_and_keeps_none(self) -> None:
         label_quality, logits = LabelQuality(), random(4, 2).requires_grad_()
-        label_quality.resize(4)
-        label_quality.observe(logits, given_zero(4), torch.arange(4))
-        label_quality.refresh()
+        label_quality.reset(4)
+        label_quality.update(logits, given_zero(4), torch.arange(4))
+        label_quality.fit()
         assert not label_quality(logits, given_zero(4), torch.arange(4)).requires_grad
 
 
@@ -313,9 +320,9 @@ class TestLabelQualityWithoutIndices:
         label_quality, seen = LabelQuality(window=8), []
         for step, size in enumerate(batches):
             losses = 0.2 + 0.02 * random(size, seed=step) + 2 * (torch.arange(size) % 2)  # no doubt where they part
-            label_quality.observe(logits_of_loss(losses), given_zero(size))
+            label_quality.update(logits_of_loss(losses), given_zero(size))
             seen += losses.tolist()
-        label_quality.refresh()
+        label_quality.fit()
         new = torch.tensor([0.15, 0.2, 0.25, 2.15, 2.2, 2.25])
         expected = mixture_posterior(fit_mixture(torch.tensor(seen[-8:])), new)
         torch.testing.assert_close(label_quality(logits_of_loss(new), given_zero(6)), expected, rtol=1e-2, atol=1e-2)
@@ -323,28 +330,28 @@ class TestLabelQualityWithoutIndices:
 
     def test_trusts_every_label_before_the_first_fit(self) -> None:
         label_quality = LabelQuality()
-        label_quality.observe(random(4, 2), given_zero(4))
+        label_quality.update(random(4, 2), given_zero(4))
         assert torch.equal(label_quality(random(3, 2), given_zero(3)), torch.ones(3))
 
     def test_a_sample_without_a_table_goes_to_the_window_even_with_an_index(self) -> None:
         label_quality, losses = LabelQuality(window=10), two_groups(6, 4)
-        label_quality.observe(logits_of_loss(losses), given_zero(10), torch.arange(10))
-        label_quality.refresh()
+        label_quality.update(logits_of_loss(losses), given_zero(10), torch.arange(10))
+        label_quality.fit()
         out = label_quality(logits_of_loss(losses), given_zero(10), torch.arange(10))
         torch.testing.assert_close(out, clean_probability(losses), rtol=1e-2, atol=1e-2)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_takes_logits_and_targets_of_any_precision(self, dtype: torch.dtype) -> None:
         label_quality = LabelQuality(window=4)
-        label_quality.observe(random(6, 2).to(dtype), given_zero(6).to(dtype))
-        label_quality.refresh()
+        label_quality.update(random(6, 2).to(dtype), given_zero(6).to(dtype))
+        label_quality.fit()
         assert label_quality(random(3, 2).to(dtype), given_zero(3).to(dtype)).dtype == torch.float32
 
     def test_says_so_when_training_has_diverged(self) -> None:
         label_quality = LabelQuality(window=4)
-        label_quality.observe(torch.full((3, 2), float("nan")), given_zero(3))
+        label_quality.update(torch.full((3, 2), float("nan")), given_zero(3))
         with pytest.raises(ValueError, match="expected finite losses, got 3 NaN or infinite of 3"):
-            label_quality.refresh()
+            label_quality.fit()
 
 
 class TestStateOfLabelQuality:
@@ -353,13 +360,13 @@ class TestStateOfLabelQuality:
     def test_in_the_middle_of_an_epoch_loses_nothing(self, indexed: bool, history: str | float) -> None:
         def step(label_quality: LabelQuality, seed: int) -> None:
             index = torch.arange(10) if indexed else None
-            label_quality.observe(logits_of_loss(two_groups(6, 4, seed=seed)), given_zero(10), index)
+            label_quality.update(logits_of_loss(two_groups(6, 4, seed=seed)), given_zero(10), index)
 
         label_quality = LabelQuality(history=history, window=13)  # type: ignore[arg-type]
         if indexed:
-            label_quality.resize(10)
+            label_quality.reset(10)
         step(label_quality, 0)
-        label_quality.refresh()
+        label_quality.fit()
         step(label_quality, 1)
         resumed = LabelQuality(history=history, window=13)  # type: ignore[arg-type]
         resumed.load_state_dict(saved_and_loaded(label_quality.state_dict()))
@@ -368,26 +375,26 @@ class TestStateOfLabelQuality:
         assert torch.equal(resumed(*probe), label_quality(*probe))
         for each in (label_quality, resumed):
             step(each, 2)
-            each.refresh()
+            each.fit()
         assert torch.equal(resumed(*probe), label_quality(*probe))
         assert not torch.equal(resumed(*probe), torch.ones(10))
 
     def test_is_a_copy(self) -> None:
         label_quality = LabelQuality(window=4)
-        label_quality.observe(random(3, 2), given_zero(3))
+        label_quality.update(random(3, 2), given_zero(3))
         state = label_quality.state_dict()
         before = state["_extra_state"]["recent"].clone()
         other = LabelQuality(window=4)
         other.load_state_dict(state)
         for each in (label_quality, other):
-            each.observe(random(4, 2, seed=5), given_zero(4))
+            each.update(random(4, 2, seed=5), given_zero(4))
         assert torch.equal(state["_extra_state"]["recent"], before)
 
     def test_a_change_of_precision_of_the_model_is_not_for_it(self) -> None:
         label_quality, losses = LabelQuality(), two_groups(6, 4)
-        label_quality.resize(10)
-        label_quality.observe(logits_of_loss(losses), given_zero(10), torch.arange(10))
-        label_quality.refresh()
+        label_quality.reset(10)
+        label_quality.update(logits_of_loss(losses), given_zero(10), torch.arange(10))
+        label_quality.fit()
         before = label_quality.quality.clone()
         label_quality.to(torch.float16)
         assert torch.equal(label_quality.quality, before)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sanm_lightning.sanm import SANM, apply_mask, mask_box, reconstruction_loss, regularize_labels
-from sanm_lightning.sanm.masking import hidden_share, inside_box
+from sanm_lightning.sanm.masking import inside_box, masked_fraction
 from tests.methods.toy import data, method, trainer
 from tests.sanm.test_module import batch, built
 
@@ -50,8 +50,8 @@ class TestCornerBox:
         activation = torch.zeros(1, 16, 16)
         activation[0, 15, 15] = 1
         box = mask_box(activation, torch.tensor([0.25]), torch.ones(1), anchor="corner")
-        assert float(hidden_share(box, (16, 16))) == 0.25
-        assert float(hidden_share(mask_box(activation, torch.tensor([0.25]), torch.ones(1)), (16, 16))) < 0.25
+        assert float(masked_fraction(box, (16, 16))) == 0.25
+        assert float(masked_fraction(mask_box(activation, torch.tensor([0.25]), torch.ones(1)), (16, 16))) < 0.25
 
     def test_another_word_is_refused(self):
         with pytest.raises(ValueError, match="anchor 'center' or 'corner', got 'middle'"):
@@ -142,7 +142,7 @@ class TestTwoCopies:
         module = method(SANM(**RELEASED, seed=0), warmup_epochs=0)
         run = trainer(2)
         run.fit(module, data())
-        assert 0 < run.callback_metrics["train/hidden_share"] < 0.1
+        assert 0 < run.callback_metrics["train/masked_fraction"] < 0.1
 
 
 def test_the_defaults_are_the_papers():

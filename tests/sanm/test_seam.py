@@ -90,5 +90,5 @@ class TestSeveralMaskedCopies:
 
 def test_a_table_made_after_the_move_lies_where_the_table_was():
     quality = SANM().label_quality.to("meta")
-    quality.resize(5)
+    quality.reset(5)
     assert quality.bank.value.device.type == quality.quality.device.type == "meta"

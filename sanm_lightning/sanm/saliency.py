@@ -1,0 +1,120 @@
+"""Where to hide: callables that give an activation map (SANM, Eq. 1, its Table 4, and the released code)."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor
+from torch.nn import functional as F
+
+from sanm_lightning.sanm.activation import (
+    Backbone,
+    class_activation_map,
+    classifier_weight,
+    energy_map,
+    feature_map,
+)
+
+__all__ = ["FrozenNetwork", "Look", "Saliency", "cam", "energy", "random_place", "resolve_saliency"]
+
+
+class Look(NamedTuple):
+    """What a network makes of the unmasked images of a batch, without gradient."""
+
+    network: Backbone
+    images: Tensor
+    """(B, 3, H, W)."""
+    features: Tensor
+    """As ``forward_features`` gives them, (B, D, h, w)."""
+    logits: Tensor
+    """(B, C)."""
+    generator: torch.Generator
+    """Source of randomness, on the device of the images."""
+
+
+Saliency = Callable[[Look], Tensor]
+"""Gives activation maps, shape (B, h, w) of any size; the largest value is where to hide."""
+
+
+def cam(look: Look) -> Tensor:
+    """Class activation map of the predicted class. Source: SANM, Eq. 1."""
+    maps = feature_map(look.features, look.network.num_features)
+    return class_activation_map(maps, classifier_weight(look.network, maps.shape[1]), look.logits.argmax(1))
+
+
+def energy(look: Look) -> Tensor:
+    """Squared features, summed over the channels. Source: the authors' released code."""
+    return energy_map(feature_map(look.features, look.network.num_features))
+
+
+def random_place(look: Look) -> Tensor:
+    """A map of noise: a control for the place of the mask."""
+    size = (len(look.images), *look.images.shape[2:])
+    return torch.rand(size, generator=look.generator, device=look.images.device)
+
+
+_PLACES: dict[str, Saliency] = {"cam": cam, "energy": energy, "random": random_place}
+
+
+def resolve_saliency(place: Any) -> Saliency:
+    """Turn the ``place`` of SANM into a callable.
+
+    Args:
+        place: ``"cam"``, ``"energy"`` or ``"random"``; a callable; or the options of a :class:`FrozenNetwork`, as
+            checkpoints hold them.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    if isinstance(place, dict):
+        return FrozenNetwork(**place["init_args"])
+    found = _PLACES.get(place) if isinstance(place, str) else place
+    if not callable(found):
+        raise ValueError(
+            f"SANM expected a place among {', '.join(_PLACES)}, or a callable, got {place!r}; choose one of them"
+        )
+    return found
+
+
+class FrozenNetwork:
+    """Activation maps of a pre-trained timm model that is not trained.
+
+    Source: SANM, Table 4 ("masks from pre-trained backbones").
+
+    Images are resized to the model's own input size and normalised with its own statistics. It is not a part of the module
+    that uses it: no parameters, nothing in checkpoints.
+
+    Args:
+        name: timm model name with a linear head after global pooling, as ``resnet50``.
+        pretrained: load timm's weights (a download on first use); False only makes sense with ``checkpoint``, or in tests.
+        checkpoint: a file of weights for ``name`` in place of timm's own.
+    """
+
+    def __init__(self, name: str, pretrained: bool = True, checkpoint: str | None = None) -> None:
+        self.options = {"name": name, "pretrained": pretrained, "checkpoint": checkpoint}
+        with torch.random.fork_rng(devices=[]):
+            self.network: Any = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
+        self.network.eval().requires_grad_(False)
+        config = resolve_data_config({}, model=self.network)
+        self.size = tuple(config["input_size"][1:])
+        self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
+        self.std = torch.tensor(config["std"]).view(3, 1, 1)
+        self.maps(torch.zeros(1, 3, *self.size))  # a network that cannot do it says so now, not after the warm-up
+
+    def __call__(self, look: Look | Tensor) -> Tensor:
+        """Return the activation map (B, h, w) of the class that the frozen network predicts, of a look or of images."""
+        return self.maps(look if isinstance(look, Tensor) else look.images)
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> activation map (B, h, w) of the class that the frozen network predicts."""
+        self.network.to(images.device)
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # moved once: a copy would wait
+        resized = F.interpolate(images.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
+        normalised = (resized - self.mean) / self.std
+        features = self.network.forward_features(normalised)
+        maps = feature_map(features, self.network.num_features)
+        classes = self.network.forward_head(features).argmax(1)
+        return class_activation_map(maps, classifier_weight(self.network, maps.shape[1]), classes)
