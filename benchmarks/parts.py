@@ -3,8 +3,7 @@
 import torch
 
 from benchmarks.measure import DEVICE, medians, seconds
-from sanm_lightning.methods.ssr import knn_vote
-from sanm_lightning.sanm import fit_mixture, mixture_posterior
+from sanm_lightning.functional import fit_mixture, knn_vote, mixture_posterior
 
 
 def run(repeats: int, samples: int) -> dict[str, float]:

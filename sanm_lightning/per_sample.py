@@ -168,7 +168,9 @@ class SampleState(nn.Module):
         if several_processes():
             for name, (rows, count) in self._merged().items():
                 state["tables"][name], state["written"][name] = rows.cpu(), count.cpu()
-                state["start"][name] = self._start.get(name, getattr(self, name)).cpu().clone()
+                start = self._start.get(name, getattr(self, name))
+                if not torch.equal(start, rows):
+                    state["start"][name] = start.cpu().clone()
         return state
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -202,7 +204,7 @@ class SampleState(nn.Module):
             written = state["written"].get(name, torch.zeros(len(rows))).to(device, torch.float32)
             setattr(self, name, (rows if first or reduction is None else start).clone())
             self._written[name] = written.clone() if first else torch.zeros_like(written)
-            if several_processes() and reduction is not None:
+            if several_processes() and reduction is not None and (name in state["start"] or bool(rows.any())):
                 self._start[name] = start.clone()
         self.num_samples = len(state["tables"][next(iter(self._states))]) if self._states else 0
 

@@ -46,7 +46,7 @@ class TestFit:
             results = json.load(file)
         assert list(results) == [
             "method", "sanm", "seed", "epochs", "seconds", "noise_kind", "noise_rate", "measured_noise_rate",
-            "test_accuracy_best", "test_accuracy_last", "test_accuracy_last10", "quality_auc",
+            "test_accuracy_best", "test_accuracy_last", "test_accuracy_last10", "quality_auc", "stages", "masked_steps",
         ]  # fmt: skip
         assert results["method"] == "CrossEntropy"
         assert results["sanm"] is True
@@ -148,7 +148,7 @@ class TestWrongInput:
             ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "SANM expected mu in [0, 1], got 1.5"),
             ([*SMALL, *TOY, "--data.noise.kind", "symmetric", "--data.noise.rate", "1.5"], "1.5"),
             ([*SMALL, "--data", "ImageFolder", "--data.root", "nowhere"], "nowhere"),
-            ([*SMALL, *TOY, "--data.max_train_samples", "25"], "max_train_samples must lie between"),
+            ([*SMALL, *TOY, "--data.max_train_samples", "25"], "expected max_train_samples from 4"),
             (["--config", "no_such_file.yaml"], "no_such_file.yaml"),
             ([*SMALL, *TOY, "--model.mu", "1"], "mu"),
             (["--model", "NoSuchMethod", *TOY], "NoSuchMethod"),

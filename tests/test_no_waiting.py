@@ -14,15 +14,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from sanm_lightning.methods.mixup import Mixed
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sanm_lightning import SANM, methods
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.per_sample import SampleBank, TargetBank
+from sanm_lightning.callbacks import FiniteLoss
+from sanm_lightning.functional import Mixed
+from sanm_lightning.per_sample import SampleState
 from sanm_lightning.sanm.quality import LabelQuality
+from tests.methods.test_every_method import METHODS
 from tests.methods.toy import data, trainer
 
 N, B, C = 64, 8, 4
@@ -76,32 +78,36 @@ def on_gpu(monkeypatch):
             for name, value in list(part._buffers.items()):
                 if value is not None:
                     part._buffers[name] = torch.empty(value.shape, device="cuda", dtype=value.dtype)
-            names = part._names if isinstance(part, (SampleBank, TargetBank)) else ()
+            names = part._states if isinstance(part, SampleState) else ()
             for name in (*names, *(["quality"] if isinstance(part, LabelQuality) else [])):
-                setattr(part, name, torch.empty(getattr(part, name).shape, device="cuda"))
+                table = getattr(part, name)
+                setattr(part, name, torch.empty(table.shape, dtype=table.dtype, device="cuda"))
+            for name in names:
+                part._written[name] = torch.empty(N, device="cuda")
 
-    def without_generators(*_: Any) -> None:
+    def without_generators(*_: Any, **__: Any) -> None:
         return None
 
     for name in ("sanm.module", "methods.base"):
-        monkeypatch.setattr(importlib.import_module(f"sanm_lightning.{name}"), "derived_generator", without_generators)
+        monkeypatch.setattr(importlib.import_module(f"sanm_lightning.{name}"), "named_generator", without_generators)
     return move
 
 
 def ready(name: str, monkeypatch: Any, sanm: SANM | None = None, **options: Any) -> Any:
     """Build a method that believes to be in the second epoch of a fit."""
     torch.manual_seed(0)
-    module = getattr(methods, name)(**SMALL, **options, sanm=sanm)
+    module = getattr(methods, name)(**{**SMALL, **METHODS[name], "warmup_epochs": 1, **options}, sanm=sanm)
     trainer = types.SimpleNamespace(current_epoch=1, global_step=9, num_training_batches=8, world_size=1, global_rank=0)
-    trainer.fit_loop = trainer.datamodule = None
+    trainer.fit_loop, trainer.datamodule = types.SimpleNamespace(batch_idx=0), None
+    monkeypatch.setattr(type(module), "_trainer", trainer, raising=False)
     monkeypatch.setattr(type(module), "trainer", trainer)
     monkeypatch.setattr(type(module), "current_epoch", 1)
     monkeypatch.setattr(type(module), "global_step", 9)
     for part in module.modules():
         if isinstance(part, LabelQuality):
-            part.resize(N)
-        if isinstance(part, TargetBank):
-            part.resize(N)
+            part.reset(N)
+        if isinstance(part, SampleState):
+            part.reset(N, torch.zeros(N, dtype=torch.int64))
     return module
 
 
@@ -113,7 +119,8 @@ def mixed_without_draws(images, targets, generator, alpha, larger_half=True):
 
 def batch() -> NoisyBatch:
     labels = torch.zeros(B, dtype=torch.int64, device="cuda")
-    return NoisyBatch(torch.rand(B, 3, 16, 16, device="cuda"), labels, torch.arange(B, device="cuda"), labels)
+    images = torch.rand(B, 3, 16, 16, device="cuda")
+    return NoisyBatch(images, labels, torch.arange(B, device="cuda"), labels, (images, images))
 
 
 def step(module: Any, move: Any, run: Any) -> torch.Tensor:
@@ -126,11 +133,12 @@ def step(module: Any, move: Any, run: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
-@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus"])
+@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "GCE", "SSR"])
 def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
     sanm = SANM(seed=0, **options)
     module = ready(name, monkeypatch, sanm)
-    monkeypatch.setattr(importlib.import_module("sanm_lightning.methods.elr_plus"), "mixup", mixed_without_draws)
+    for mixing in ("elr_plus", "ssr"):
+        monkeypatch.setattr(importlib.import_module(f"sanm_lightning.methods.{mixing}"), "mixup", mixed_without_draws)
     loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
     assert loss.requires_grad
     assert "quality" in sanm.last
@@ -139,25 +147,14 @@ def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
 @pytest.mark.parametrize("sanm_views", ["all", "first"])
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
 def test_a_step_of_dividemix_asks_the_device_nothing(options, sanm_views, on_gpu, monkeypatch):
-    """With the orders of the epoch drawn, which is done once, on the CPU."""
     module = ready("DivideMix", monkeypatch, SANM(seed=0, **options), sanm_views=sanm_views)
     monkeypatch.setattr(importlib.import_module("sanm_lightning.methods.dividemix"), "mixup", mixed_without_draws)
-    monkeypatch.setattr(
-        type(module), "views", lambda self, index, generator, *policies: [batch().images for _ in policies]
-    )
-    module.trainer.datamodule = types.SimpleNamespace(batch_size=B, batch=lambda split, index: batch())
 
-    def run():
-        half = torch.arange(B // 2, device="cuda")
-        module._drawn = (1, [(half, half), (half, half)])
-        module.division.clean = torch.empty(2, N, device="cuda")
-        return module.training_step(batch(), 0)
-
-    assert step(module, on_gpu, run).requires_grad
+    assert step(module, on_gpu, lambda: module.training_step(batch(), 0)).requires_grad
 
 
 def test_the_gradient_of_cdr_asks_the_device_nothing(on_gpu, monkeypatch):
-    module = ready("CDR", monkeypatch, noise_rate=0.5)
+    module = ready("CDR", monkeypatch)
 
     def run():
         for parameter in module.parameters():
@@ -173,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_noted_without_asking(on_gpu, monkeypatch):
 
     def run():
         loss = torch.zeros((), device="cuda")
-        module.on_before_backward(loss)
+        FiniteLoss().on_before_backward(module.trainer, module, loss)
         return loss
 
     step(module, on_gpu, run)
@@ -223,10 +220,8 @@ class OnTheRealOne(L.Callback):
 @pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "SSR"])
 def test_no_step_of_a_real_fit_waits(name, sanm):
     torch.manual_seed(0)
-    words = {"k": 5} if name == "SSR" else {}
-    module = getattr(methods, name)(
-        **{**SMALL, "warmup_epochs": 1}, **words, sanm=None if sanm is None else SANM(**sanm)
-    )
+    words = {**SMALL, **METHODS[name], "warmup_epochs": 1}
+    module = getattr(methods, name)(**words, sanm=None if sanm is None else SANM(**sanm))
     options = {"precision": "bf16-mixed", "accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000}
     try:
         trainer(4, callbacks=[OnTheRealOne()], **options).fit(module, data(num_samples=N, track_test=False))

@@ -10,12 +10,28 @@ OURS = "sanm_lightning"
 ALLOWED = {
     "batch.py": set(),
     "random_streams.py": set(),
+    "compat.py": set(),
     "per_sample.py": {"random_streams"},
-    "sanm": {"random_streams", "per_sample", "sanm"},
-    "data": {"batch", "data", "safe_files"},
+    "state_callback.py": {"per_sample"},
+    "functional": {"functional"},
+    "sanm": {"functional", "random_streams", "per_sample", "sanm", "state_callback"},
+    "data": {"batch", "data", "random_streams", "safe_files"},
     "models": {"models"},
-    "methods": {"batch", "per_sample", "random_streams", "sanm", "models", "methods"},
+    "callbacks": {"batch", "callbacks", "compat", "random_streams"},
+    "methods": {
+        "batch",
+        "callbacks",
+        "compat",
+        "functional",
+        "methods",
+        "models",
+        "per_sample",
+        "random_streams",
+        "sanm",
+    },
 }
+HELPERS = {"__init__", "base", "schedules", "ema", "evaluation", "learned", "passes", "reset"}
+"""Files of methods/ that hold no method."""
 FOREIGN = {
     "sanm": {"torchvision"},
     "data": {"timm"},
@@ -48,13 +64,13 @@ def test_a_room_imports_what_it_may(room):
 
 
 def test_the_mathematics_knows_no_trainer():
-    for path in files("sanm"):
-        if path.stem not in ("mixin", "callback"):
+    for path in [*files("sanm"), *files("functional")]:
+        if path.stem not in ("mixin", "callback", "foreign_batch", "rehearsal"):
             assert not any(name.startswith("lightning") for name in imported(path)), path
 
 
 def test_no_file_of_sanm_names_a_method():
-    methods = {path.stem for path in files("methods")} - {"__init__", "base", "schedules"}
+    methods = {path.stem for path in files("methods")} - HELPERS
     assert methods
     for path in files("sanm"):
         words = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
@@ -66,3 +82,19 @@ def test_the_ban_itself_works(tmp_path):
     bad = tmp_path / "bad.py"
     bad.write_text("import lightning as L\nfrom sanm_lightning.methods.base import NoisyLabelModule\n")
     assert imported(bad) == {"lightning", "sanm_lightning.methods.base"}
+
+
+def test_a_method_never_looks_for_the_data_module():
+    for path in files("methods"):
+        if path.stem not in HELPERS:
+            assert "datamodule" not in path.read_text(), path
+
+
+def test_only_one_file_relies_on_private_parts_of_lightning():
+    for room in ("callbacks", "methods", "data"):
+        for path in files(room):
+            for private in ("fit_loop", "epoch_loop", "_data_source", "_logger_connector"):
+                words = [
+                    line for line in path.read_text().splitlines() if private in line and '["fit_loop"]' not in line
+                ]
+                assert not words, (path, words)

@@ -14,10 +14,9 @@ __all__ = ["CIFAR10", "CIFAR100"]
 class _CIFAR(NoisyDataModule):
     files: ClassVar[type[torchvision.datasets.CIFAR10]]
     names: ClassVar[tuple[str, ...]]
-    statistics: ClassVar[dict[str, tuple[float, float, float]]]
 
     def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(root=root, **{**self.statistics, **{k: v for k, v in kwargs.items() if v is not None}})
+        super().__init__(root=root, **kwargs)
         self.download = download
 
     @property
@@ -85,6 +84,8 @@ class CIFAR10(_CIFAR):
     Args:
         root: folder that holds ``cifar-10-batches-py``, or into which it is downloaded.
         download: download the files if they are not there.
+        mean: channel means of the training images.
+        std: channel standard deviations of the training images.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
@@ -92,11 +93,17 @@ class CIFAR10(_CIFAR):
     """
 
     files = torchvision.datasets.CIFAR10
-    statistics = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
     names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(root=root, download=download, **kwargs)
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = True,
+        mean: tuple[float, float, float] | None = (0.4914, 0.4822, 0.4465),
+        std: tuple[float, float, float] | None = (0.2023, 0.1994, 0.2010),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root=root, download=download, mean=mean, std=std, **kwargs)
 
 
 class CIFAR100(_CIFAR):
@@ -105,6 +112,8 @@ class CIFAR100(_CIFAR):
     Args:
         root: folder that holds ``cifar-100-python``, or into which it is downloaded.
         download: download the files if they are not there.
+        mean: channel means of the training images.
+        std: channel standard deviations of the training images.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
@@ -112,8 +121,14 @@ class CIFAR100(_CIFAR):
     """
 
     files = torchvision.datasets.CIFAR100
-    statistics = {"mean": (0.5071, 0.4867, 0.4408), "std": (0.2675, 0.2565, 0.2761)}
     names = tuple(sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members))
 
-    def __init__(self, root: str = "data", download: bool = True, **kwargs: Any) -> None:
-        super().__init__(root=root, download=download, **kwargs)
+    def __init__(
+        self,
+        root: str = "data",
+        download: bool = True,
+        mean: tuple[float, float, float] | None = (0.5071, 0.4867, 0.4408),
+        std: tuple[float, float, float] | None = (0.2675, 0.2565, 0.2761),
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(root=root, download=download, mean=mean, std=std, **kwargs)

@@ -169,7 +169,7 @@ class SSR(NoisyLabelModule):
         if self.lambda_fc == 0:
             return drawn
         order = repeated_draw(
-            pool, plan.world_size * plan.steps * size, named_generator("order", self.sanm.seed, plan.epoch)
+            pool, plan.world_size * plan.steps * size, named_generator("turn", self.sanm.seed, plan.epoch)
         )
         return torch.cat([drawn, order[plan.rank :: plan.world_size].view(plan.steps, size)], 1)
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sanm_lightning import SANM, CrossEntropy, NoisyBatch
@@ -264,8 +263,10 @@ class TestWrongInput:
     def test_a_nan_image_ends_with_a_sentence_about_losses(self):
         class Broken(type(data())):
             def on_after_batch_transfer(self, *arguments):
-                return super().on_after_batch_transfer(*arguments)._replace(
-                    images=torch.full((16, 3, 16, 16), float("nan"))
+                return (
+                    super()
+                    .on_after_batch_transfer(*arguments)
+                    ._replace(images=torch.full((16, 3, 16, 16), float("nan")))
                 )
 
         source = data(track_test=False)

@@ -19,8 +19,8 @@ import lightning as L
 import torch
 from torch import nn
 
-import sanm_lightning.data.datamodule
-import sanm_lightning.methods.base
+import sanm_lightning.random_streams
+import sanm_lightning.sanm.masking
 import sanm_lightning.sanm.module
 from sanm_lightning import SANM, SANMCallback, SANMMixin, methods
 from sanm_lightning.cli import main
@@ -84,24 +84,20 @@ class Note(L.Callback):
 
 
 class Streams:
-    """Note the name of every random stream that masks, mixup, draws and views are taken from."""
+    """Note the name of every random stream that is opened in a step: masks, mixup, views."""
+
+    kinds = ("mask", "mixup", "augment")
 
     def __init__(self) -> None:
-        self.names: dict[str, list[tuple[int, ...]]] = {"masks": [], "method": [], "views": []}
-        self._listen(sanm_lightning.sanm.module, "derived_generator", "masks", lambda parts: len(parts) == 3)
-        self._listen(sanm_lightning.methods.base, "derived_generator", "method", lambda parts: len(parts) == 4)
-        self._listen(sanm_lightning.data.datamodule, "seeded_generator", "views", lambda parts: parts[1:2] == (3,))
+        self.names: dict[str, list[tuple[int, ...]]] = {kind: [] for kind in self.kinds}
+        named_seed = sanm_lightning.random_streams.named_seed
 
-    def _listen(self, module, function, kind, wanted):
-        make = getattr(module, function)
-
-        def listening(*arguments):
-            parts = tuple(part for part in arguments if isinstance(part, int))
-            if wanted(parts):
+        def listening(kind: str, *parts: int) -> int:
+            if kind in self.names:
                 self.names[kind].append(parts)
-            return make(*arguments)
+            return named_seed(kind, *parts)
 
-        setattr(module, function, listening)
+        sanm_lightning.random_streams.named_seed = listening
 
     def since_last(self) -> dict[str, list[tuple[int, ...]]]:
         names = {kind: list(heard) for kind, heard in self.names.items()}
@@ -140,7 +136,6 @@ def every_method(rank: int, folder: Path, encoder: str, case: str, streams: Stre
         "streams": streams.since_last(),
         "trained": note.trained,
         "evaluated": note.evaluated,
-        "orders": [[part.tolist() for part in pair] for pair in module._drawn[1]] if hasattr(module, "_drawn") else [],
         "dropped": module.network.dropped,
         "logged": {name: float(value) for name, value in run.callback_metrics.items()},
         "alone": accuracies(module, source),
@@ -181,9 +176,12 @@ class Plain(PooledClassifier):
 class FixedViews(methods.SimCLR):
     """Views that are a function of the image alone: the streams of two processes differ from that of one."""
 
-    def views(self, index, generator, *policies):
-        images = self.trainer.datamodule.batch("train", index).images
-        return [images, images.flip(-1)]
+    def views(self):
+        return ("none", "mirrored")
+
+
+def mirrored(images, generator):
+    return images.flip(-1)
 
 
 def sgd(parameters):
@@ -194,9 +192,10 @@ MEANS = {
     "SimCLR": (FixedViews, {"temperature": 0.1}),
     "CrossEntropy": (methods.CrossEntropy, {}),
     "CDR": (methods.CDR, {"noise_rate": 0.5}),
+    "GCE": (methods.GCE, {}),
     "ELR": (methods.ELR, {}),
     "ELRPlus": (methods.ELRPlus, {"alpha": 0.0, "gamma": 0.5, "ema_ramp_steps": None}),
-    "CoTeaching": (methods.CoTeaching, {"forget_rate": 0.0}),
+    "CoTeaching": (methods.CoTeaching, {"noise_rate": 0.0}),
 }
 MEAN_CASES = [(name, under) for name in MEANS for under in ("alone", "sanm") if (name, under) != ("SimCLR", "sanm")]
 
@@ -218,7 +217,8 @@ def learn(name: str, under: str, batch_size: int, **options: Any) -> tuple[dict[
     random_fill = sanm_lightning.sanm.module.apply_mask
     sanm_lightning.sanm.module.apply_mask = negative
     try:
-        source = data(track_test=False, batch_size=batch_size, crop_padding=0, flip=False)
+        fixed = {"crop_padding": 0, "flip": False, "policies": {"mirrored": mirrored}}
+        source = data(track_test=False, batch_size=batch_size, **fixed)
         trainer(3, **options).fit(module, source)
     finally:
         sanm_lightning.sanm.module.apply_mask = random_fill
@@ -257,7 +257,7 @@ def own_modules(rank: int) -> dict[str, Any]:
         trainer(3, callbacks=[callback] if kind is Step else [], **DDP).fit(module, unseeded(tracked=False))
         sanm = callback.sanm if kind is Step else module.sanm
         weights = {key: value for key, value in state_of(module).items() if "running_" not in key}
-        seen[name] = {"module": weights, "sanm": state_of(sanm), "hidden": sanm.last["hidden_share"]}
+        seen[name] = {"module": weights, "sanm": state_of(sanm), "hidden": sanm.last["masked_fraction"]}
     return seen
 
 
