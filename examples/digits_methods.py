@@ -25,13 +25,14 @@ from sanm_lightning.cli import main
 HOME = Path("runs/digits_methods")
 METHODS = {  # what the recipe does not say; the noise rate is told to the two methods that take it, as published
     "CrossEntropy": [],
-    "CoTeaching": ["--model.forget_rate", "RATE", "--model.num_gradual", "3"],
+    "CoTeaching": ["--model.noise_rate", "RATE", "--model.num_gradual", "3"],
     "CDR": ["--model.noise_rate", "RATE"],
     "ELR": [],
     "ELRPlus": ["--model.ema_ramp_steps", "400"],
     "DivideMix": ["--model.ramp_epochs", "4"],
     "C2D": ["--model.ramp_epochs", "4", "--model.pretrained", "ENCODER"],
     "SSR": ["--model.k", "20", "--model.warmup_epochs", "0"],
+    "GCE": [],
 }
 
 

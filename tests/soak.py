@@ -30,7 +30,7 @@ from sanm_lightning.run_record import RunRecord
 from sanm_lightning.safe_files import AtomicCheckpointIO
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "CrossEntropy": {}, "CoTeaching": {"forget_rate": 0.4}, "CDR": {"noise_rate": 0.4}, "ELR": {}, "ELRPlus": {},
+    "CrossEntropy": {}, "CoTeaching": {"noise_rate": 0.4}, "CDR": {"noise_rate": 0.4}, "ELR": {}, "ELRPlus": {},
     "DivideMix": {"loss_history": 5}, "SSR": {"k": 5},
 }  # fmt: skip
 

@@ -147,7 +147,11 @@ class TestCheckpointErrors:
         good = checkpoint()
         small = {"image_size": (16, 16), "network": "small_cnn"}
         for module, source, message in (
-            (CDR(4, noise_rate=0.5, network_args={"width": 4}, **small), data(), "expected a checkpoint of CDR with 4.*CrossEntropy"),
+            (
+                CDR(4, noise_rate=0.5, network_args={"width": 4}, **small),
+                data(),
+                "expected a checkpoint of CDR with 4.*CrossEntropy",
+            ),
             (
                 CrossEntropy(5, network_args={"width": 4}, **small),
                 data(num_classes=5),

@@ -26,10 +26,12 @@ from sanm_lightning import SANM, SANMCallback, SANMMixin, methods
 from sanm_lightning.cli import main
 from sanm_lightning.models.pooled import PooledClassifier
 from sanm_lightning.models.small_cnn import SmallCNN
+from tests.methods.renewing import Renewing
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
 from tests.methods.toy import data, trainer
 
-CASES = {f"{name}-{under}": (name, under == "sanm") for name in METHODS for under in ("alone", "sanm")}
+NAMES = [*METHODS, "Renewing"]
+CASES = {f"{name}-{under}": (name, under == "sanm") for name in NAMES for under in ("alone", "sanm")}
 TRAIN, TEST, BATCH = 61, 21, 8  # odd: neither is a multiple of two processes
 EPOCHS = 2  # of four steps
 SCORING = ("DivideMix", "C2D", "SSR")  # methods that pass over the training set at the beginning of an epoch
@@ -60,10 +62,10 @@ class Dropping(SmallCNN):
 
 
 def build(name: str, sanm: bool, encoder: str) -> Any:
-    options = {**SMALL, **METHODS[name], "network": Dropping(), "network_args": None}
+    options = {**SMALL, **METHODS.get(name, {"warmup_epochs": 1}), "network": Dropping(), "network_args": None}
     if "pretrained" in options:
         options["pretrained"] = encoder
-    return getattr(methods, name)(sanm=SANM(mu=0.5) if sanm else None, **options)
+    return getattr(methods, name, Renewing)(sanm=SANM(mu=0.5) if sanm else None, **options)
 
 
 class Note(L.Callback):

@@ -1,0 +1,194 @@
+"""Stages: which epoch belongs to which, what a stage resets, freezes and sets, and that a resume loses none of it."""
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sanm_lightning import SANM
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks.stages import locate, stage_epochs
+from sanm_lightning.methods import CrossEntropy, DivideMix, ELRPlus
+from tests.methods.renewing import Renewing, falling
+from tests.methods.test_every_method import AtStep
+from tests.methods.toy import data, same, trainer
+
+SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
+lengths = st.lists(st.integers(0, 4), min_size=1, max_size=4)
+
+
+def module(kind=Renewing, **options):
+    torch.manual_seed(0)
+    return kind(**{**SMALL, "warmup_epochs": 1, **options})
+
+
+@given(lengths, st.integers(0, 20), st.booleans())
+def test_an_epoch_belongs_to_the_stage_that_counting_gives(epochs, epoch, open_end):
+    stages = [Stage(str(number), length) for number, length in enumerate(epochs)]
+    if open_end:
+        stages[-1] = Stage(stages[-1].name, None)
+    counted = [name for stage in stages for name in [stage.name] * (50 if stage.epochs is None else stage.epochs)]
+    expected = counted[epoch] if epoch < len(counted) else stages[-1].name
+    number, stage, first = locate(stages, epoch)
+    assert stage.name == expected == stages[number].name
+    assert first == sum(length for length in epochs[:number])
+    ran = stage_epochs(stages, epoch)
+    assert ran == {s.name: sum(locate(stages, e)[1].name == s.name for e in range(epoch)) for s in stages}
+
+
+class Watch(L.Callback):
+    """Note weights and rates around the steps."""
+
+    def __init__(self):
+        self.at_start, self.used, self.momentum = {}, [], {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 0:
+            self.at_start[trainer.current_epoch] = pl_module.network.network.fc.weight.detach().clone()
+            self.momentum[trainer.current_epoch] = len(trainer.optimizers[0].state)
+
+    def on_fit_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_pre_hook(
+            lambda optimizer, *_: self.used.append(
+                (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"])
+            )
+        )
+
+
+def test_a_stage_begins_with_fresh_weights_and_an_optimizer_that_has_forgotten():
+    kept, watch = module(CrossEntropy), Watch()
+    trainer(1).fit(kept, data())
+    renewed = module()
+    trainer(3, callbacks=[watch]).fit(renewed, data())
+    end_of_first = kept.network.network.fc.weight
+    assert not torch.allclose(watch.at_start[1], end_of_first, atol=1e-3)
+    assert watch.momentum[0] == 0
+    assert watch.momentum[1] == 0, "momentum of the first stage is left"
+    assert watch.momentum[2] > 0
+
+
+def test_the_draw_is_that_of_a_new_network_and_the_same_for_every_run():
+    weights = []
+    for _ in range(2):
+        watch = Watch()
+        trainer(2, callbacks=[watch]).fit(module(), data())
+        torch.rand(7)
+        weights.append(watch.at_start[1])
+    assert torch.equal(*weights)
+    bound = module().network.network.fc.weight.abs().max()
+    assert 0.5 * bound < weights[0].abs().max() < 2 * bound
+
+
+def test_a_stage_sets_rate_and_decay_of_its_own_steps_only():
+    watch, run = Watch(), None
+    run = trainer(3, callbacks=[watch])
+    run.fit(module(scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)), data())
+    rates = [rate for rate, _ in watch.used]
+    assert rates[:4] == [0.02] * 4
+    assert rates[4:] == pytest.approx([0.05 * falling(step, 8) for step in range(8)])
+    assert [decay for _, decay in watch.used] == [5e-4] * 4 + [0.0] * 8
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**3)  # the schedule went on undisturbed
+
+
+class Freezing(CrossEntropy):
+    """The classifier rests in the second stage."""
+
+    def stages(self):
+        return [Stage("first", 1), Stage("second", None, frozen=("network.network.fc",))]
+
+
+def test_frozen_parameters_neither_move_nor_decay_and_move_again_in_no_other_stage():
+    watch, frozen = Watch(), module(Freezing)
+    trainer(3, callbacks=[watch]).fit(frozen, data())
+    assert not torch.equal(watch.at_start[0], watch.at_start[1])
+    assert torch.equal(watch.at_start[1], frozen.network.network.fc.weight)
+    plain = module(CrossEntropy)
+    trainer(3).fit(plain, data())
+    assert not torch.equal(plain.network.network.layers[0].weight, frozen.network.network.layers[0].weight)
+
+
+class HeadOnly(CrossEntropy):
+    def stages(self):
+        return [Stage("first", 1), Stage("second", None, reset="head")]
+
+
+def test_a_reset_of_the_head_leaves_the_backbone():
+    seen = {}
+
+    class Compare(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 0:
+                seen["end"] = {key: value.clone() for key, value in pl_module.network.state_dict().items()}
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 0):
+                seen["start"] = {key: value.clone() for key, value in pl_module.network.state_dict().items()}
+
+    trainer(2, callbacks=[Compare()]).fit(module(HeadOnly), data())
+    changed = {key for key in seen["end"] if not torch.equal(seen["end"][key], seen["start"][key])}
+    assert changed == {"network.fc.weight", "network.fc.bias"}
+
+
+class RenewingPlus(ELRPlus):
+    def stages(self):
+        return [Stage("first", 1), Stage("second", None, reset="network")]
+
+
+def test_a_reset_covers_both_networks_their_decoders_and_their_averaged_copies():
+    plus, seen = module(RenewingPlus, sanm=SANM(seed=0)), {}
+
+    class Compare(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 0:
+                seen[trainer.current_epoch] = {k: v.detach().clone() for k, v in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 5:
+                for teacher, network in zip(pl_module.teachers, pl_module.networks, strict=True):
+                    for slow, fast in zip(teacher.module.parameters(), network.parameters(), strict=True):
+                        assert torch.equal(slow, fast), "the first update after a reset copies"
+
+    trainer(2, callbacks=[Compare()]).fit(plus, data())
+    for key in seen[0]:
+        if "teachers" not in key and "weight" in key:
+            assert not torch.allclose(seen[0][key], seen[1][key], atol=1e-4) or seen[0][key].eq(1).all(), key
+
+
+@pytest.mark.parametrize("sanm", [None, {"mu": 0.5, "seed": 0}], ids=["alone", "sanm"])
+@pytest.mark.parametrize("step", [3, 4, 5, 6, 8])  # before the reset, at the last step before it, after it
+def test_a_run_with_a_reset_resumes_bit_for_bit(tmp_path, sanm, step):
+    def make():
+        return module(sanm=None if sanm is None else SANM(**sanm))
+
+    whole, resumed, path = make(), make(), str(tmp_path / "middle.ckpt")
+    trainer(3, callbacks=[AtStep(step, path)]).fit(whole, data())
+    torch.manual_seed(77)
+    trainer(3).fit(resumed, data(), ckpt_path=path)
+    assert same(whole.network, resumed.network)
+
+
+def test_a_run_that_ends_in_its_first_stage_is_refused_and_a_late_stage_is_warned_of():
+    with pytest.raises(ValueError, match="expected max_epochs above the 5 epochs of the stage 'warmup', got 2"):
+        trainer(2).fit(module(DivideMix, warmup_epochs=5), data())
+
+    class Three(CrossEntropy):
+        def stages(self):
+            return [Stage("one", 1), Stage("two", 1), Stage("three", 1)]
+
+    with pytest.warns(UserWarning, match="the stage 'three' does not begin within max_epochs 2"):
+        trainer(2).fit(module(Three), data())
+
+
+def test_the_first_stage_clips_to_its_own_norm():
+    norms = []
+
+    class Measure(L.Callback):
+        def on_before_zero_grad(self, trainer, pl_module, optimizer):
+            gradients = [p.grad.norm() for p in pl_module.network.parameters() if p.grad is not None]
+            if gradients:
+                norms.append((trainer.current_epoch, float(torch.stack(gradients).norm())))
+
+    trainer(2, callbacks=[Measure()]).fit(module(DivideMix, warmup_clip=1e-3, clip_threshold=True), data())
+    assert max(norm for epoch, norm in norms if epoch == 0) <= 1e-3 * 1.001
+    assert max(norm for epoch, norm in norms if epoch == 1) > 1e-2
