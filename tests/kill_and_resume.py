@@ -195,7 +195,9 @@ def compare(method: str, whole: Path, killed: Path, processes: int) -> None:
     for taken in again:
         for epoch, index in taken.values():
             epochs.setdefault(epoch, []).extend(index)
-    for seen in epochs.values() if method not in CHOOSING else ():  # over two processes one sample may fill the last place
+    for seen in (
+        epochs.values() if method not in CHOOSING else ()
+    ):  # over two processes one sample may fill the last place
         assert len(seen) - len(set(seen)) <= processes - 1, "a sample was seen twice in an epoch"
 
 

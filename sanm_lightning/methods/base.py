@@ -205,17 +205,19 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
         known = self._quality(judge, batch, targets, quality)
         generator = self.stream("mask", network, device=batch.images.device)
         views = sanm(net, batch.images, targets, known, features, generator)
-        images, wanted = views.images, views.targets
+        images, wanted, clean = views.images, views.targets, views.logits
+        evidence = sanm.enabled and not (self.estimates_quality and sanm.prefers_method_quality)
+        unmixed = mix is None and extra is None
+        if evidence and clean is None and not unmixed and sanm.label_quality.needs_evidence:
+            with inference_context(net, batch.images, sanm.batch_statistics):
+                clean = net(batch.images)
         if extra is not None:
             images, wanted = torch.cat([extra[0], images]), torch.cat([extra[1], wanted])
         mixed = Mixed(images, wanted, 1.0, torch.arange(0)) if mix is None else mix(images, wanted)
         maps = net.forward_features(mixed.images)
         logits = net.forward_head(maps)
-        clean = views.logits if mix is not None or extra is not None else views.unmasked(logits)
-        if sanm.enabled and not (self.estimates_quality and sanm.prefers_method_quality):
-            if clean is None:
-                with inference_context(net, batch.images, sanm.batch_statistics):
-                    clean = net(batch.images)
+        clean = views.unmasked(logits) if unmixed else clean
+        if evidence and clean is not None:
             sanm.label_quality.update(clean, targets, batch.index, views.features)
         if mix is not None and views.masked and sanm.reconstruct:  # what was mixed cannot be reconstructed
             maps = net.forward_features(views.images)

@@ -48,7 +48,7 @@ class Watch(L.Callback):
             self.at_start[trainer.current_epoch] = pl_module.network.network.fc.weight.detach().clone()
             self.momentum[trainer.current_epoch] = len(trainer.optimizers[0].state)
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_train_start(self, trainer, pl_module):
         trainer.optimizers[0].register_step_pre_hook(
             lambda optimizer, *_: self.used.append(
                 (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"])
