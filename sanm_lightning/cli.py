@@ -3,14 +3,13 @@
 import functools
 import os
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import sanm_lightning.data
@@ -18,6 +17,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
+from sanm_lightning import config_paths
 from sanm_lightning.relaunch import checkpoint_to_go_on_from
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -102,29 +102,6 @@ def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
 
-def _with_packaged_configs(args: list[str]) -> list[str]:
-    """Let ``--config configs/...`` name the recipes that come with the package, where no such file lies here."""
-    out = []
-    for position, argument in enumerate(args):
-        flag, equals, value = argument.partition("=")
-        if equals and flag in ("--config", "-c"):
-            out.append(f"{flag}={_packaged(value)}")
-        elif position and args[position - 1] in ("--config", "-c"):
-            out.append(_packaged(argument))
-        else:
-            out.append(argument)
-    return out
-
-
-def _packaged(name: str) -> str:
-    parts = Path(name).parts
-    if Path(name).exists() or not parts or parts[0] != "configs":
-        return name
-    package = Path(str(files("sanm_lightning")))
-    candidates = (package.joinpath(*parts), package.parent.joinpath(*parts))  # installed; or a checkout in development
-    return next((str(path) for path in candidates if path.exists()), name)
-
-
 def main(args: list[str] | None = None) -> SANMCLI:
     """Run the command line.
 
@@ -135,10 +112,15 @@ def main(args: list[str] | None = None) -> SANMCLI:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
     """
     sys.path.insert(0, os.getcwd())  # a console script could not import the user's own modules otherwise
+    words = config_paths.resolve(sys.argv[1:] if args is None else args)
+    config_paths.check_order(words)
+    setting = config_paths.unused_setting(words) if "fit" in words else None
+    if setting:
+        rank_zero_info(f"{setting} has published values for this method and data, and is not among the configs")
     if args is None:
-        sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
+        sys.argv[1:] = words
     else:
-        args = _with_packaged_configs(args)
+        args = words
     return SANMCLI(
         L.LightningModule,
         L.LightningDataModule,

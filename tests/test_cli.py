@@ -1,13 +1,15 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from sanm_lightning import CrossEntropy
+from sanm_lightning import CrossEntropy, config_paths
 from sanm_lightning.cli import entry_point, main
 
 TOY = [
@@ -162,3 +164,94 @@ class TestWrongInput:
         said = capsys.readouterr().err
         assert message in said
         assert "Traceback" not in said
+
+
+class TestConfigs:
+    """The sentences about configs. ``configs/`` does not lie in the directory of a test: those of the package are meant."""
+
+    METHOD, DATA = "configs/method/cross_entropy.yaml", "configs/data/cifar10.yaml"
+    NOISE, SETTING = "configs/noise/sym50.yaml", "configs/setting/cross_entropy/cifar100.yaml"
+
+    @pytest.mark.parametrize(
+        ("words", "got", "folder"),
+        [
+            (["--config", METHOD, "--config", NOISE, "--config", DATA], NOISE, "configs/data/"),
+            (["--config", NOISE], NOISE, "configs/data/"),
+            (["--config", DATA, "--config", SETTING, "--config", METHOD], SETTING, "configs/method/"),
+            (["--config", METHOD, "--data.noise.kind", "symmetric", "--config", DATA], "--data.noise.kind", "configs/data/"),
+            (["--config", DATA, "--model.warmup_epochs=3", "--model", "ELR"], "--model.warmup_epochs", "configs/method/"),
+        ],
+        ids=["noise before data", "no data", "setting before method", "option before data", "option before model"],
+    )  # fmt: skip
+    def test_options_before_their_class_are_refused_with_the_order(self, monkeypatch, capsys, words, got, folder):
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", *words)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert re.search(
+            rf"expected the class of the \w+ before its options, got the \w+ '?\S*{re.escape(got)}'? first", said
+        )
+        assert f"put a config of {folder}" in said
+        assert "the order is method, data, setting, noise, sanm" in said
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["fit", "--config", METHOD, "--config", DATA, "--config", NOISE],
+            ["fit", "--model", "ELR", "--model.momentum", "0.5", "--data=CIFAR10", "--config", NOISE],
+            ["fit", "--model.class_path", "ELR", "--config", SETTING, "--config", DATA],
+            ["fit", "--model.help", "ELR"],
+            ["--config", "whole.yaml", "fit", "--model.momentum", "0.5", "--config", NOISE],
+            ["fit", "--config", "{model: {class_path: ELR}}", "--model.momentum", "0.5"],
+            ["fit", "--config", "broken.yaml"],
+        ],
+        ids=["configs", "options", "class path", "help", "before the command", "text", "not YAML"],
+    )
+    def test_any_other_order_is_left_to_the_parser(self, words):
+        Path("whole.yaml").write_text("fit: {model: {class_path: ELR}, data: {class_path: CIFAR10}}")
+        Path("broken.yaml").write_text("model: [")
+        config_paths.check_order(config_paths.resolve(words))
+
+    def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
+        for name, near in (
+            ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),
+            ("configs/dividemix.yaml", "near: configs/method/dividemix.yaml"),
+            ("configs/cifar10/no_such_method.yaml", "those of the package lie in"),
+        ):
+            with pytest.raises(SystemExit):
+                typed(monkeypatch, "fit", "--config", name)
+            said = capsys.readouterr().err
+            assert f"expected a config that exists, got {name!r}; {near}" in said
+            assert said.count("\n") == 2
+
+    def test_an_old_path_is_told_with_the_new_ones(self, monkeypatch, capsys):
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", "--config=configs/cifar10/elr.yaml")
+        assert end.value.code == 2
+        assert "use --config configs/method/elr.yaml --config configs/data/cifar10.yaml\n" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("configs", "unused"),
+        [
+            (["method/dividemix", "data/cifar100"], "dividemix/cifar100"),
+            (["method/dividemix", "data/cifar100", "noise/sym80"], "dividemix/cifar100"),
+            (["method/dividemix", "data/cifar100", "noise/sym20"], "dividemix/cifar100-sym20"),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100", "noise/sym20"], "dividemix/cifar100-sym20"),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100-sym20", "noise/sym20"], None),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100", "noise/sym80"], None),
+            (["method/dividemix", "data/cifar10", "noise/sym50"], None),
+            (["method/cross_entropy", "data/cifar10", "setting/cross_entropy/cifar10-small", "noise/sym50"], None),
+            (["method/dividemix", "noise/sym20"], None),
+            (["quickstart"], None),
+        ],
+    )  # fmt: skip
+    def test_a_published_setting_that_is_not_used_is_named(self, configs, unused):
+        words = config_paths.resolve(["fit", *(f"--config=configs/{config}.yaml" for config in configs)])
+        assert config_paths.unused_setting(words) == (unused and f"configs/setting/{unused}.yaml")
+
+    def test_the_command_line_tells_it(self, caplog):
+        small = ["--model.network", "small_cnn", "--model.network_args", "{width: 4}"]
+        configs = ["--config", self.METHOD, "--config", "configs/data/cifar100.yaml"]
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            main(["fit", *configs, *small, *TOY])
+        assert "configs/setting/cross_entropy/cifar100.yaml has published values" in caplog.text
