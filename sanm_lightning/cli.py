@@ -27,10 +27,16 @@ __all__ = ["SANMCLI", "main"]
 
 
 class SANMCLI(LightningCLI):
-    """LightningCLI in which class number and image size flow from the data to the method."""
+    """LightningCLI in which class number, image size and channel statistics flow from the data to the method."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._parsers: list[LightningArgumentParser] = []  # one per subcommand
+        self._statistics: dict[str, list[float]] = {}  # what the data filled in
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
+        self._parsers.append(parser)
         for name in ("num_classes", "image_size"):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
@@ -71,6 +77,7 @@ class SANMCLI(LightningCLI):
         for name in ("trainer", "model", "data"):
             if isinstance(part.get(name), (list, str, int, float)):
                 raise ValueError(f"expected options under {name!r}, got {part.get(name)!r}; see 'sanm fit --help'")
+        self._take_statistics_from_data(part)
         try:
             super().instantiate_classes()
         except (ValueError, OSError, MisconfigurationException):
@@ -80,8 +87,36 @@ class SANMCLI(LightningCLI):
                 f"expected settings that model, data and trainer can be made from, got {type(error).__name__}: {error}"
             ) from error
 
+    def _take_statistics_from_data(self, part: Any) -> None:
+        """Let the data fill in ``mean`` and ``std`` of a model, where neither its settings nor pre-trained weights say them.
+
+        A link that is made with the parser would overwrite what was given; these are made after parsing, and only for what is
+        null. The values are kept in the hyper-parameters of the model, as those of any link.
+        """
+        options = (part.get("model") or {}).get("init_args") or {}
+        pretrained = (options.get("network_args") or {}).get("pretrained")
+        if pretrained or not isinstance(options.get("network"), str):
+            return
+        for name in ("mean", "std"):
+            if name in options and options[name] is None:
+                read = functools.partial(self._statistic, name=name)
+                for parser in self._parsers:
+                    parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
+
+    def _statistic(self, data: L.LightningDataModule, name: str) -> list[float] | None:
+        value = getattr(data, name, None)
+        try:
+            self._statistics[name] = [float(channel) for channel in value]  # type: ignore[union-attr]
+        except TypeError:  # None, or whatever other data have by this name
+            return None
+        return self._statistics[name]
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; its checkpoints hold the settings, and are written whole or not at all."""
+        options = (self._settings.get("model") or {}).get("init_args") or {}
+        options.update(self._statistics)
+        for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
+            del options[name]
         callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)

@@ -5,12 +5,14 @@ import re
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 
 from sanm_lightning import CrossEntropy, config_paths
 from sanm_lightning.cli import entry_point, main
+from sanm_lightning.data import Toy
 
 TOY = [
     "--data", "Toy", "--data.num_samples", "24", "--data.num_test_samples", "16",
@@ -88,6 +90,125 @@ class TestFit:
         again = CrossEntropy.load_from_checkpoint("run.ckpt", weights_only=True)
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), cli.model.parameters(), strict=True))
         assert again.sanm.enabled
+
+
+class Measured(Toy):
+    """Data that know their channel statistics."""
+
+    mean = (0.1, 0.2, 0.3)
+    std = torch.tensor([0.5, 0.25, 0.125])
+
+
+class Shifted(Toy):
+    mean, std = (0.75, 0.75, 0.75), (0.5, 0.5, 0.5)
+
+
+class Odd(Toy):
+    """Data with something else by these names."""
+
+    def mean(self) -> float:
+        return 0.0
+
+    std = 0.5
+
+
+class Theirs(L.LightningModule):
+    """A module with arguments of these names, and no network to normalize for."""
+
+    def __init__(
+        self, mean: float | None = None, std: float | None = None, num_classes: int = 4, image_size: object = None
+    ):
+        super().__init__()
+        self.said = mean, std
+        self.layer = torch.nn.Linear(3, num_classes)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0].mean((2, 3))).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def statistics(cli) -> tuple[list[float], list[float]]:
+    """What the network normalizes with, which is what the hyper-parameters hold."""
+    mean, std = cli.model.network.mean.flatten().tolist(), cli.model.network.std.flatten().tolist()
+    if cli.model.hparams.mean is not None:
+        torch.testing.assert_close(torch.tensor(cli.model.hparams.mean), torch.tensor(mean))
+    if cli.model.hparams.std is not None:
+        torch.testing.assert_close(torch.tensor(cli.model.hparams.std), torch.tensor(std))
+    return [round(value, 6) for value in mean], [round(value, 6) for value in std]
+
+
+class TestStatisticsOfTheData:
+    MEASURED = [0.1, 0.2, 0.3], [0.5, 0.25, 0.125]
+
+    def fit(self, *words: str, data: str = "Measured", command: str = "fit"):
+        toy = [word for word in TOY if command == "fit" or word not in ("--trainer.max_epochs", "1")]
+        return main([command, *SMALL, *toy, "--data", f"{__name__}.{data}", *words])
+
+    def test_fill_in_what_is_null(self):
+        cli = self.fit()
+        assert statistics(cli) == self.MEASURED
+        assert cli.model.hparams.mean is not None and cli.model.hparams.std is not None
+
+    def test_reach_both_networks(self):
+        cli = self.fit("--model", "ELRPlus")
+        assert statistics(cli) == self.MEASURED
+        torch.testing.assert_close(cli.model.network2.mean.flatten(), torch.tensor(Measured.mean))
+
+    def test_leave_what_was_given(self):
+        assert statistics(self.fit("--model.std", "[1, 1, 1]")) == (self.MEASURED[0], [1, 1, 1])
+
+    def test_leave_what_the_methods_config_says(self):
+        Path("method.yaml").write_text("model: {class_path: ELR, init_args: {mean: [0, 0, 0], std: [1, 1, 1]}}")
+        assert statistics(self.fit("--config", "method.yaml")) == ([0, 0, 0], [1, 1, 1])
+
+    def test_leave_a_pretrained_network_its_own(self, monkeypatch):
+        """Nothing is handed to a network that brings its statistics along."""
+        from sanm_lightning.methods import base
+
+        asked = []
+
+        def create(name, num_classes, mean=None, std=None, pretrained=False, **options):
+            asked.append((mean, std, pretrained))
+            return made(name, num_classes, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), **options)
+
+        made = base.create_network
+        monkeypatch.setattr(base, "create_network", create)
+        cli = self.fit("--model.network_args", "{width: 4, pretrained: true}")
+        assert asked == [(None, None, True)]
+        assert statistics(cli) == ([0.4] * 3, [0.2] * 3)
+
+    @pytest.mark.parametrize("data", ["Odd", "Toy"])
+    def test_data_without_them_leave_the_defaults(self, data):
+        assert statistics(self.fit(data=data)) == ([0.5] * 3, [0.25] * 3)
+
+    def test_a_module_without_a_network_is_left_alone(self):
+        words = [word for word in TOY if word != "Toy"]
+        words.insert(1, f"{__name__}.Measured")
+        assert main(["fit", "--model", f"{__name__}.Theirs", *words]).model.said == (None, None)
+
+    def test_a_checkpoint_holds_them(self):
+        self.fit().trainer.save_checkpoint("run.ckpt")
+        again = CrossEntropy.load_from_checkpoint("run.ckpt", weights_only=True)
+        torch.testing.assert_close(again.network.mean.flatten(), torch.tensor(Measured.mean))
+
+    def test_a_resumed_run_goes_on_with_them_and_refuses_others(self):
+        self.fit().trainer.save_checkpoint("run.ckpt")
+        words = ["--ckpt_path", "run.ckpt", "--trainer.max_epochs", "2"]
+        assert statistics(self.fit(*words)) == self.MEASURED
+        with pytest.raises(ValueError, match=r"model.mean \[0.5, 0.5, 0.5\] \(the checkpoint: \[0.1, 0.2, 0.3\]\)"):
+            self.fit(*words, "--model.mean", "[0.5, 0.5, 0.5]")
+
+    def test_a_trained_model_is_tested_on_other_data_with_its_own(self):
+        saving = ["--trainer.default_root_dir", "here", "--trainer.enable_checkpointing", "true"]
+        self.fit(*saving)
+        for checkpoint in ("last", str(next(Path("here").rglob("*.ckpt")))):
+            cli = self.fit(*saving, "--ckpt_path", checkpoint, data="Shifted", command="test")
+            assert cli.model.network.mean.flatten().tolist() == pytest.approx(self.MEASURED[0])
 
 
 class TestOtherCommands:
