@@ -3,14 +3,13 @@
 import functools
 import os
 import sys
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import sanm_lightning.data
@@ -18,6 +17,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
+from sanm_lightning import config_paths
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -27,10 +27,16 @@ __all__ = ["SANMCLI", "main"]
 
 
 class SANMCLI(LightningCLI):
-    """LightningCLI in which class number and image size flow from the data to the method."""
+    """LightningCLI in which class number, image size and channel statistics flow from the data to the method."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._parsers: list[LightningArgumentParser] = []  # one per subcommand
+        self._statistics: dict[str, list[float]] = {}  # what the data filled in
+        super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
+        self._parsers.append(parser)
         for name in ("num_classes", "image_size"):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
@@ -71,6 +77,7 @@ class SANMCLI(LightningCLI):
         for name in ("trainer", "model", "data"):
             if isinstance(part.get(name), (list, str, int, float)):
                 raise ValueError(f"expected options under {name!r}, got {part.get(name)!r}; see 'sanm fit --help'")
+        self._take_statistics_from_data(part)
         try:
             super().instantiate_classes()
         except (ValueError, OSError, MisconfigurationException):
@@ -80,8 +87,36 @@ class SANMCLI(LightningCLI):
                 f"expected settings that model, data and trainer can be made from, got {type(error).__name__}: {error}"
             ) from error
 
+    def _take_statistics_from_data(self, part: Any) -> None:
+        """Let the data fill in ``mean`` and ``std`` of a model, where neither its settings nor pre-trained weights say them.
+
+        A link that is made with the parser would overwrite what was given; these are made after parsing, and only for what is
+        null. The values are kept in the hyper-parameters of the model, as those of any link.
+        """
+        options = (part.get("model") or {}).get("init_args") or {}
+        pretrained = (options.get("network_args") or {}).get("pretrained")
+        if pretrained or not isinstance(options.get("network"), str):
+            return
+        for name in ("mean", "std"):
+            if name in options and options[name] is None:
+                read = functools.partial(self._statistic, name=name)
+                for parser in self._parsers:
+                    parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
+
+    def _statistic(self, data: L.LightningDataModule, name: str) -> list[float] | None:
+        value = getattr(data, name, None)
+        try:
+            self._statistics[name] = [float(channel) for channel in value]  # type: ignore[union-attr]
+        except TypeError:  # None, or whatever other data have by this name
+            return None
+        return self._statistics[name]
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Make the trainer; its checkpoints hold the settings, and are written whole or not at all."""
+        options = (self._settings.get("model") or {}).get("init_args") or {}
+        options.update(self._statistics)
+        for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
+            del options[name]
         callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
@@ -102,29 +137,6 @@ def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
 
-def _with_packaged_configs(args: list[str]) -> list[str]:
-    """Let ``--config configs/...`` name the recipes that come with the package, where no such file lies here."""
-    out = []
-    for position, argument in enumerate(args):
-        flag, equals, value = argument.partition("=")
-        if equals and flag in ("--config", "-c"):
-            out.append(f"{flag}={_packaged(value)}")
-        elif position and args[position - 1] in ("--config", "-c"):
-            out.append(_packaged(argument))
-        else:
-            out.append(argument)
-    return out
-
-
-def _packaged(name: str) -> str:
-    parts = Path(name).parts
-    if Path(name).exists() or not parts or parts[0] != "configs":
-        return name
-    package = Path(str(files("sanm_lightning")))
-    candidates = (package.joinpath(*parts), package.parent.joinpath(*parts))  # installed; or a checkout in development
-    return next((str(path) for path in candidates if path.exists()), name)
-
-
 def main(args: list[str] | None = None) -> SANMCLI:
     """Run the command line.
 
@@ -135,10 +147,15 @@ def main(args: list[str] | None = None) -> SANMCLI:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
     """
     sys.path.insert(0, os.getcwd())  # a console script could not import the user's own modules otherwise
+    words = config_paths.resolve(sys.argv[1:] if args is None else args)
+    config_paths.check_order(words)
+    setting = config_paths.unused_setting(words) if "fit" in words else None
+    if setting:
+        rank_zero_info(f"{setting} has published values for this method and data, and is not among the configs")
     if args is None:
-        sys.argv[1:] = _with_packaged_configs(sys.argv[1:])
+        sys.argv[1:] = words
     else:
-        args = _with_packaged_configs(args)
+        args = words
     return SANMCLI(
         L.LightningModule,
         L.LightningDataModule,

@@ -39,16 +39,19 @@ FRACTIONS = [-1e308, -0.5, 1e-30, 0.5, 1.5, 1e30, 1e308, float("inf"), float("-i
 
 
 def recipes() -> list[list[Path]]:
-    """Each recipe alone and with each overlay that is made for it."""
-    methods = [CONFIGS / "quickstart.yaml", CONFIGS / "image_folder.yaml", *sorted(CONFIGS.glob("cifar*/*.yaml"))]
+    """Each job and method alone, with each setting, and with each overlay that is made for it."""
+    cifar10 = CONFIGS / "data" / "cifar10.yaml"
+    methods = {path.stem: [path, cifar10] for path in sorted(CONFIGS.glob("method/*.yaml"))}
+    jobs = [[CONFIGS / "quickstart.yaml"], [CONFIGS / "image_folder.yaml"], *methods.values()]
+    settings = [[*methods[path.parent.name], path] for path in sorted(CONFIGS.glob("setting/*/*.yaml"))]
     sanms = [CONFIGS / "sanm.yaml", *sorted(CONFIGS.glob("sanm/*.yaml"))]
     noises = sorted(CONFIGS.glob("noise/*.yaml"))
-    labelled = [m for m in methods if m.stem != "simclr"]
-    mixing = [m for m in methods if m.stem in ("dividemix", "c2d")]
-    views = [[m, v] for m in mixing for v in [CONFIGS / "views" / "control.yaml"]]
-    released = [[m, CONFIGS / "sanm" / "released.yaml", CONFIGS / "views" / "released.yaml"] for m in mixing]
-    over = [[m, s] for m in labelled for s in sanms] + [[m, n] for m in methods for n in noises]
-    return [[m] for m in methods] + over + views + released
+    labelled = [job for job in jobs if job[0].stem != "simclr"]
+    mixing = [methods["dividemix"], methods["c2d"]]
+    views = [[*job, CONFIGS / "views" / "control.yaml"] for job in mixing]
+    released = [[*job, CONFIGS / "sanm" / "released.yaml", CONFIGS / "views" / "released.yaml"] for job in mixing]
+    over = [[*job, sanm] for job in labelled for sanm in sanms] + [[*job, noise] for job in jobs for noise in noises]
+    return jobs + settings + over + views + released
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -90,6 +93,8 @@ def merged(configs: list[Path]) -> dict[str, Any]:
     def lay(under: dict[str, Any], over: dict[str, Any]) -> None:
         for key, value in over.items():
             if isinstance(value, dict) and isinstance(under.get(key), dict):
+                if value.get("class_path", under[key].get("class_path")) != under[key].get("class_path"):
+                    under[key].pop("init_args", None)  # those of another class
                 lay(under[key], value)
             else:
                 under[key] = copy.deepcopy(value)

@@ -1,14 +1,18 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
 
-from sanm_lightning import CrossEntropy
+from sanm_lightning import CrossEntropy, config_paths
 from sanm_lightning.cli import entry_point, main
+from sanm_lightning.data import Toy
 
 TOY = [
     "--data", "Toy", "--data.num_samples", "24", "--data.num_test_samples", "16",
@@ -88,6 +92,125 @@ class TestFit:
         assert again.sanm.enabled
 
 
+class Measured(Toy):
+    """Data that know their channel statistics."""
+
+    mean = (0.1, 0.2, 0.3)
+    std = torch.tensor([0.5, 0.25, 0.125])
+
+
+class Shifted(Toy):
+    mean, std = (0.75, 0.75, 0.75), (0.5, 0.5, 0.5)
+
+
+class Odd(Toy):
+    """Data with something else by these names."""
+
+    def mean(self) -> float:
+        return 0.0
+
+    std = 0.5
+
+
+class Theirs(L.LightningModule):
+    """A module with arguments of these names, and no network to normalize for."""
+
+    def __init__(
+        self, mean: float | None = None, std: float | None = None, num_classes: int = 4, image_size: object = None
+    ):
+        super().__init__()
+        self.said = mean, std
+        self.layer = torch.nn.Linear(3, num_classes)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0].mean((2, 3))).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def statistics(cli) -> tuple[list[float], list[float]]:
+    """What the network normalizes with, which is what the hyper-parameters hold."""
+    mean, std = cli.model.network.mean.flatten().tolist(), cli.model.network.std.flatten().tolist()
+    if cli.model.hparams.mean is not None:
+        torch.testing.assert_close(torch.tensor(cli.model.hparams.mean), torch.tensor(mean))
+    if cli.model.hparams.std is not None:
+        torch.testing.assert_close(torch.tensor(cli.model.hparams.std), torch.tensor(std))
+    return [round(value, 6) for value in mean], [round(value, 6) for value in std]
+
+
+class TestStatisticsOfTheData:
+    MEASURED = [0.1, 0.2, 0.3], [0.5, 0.25, 0.125]
+
+    def fit(self, *words: str, data: str = "Measured", command: str = "fit"):
+        toy = [word for word in TOY if command == "fit" or word not in ("--trainer.max_epochs", "1")]
+        return main([command, *SMALL, *toy, "--data", f"{__name__}.{data}", *words])
+
+    def test_fill_in_what_is_null(self):
+        cli = self.fit()
+        assert statistics(cli) == self.MEASURED
+        assert cli.model.hparams.mean is not None and cli.model.hparams.std is not None
+
+    def test_reach_both_networks(self):
+        cli = self.fit("--model", "ELRPlus")
+        assert statistics(cli) == self.MEASURED
+        torch.testing.assert_close(cli.model.network2.mean.flatten(), torch.tensor(Measured.mean))
+
+    def test_leave_what_was_given(self):
+        assert statistics(self.fit("--model.std", "[1, 1, 1]")) == (self.MEASURED[0], [1, 1, 1])
+
+    def test_leave_what_the_methods_config_says(self):
+        Path("method.yaml").write_text("model: {class_path: ELR, init_args: {mean: [0, 0, 0], std: [1, 1, 1]}}")
+        assert statistics(self.fit("--config", "method.yaml")) == ([0, 0, 0], [1, 1, 1])
+
+    def test_leave_a_pretrained_network_its_own(self, monkeypatch):
+        """Nothing is handed to a network that brings its statistics along."""
+        from sanm_lightning.methods import base
+
+        asked = []
+
+        def create(name, num_classes, mean=None, std=None, pretrained=False, **options):
+            asked.append((mean, std, pretrained))
+            return made(name, num_classes, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2), **options)
+
+        made = base.create_network
+        monkeypatch.setattr(base, "create_network", create)
+        cli = self.fit("--model.network_args", "{width: 4, pretrained: true}")
+        assert asked == [(None, None, True)]
+        assert statistics(cli) == ([0.4] * 3, [0.2] * 3)
+
+    @pytest.mark.parametrize("data", ["Odd", "Toy"])
+    def test_data_without_them_leave_the_defaults(self, data):
+        assert statistics(self.fit(data=data)) == ([0.5] * 3, [0.25] * 3)
+
+    def test_a_module_without_a_network_is_left_alone(self):
+        words = [word for word in TOY if word != "Toy"]
+        words.insert(1, f"{__name__}.Measured")
+        assert main(["fit", "--model", f"{__name__}.Theirs", *words]).model.said == (None, None)
+
+    def test_a_checkpoint_holds_them(self):
+        self.fit().trainer.save_checkpoint("run.ckpt")
+        again = CrossEntropy.load_from_checkpoint("run.ckpt", weights_only=True)
+        torch.testing.assert_close(again.network.mean.flatten(), torch.tensor(Measured.mean))
+
+    def test_a_resumed_run_goes_on_with_them_and_refuses_others(self):
+        self.fit().trainer.save_checkpoint("run.ckpt")
+        words = ["--ckpt_path", "run.ckpt", "--trainer.max_epochs", "2"]
+        assert statistics(self.fit(*words)) == self.MEASURED
+        with pytest.raises(ValueError, match=r"model.mean \[0.5, 0.5, 0.5\] \(the checkpoint: \[0.1, 0.2, 0.3\]\)"):
+            self.fit(*words, "--model.mean", "[0.5, 0.5, 0.5]")
+
+    def test_a_trained_model_is_tested_on_other_data_with_its_own(self):
+        saving = ["--trainer.default_root_dir", "here", "--trainer.enable_checkpointing", "true"]
+        self.fit(*saving)
+        for checkpoint in ("last", str(next(Path("here").rglob("*.ckpt")))):
+            cli = self.fit(*saving, "--ckpt_path", checkpoint, data="Shifted", command="test")
+            assert cli.model.network.mean.flatten().tolist() == pytest.approx(self.MEASURED[0])
+
+
 class TestOtherCommands:
     def test_validate_test_and_predict_run(self):
         cli = main(["fit", *SMALL, *TOY])
@@ -162,3 +285,94 @@ class TestWrongInput:
         said = capsys.readouterr().err
         assert message in said
         assert "Traceback" not in said
+
+
+class TestConfigs:
+    """The sentences about configs. ``configs/`` does not lie in the directory of a test: those of the package are meant."""
+
+    METHOD, DATA = "configs/method/cross_entropy.yaml", "configs/data/cifar10.yaml"
+    NOISE, SETTING = "configs/noise/sym50.yaml", "configs/setting/cross_entropy/cifar100.yaml"
+
+    @pytest.mark.parametrize(
+        ("words", "got", "folder"),
+        [
+            (["--config", METHOD, "--config", NOISE, "--config", DATA], NOISE, "configs/data/"),
+            (["--config", NOISE], NOISE, "configs/data/"),
+            (["--config", DATA, "--config", SETTING, "--config", METHOD], SETTING, "configs/method/"),
+            (["--config", METHOD, "--data.noise.kind", "symmetric", "--config", DATA], "--data.noise.kind", "configs/data/"),
+            (["--config", DATA, "--model.warmup_epochs=3", "--model", "ELR"], "--model.warmup_epochs", "configs/method/"),
+        ],
+        ids=["noise before data", "no data", "setting before method", "option before data", "option before model"],
+    )  # fmt: skip
+    def test_options_before_their_class_are_refused_with_the_order(self, monkeypatch, capsys, words, got, folder):
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", *words)
+        assert end.value.code == 2
+        said = capsys.readouterr().err
+        assert re.search(
+            rf"expected the class of the \w+ before its options, got the \w+ '?\S*{re.escape(got)}'? first", said
+        )
+        assert f"put a config of {folder}" in said
+        assert "the order is method, data, setting, noise, sanm" in said
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["fit", "--config", METHOD, "--config", DATA, "--config", NOISE],
+            ["fit", "--model", "ELR", "--model.momentum", "0.5", "--data=CIFAR10", "--config", NOISE],
+            ["fit", "--model.class_path", "ELR", "--config", SETTING, "--config", DATA],
+            ["fit", "--model.help", "ELR"],
+            ["--config", "whole.yaml", "fit", "--model.momentum", "0.5", "--config", NOISE],
+            ["fit", "--config", "{model: {class_path: ELR}}", "--model.momentum", "0.5"],
+            ["fit", "--config", "broken.yaml"],
+        ],
+        ids=["configs", "options", "class path", "help", "before the command", "text", "not YAML"],
+    )
+    def test_any_other_order_is_left_to_the_parser(self, words):
+        Path("whole.yaml").write_text("fit: {model: {class_path: ELR}, data: {class_path: CIFAR10}}")
+        Path("broken.yaml").write_text("model: [")
+        config_paths.check_order(config_paths.resolve(words))
+
+    def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
+        for name, near in (
+            ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),
+            ("configs/dividemix.yaml", "near: configs/method/dividemix.yaml"),
+            ("configs/cifar10/no_such_method.yaml", "those of the package lie in"),
+        ):
+            with pytest.raises(SystemExit):
+                typed(monkeypatch, "fit", "--config", name)
+            said = capsys.readouterr().err
+            assert f"expected a config that exists, got {name!r}; {near}" in said
+            assert said.count("\n") == 2
+
+    def test_an_old_path_is_told_with_the_new_ones(self, monkeypatch, capsys):
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", "--config=configs/cifar10/elr.yaml")
+        assert end.value.code == 2
+        assert "use --config configs/method/elr.yaml --config configs/data/cifar10.yaml\n" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("configs", "unused"),
+        [
+            (["method/dividemix", "data/cifar100"], "dividemix/cifar100"),
+            (["method/dividemix", "data/cifar100", "noise/sym80"], "dividemix/cifar100"),
+            (["method/dividemix", "data/cifar100", "noise/sym20"], "dividemix/cifar100-sym20"),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100", "noise/sym20"], "dividemix/cifar100-sym20"),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100-sym20", "noise/sym20"], None),
+            (["method/dividemix", "data/cifar100", "setting/dividemix/cifar100", "noise/sym80"], None),
+            (["method/dividemix", "data/cifar10", "noise/sym50"], None),
+            (["method/cross_entropy", "data/cifar10", "setting/cross_entropy/cifar10-small", "noise/sym50"], None),
+            (["method/dividemix", "noise/sym20"], None),
+            (["quickstart"], None),
+        ],
+    )  # fmt: skip
+    def test_a_published_setting_that_is_not_used_is_named(self, configs, unused):
+        words = config_paths.resolve(["fit", *(f"--config=configs/{config}.yaml" for config in configs)])
+        assert config_paths.unused_setting(words) == (unused and f"configs/setting/{unused}.yaml")
+
+    def test_the_command_line_tells_it(self, caplog):
+        small = ["--model.network", "small_cnn", "--model.network_args", "{width: 4}"]
+        configs = ["--config", self.METHOD, "--config", "configs/data/cifar100.yaml"]
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            main(["fit", *configs, *small, *TOY])
+        assert "configs/setting/cross_entropy/cifar100.yaml has published values" in caplog.text

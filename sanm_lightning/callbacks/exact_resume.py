@@ -58,7 +58,8 @@ class ExactResume(L.Callback):
         if steps is not None and pl_module.schedule_steps not in (None, steps):
             raise ValueError(
                 f"expected a training of {steps} steps, the length of the checkpoint's learning-rate schedule, got "
-                f"{pl_module.schedule_steps}; give max_epochs, max_steps, batches and processes as they were, or begin a new run"
+                f"{pl_module.schedule_steps}; give max_epochs, max_steps, batches and processes as they were, or begin a new "
+                "run"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -127,8 +127,8 @@ class CIFAR100(_CIFAR):
         self,
         root: str = "data",
         download: bool = True,
-        mean: tuple[float, float, float] | None = (0.5071, 0.4867, 0.4408),
-        std: tuple[float, float, float] | None = (0.2675, 0.2565, 0.2761),
+        mean: tuple[float, float, float] | None = (0.507, 0.487, 0.441),
+        std: tuple[float, float, float] | None = (0.267, 0.256, 0.276),
         **kwargs: Any,
     ) -> None:
         super().__init__(root=root, download=download, mean=mean, std=std, **kwargs)

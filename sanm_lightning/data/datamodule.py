@@ -78,6 +78,11 @@ class NoisyDataModule(L.LightningDataModule):
         ValueError: an argument is out of range.
     """
 
+    mean: tuple[float, float, float] | None = None
+    """Channel means of the training images, in [0, 1]; None where nobody knows them."""
+    std: tuple[float, float, float] | None = None
+    """Channel standard deviations, likewise."""
+
     def __init__(
         self,
         root: str = "data",
@@ -125,7 +130,10 @@ class NoisyDataModule(L.LightningDataModule):
         self.seed = torch.initial_seed() if seed is None else seed
         self._seed_is_given = seed is not None
         self.policies: dict[str, Callable[..., Any]] = dict(policies or {})
-        self.mean, self.std = mean, std
+        if mean is not None:  # or what the class knows
+            self.mean = mean
+        if std is not None:
+            self.std = std
         self._sources: dict[str, Source] = {}
         self._tables: dict[str, LabelTable] = {}
         self._stores: dict[str, ImageStore] = {}
@@ -283,14 +291,14 @@ class NoisyDataModule(L.LightningDataModule):
         if state_dict["seed"] != self.seed:
             if self._seed_is_given:
                 raise ValueError(
-                    f"expected the seed of the data of the run that is resumed, {state_dict['seed']}, got {self.seed}; give the "
-                    "same, or none"
+                    f"expected the seed of the data of the run that is resumed, {state_dict['seed']}, got {self.seed}; give "
+                    "the same, or none"
                 )
             self._restart_from_seed(state_dict["seed"])
         if state_dict["labels"] not in (None, self.table("train").check_sum()):
             raise ValueError(
-                "expected the training labels of the run that is resumed, got others; give the data module the same data, noise, "
-                f"subset and split, and seed {state_dict['seed']}"
+                "expected the training labels of the run that is resumed, got others; give the data module the same data, "
+                f"noise, subset and split, and seed {state_dict['seed']}"
             )
 
     def _share_seed(self) -> None:
@@ -554,7 +562,7 @@ class NoisyDataModule(L.LightningDataModule):
             )
         if not takes_batches(policy):
             raise ValueError(
-                f"expected a policy of whole batches here, got {name!r}, a transform of one image; it serves training views only"
+                f"expected a policy of whole batches here, got {name!r}, a transform of one image; use it for training views"
             )
         return cast(Tensor, policy(images, generator=generator))
 

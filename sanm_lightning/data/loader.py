@@ -41,8 +41,8 @@ class IndexLoader:
         store: images that are decoded by workers as they are needed.
         fixed_order: the same permutation in every epoch, as over-fitting on a few batches needs it.
         pool: gives the positions (M,) that an epoch draws from; None takes all.
-        choose: called with the epoch before its first batch, to do the work of its beginning and to choose its batches: positions
-            (S, B) of this process, S = ``len(self)``, or None for the shuffled ones.
+        choose: called with the epoch before its first batch, to do the work of its beginning and to choose its batches:
+            positions (S, B) of this process, S = ``len(self)``, or None for the shuffled ones.
         request: makes of a step and its indices what a worker is asked for; by default the images alone.
 
     Yields:
@@ -77,8 +77,8 @@ class IndexLoader:
             raise ValueError(f"expected a seed of 0 or more, got {seed}; choose another, such as 0")
         if not shuffle and num_samples < world_size:
             raise ValueError(
-                f"expected at least one sample for each of {world_size} processes, got {num_samples}; use at most {num_samples} "
-                "processes"
+                f"expected at least one sample for each of {world_size} processes, got {num_samples}; use at most "
+                f"{num_samples} processes"
             )
         self.num_samples = num_samples
         self.batch_size = batch_size

@@ -134,15 +134,15 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
         return [Stage("train")]
 
     def views(self) -> tuple[View, ...]:
-        """Return the policies of the views that the present stage learns from; ``batch.views`` holds them in this order."""
+        """Return the policies of the views of the present stage; ``batch.views`` holds the views in this order."""
         return ("weak",)
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Choose the samples of every step of this process in the present epoch.
 
         Returns:
-            Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None takes the loader's
-            own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch asks again.
+            Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None takes the
+            loader's own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch asks again.
         """
         return None
 

@@ -24,8 +24,8 @@ def predict_split(
     Args:
         module: whose networks and trainer are used; the trainer has a data module of this package.
         split: ``"train"`` or ``"val"``.
-        quantities: ``"logits"`` (N, C), ``"features"`` (N, D) (the input of the classifier), ``"loss"`` (N,) (cross-entropy of the
-            given label), ``"labels"`` (N,) int64 (the given ones).
+        quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the cross-entropy
+            of the given label; ``"labels"`` (N,) int64, the given ones.
         network: number of the network; None runs all of them and adds a leading dimension, as in (2, N, C).
         view: policy of the view; ``"none"`` is the image itself.
 

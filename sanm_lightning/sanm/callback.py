@@ -41,7 +41,7 @@ class SANMCallback(L.Callback):
     optimizer does not know joins its first parameter group. The decoder is kept in the callback's own state, so the module's
     state dict stays the user's. The first mask comes after ``SANM(warmup_epochs=)`` epochs, by default 1.
 
-    Logs the means over an epoch's steps of ``train/quality``, ``train/masked_fraction`` and ``train/reconstruction_loss`` (L_r),
+    Logs the means over an epoch's steps of ``train/quality``, ``train/masked_fraction``, ``train/reconstruction_loss`` (L_r),
     each the mean over the SANMs at work, and of ``train/classification_loss`` (the loss without beta L_r of any of them).
 
     Args:

@@ -16,8 +16,8 @@ class FeatureExtractor(nn.Module):
     """Any convolutional classifier by timm's conventions, with the features of its last forward.
 
     The features of a timm model are those of ``forward_features``. Of another network (torchvision's, one's own) the map that
-    enters the last average pooling is taken, or the output of a named layer; then ``forward_features`` runs the whole network and
-    keeps the logits for ``forward_head``. The network is run once here, on two black images.
+    enters the last average pooling is taken, or the output of a named layer; then ``forward_features`` runs the whole network
+    and keeps the logits for ``forward_head``. The network is run once here, on two black images.
 
     Args:
         network: the classifier, images (B, 3, H, W) -> logits (B, C).

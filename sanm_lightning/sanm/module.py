@@ -186,7 +186,8 @@ class SANM(nn.Module):
         self.options: dict[str, Any] = {
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
             "place": frozen if isinstance(self.saliency, FrozenNetwork) else place, "ratio": ratio,
-            "ratio_range": None if ratio_range is None else [low, high], "quality": self.quality if estimator is None else estimator.options, "evidence": evidence,
+            "ratio_range": None if ratio_range is None else [low, high], "evidence": evidence,
+            "quality": self.quality if estimator is None else estimator.options,
             "history": history, "fill": fill, "anchor": anchor, "regions": regions, "area": area, "spread": spread,
             "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
             "warmup_epochs": warmup_epochs, "seed": seed,

@@ -258,8 +258,8 @@ class QualityFile(QualityEstimator):
             return torch.from_numpy(np.asarray(held if path.suffix == ".npy" else held[self.key], dtype=np.float32))
         except (ValueError, KeyError, OSError, IndexError) as error:
             raise ValueError(
-                f"expected label quality under {self.key!r} in {self.path!r}, got a file that cannot be read so ({error}); give "
-                "a .npy, .npz or .csv file and the name of the array or column"
+                f"expected label quality under {self.key!r} in {self.path!r}, got a file that cannot be read so ({error}); "
+                "give a .npy, .npz or .csv file and the name of the array or column"
             ) from error
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:

@@ -1,0 +1,201 @@
+"""Config files on the command line: where they lie, in which order they come, and what has become of old paths.
+
+The package holds ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<noise>].yaml``, ``noise/``, ``sanm.yaml`` with
+``sanm/``, and ``views/``; they are given in this order.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+__all__ = ["check_order", "packaged", "resolve", "unused_setting"]
+
+ORDER = "the order is method, data, setting, noise, sanm"
+OLD_PATH = re.compile(r"configs/(?P<data>cifar100?)/(?P<method>[a-z0-9_]+)(/(?P<noise>[a-z0-9_]+))?\.ya?ml$")
+SMALL = "_small"  # of cross_entropy_small.yaml, which is a setting now
+
+
+class Word(NamedTuple):
+    """An option of the command line.
+
+    Attributes:
+        flag: with its dashes, such as ``--config``.
+        value: what was given; None for an option that ends the command line.
+        place: position of the value in the arguments.
+        joined: whether it was written as ``flag=value``.
+    """
+
+    flag: str
+    value: str | None
+    place: int
+    joined: bool
+
+    @property
+    def is_config(self) -> bool:
+        """Whether the value is a config."""
+        return self.flag in ("--config", "-c") and self.value is not None
+
+
+def packaged() -> Path:
+    """Return the folder that holds ``configs/``: the installed package, or a checkout in development."""
+    package = Path(str(files("sanm_lightning")))
+    return package if (package / "configs").is_dir() else package.parent
+
+
+def resolve(args: Sequence[str]) -> list[str]:
+    """Replace each ``--config configs/...`` that does not exist here by the file that comes with the package.
+
+    Args:
+        args: the arguments of the command line.
+
+    Returns:
+        The arguments with the paths of existing files.
+
+    Raises:
+        ValueError: a config is named by a path of an earlier version.
+        FileNotFoundError: there is no such config; the message lists the nearest names.
+    """
+    out, old = list(args), []
+    for word in _words(args):
+        if not word.is_config or not _is_missing_file(word.value):
+            continue
+        assert word.value is not None
+        inside = packaged() / word.value
+        if Path(word.value).parts[0] == "configs" and inside.is_file():
+            out[word.place] = f"{word.flag}={inside}" if word.joined else str(inside)
+        elif _old_path(word.value):
+            old.append(word.value)
+        else:
+            raise FileNotFoundError(f"expected a config that exists, got {word.value!r}; {_near(word.value)}")
+    if old:
+        raise ValueError(
+            f"expected the configs of a method and of a data set, got {' and '.join(map(repr, old))}; use "
+            f"{_replacement(old)}"
+        )
+    return out
+
+
+def check_order(args: Sequence[str]) -> None:
+    """Refuse options of a model or of data that come before its class: the parser could not say which class it lacks.
+
+    Args:
+        args: the arguments of the command line, with paths of existing files.
+
+    Raises:
+        ValueError: a config or an option changes what no config before it has named.
+    """
+    named: set[str] = set()
+    for word in _words(args):
+        content = _content(word.value) if word.is_config else {}
+        for part, folder in (("model", "method"), ("data", "data")):
+            if word.flag in (f"--{part}", f"--{part}.class_path"):
+                named.add(part)
+            options = content.get(part)
+            if isinstance(options, str) or (isinstance(options, dict) and "class_path" in options):
+                named.add(part)
+            early = isinstance(options, dict) and options.get("init_args")
+            early = early or (word.flag.startswith(f"--{part}.") and word.flag != f"--{part}.help")
+            if early and part not in named:
+                what = f"the config {word.value!r}" if word.is_config else f"the option {word.flag}"
+                raise ValueError(
+                    f"expected the class of the {part} before its options, got {what} first; put a config of "
+                    f"configs/{folder}/, or --{part} CLASS, before it ({ORDER})"
+                )
+
+
+def unused_setting(args: Sequence[str]) -> str | None:
+    """Name the setting that was published for the method, data and noise on the command line, where it is not used.
+
+    Args:
+        args: the arguments of the command line.
+
+    Returns:
+        A path under ``configs/``; None where there is none, or one as specific is given.
+    """
+    given: dict[str, str] = {}
+    for word in _words(args):
+        parts = Path(word.value).parts if word.is_config and word.value else ()
+        for folder in ("method", "data", "setting", "noise"):
+            if ("configs", folder) in itertools.pairwise(parts):
+                given[folder] = Path(parts[-1]).stem
+    if not {"method", "data"} <= given.keys():
+        return None
+    best = _setting(given["method"], given["data"], given.get("noise"))
+    as_specific = {given.get("setting"), given["data"] if "setting" in given else None}
+    if best is None or Path(best).stem in as_specific:
+        return None
+    return best
+
+
+def _words(args: Sequence[str]) -> Iterator[Word]:
+    for place, argument in enumerate(args):
+        if argument.startswith("-"):
+            flag, equals, value = argument.partition("=")
+            after = args[place + 1] if place + 1 < len(args) else None
+            yield Word(flag, value, place, True) if equals else Word(flag, after, place + 1, False)
+
+
+def _is_missing_file(value: str | None) -> bool:
+    """Whether a config is a path, not text or an address, and leads nowhere."""
+    if value is None or "\n" in value or "{" in value or "://" in value:
+        return False
+    return value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file()
+
+
+def _content(value: str | None) -> dict[str, Any]:
+    """Return what a config says to the command that is run; nothing where it cannot be read, which the parser then tells."""
+    try:
+        content = yaml.safe_load(Path(value).read_text() if value and Path(value).is_file() else value or "")
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    content = content if isinstance(content, dict) else {}
+    for command in ("fit", "validate", "test", "predict"):  # of a config that is given before the command
+        if isinstance(content.get(command), dict):
+            content = {**content, **content[command]}
+    return content
+
+
+def _near(value: str) -> str:
+    """Return the sentence part that names the most similar configs of the package, the nearest first."""
+    known = [path.relative_to(packaged()) for path in sorted((packaged() / "configs").rglob("*.yaml"))]
+    wanted = Path(value)
+    ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}
+    near = [str(path) for path in sorted(known, key=lambda path: -ratio[path]) if ratio[path] > 0.7][:3]
+    return f"near: {', '.join(near)}" if near else f"those of the package lie in {packaged() / 'configs'}"
+
+
+def _similarity(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def _setting(method: str, data: str, noise: str | None) -> str | None:
+    """Return the most specific setting that there is, as a path under ``configs/``."""
+    names = [f"{data}-{noise}", data] if noise else [data]
+    paths = [f"configs/setting/{method}/{name}.yaml" for name in names]
+    return next((path for path in paths if (packaged() / path).is_file()), None)
+
+
+def _old_path(value: str) -> re.Match[str] | None:
+    match = OLD_PATH.search(Path(value).as_posix())
+    method = match["method"].removesuffix(SMALL) if match else ""
+    return match if (packaged() / "configs" / "method" / f"{method}.yaml").is_file() else None
+
+
+def _replacement(old: Sequence[str]) -> str:
+    """Return what takes the place of all old paths of one command line."""
+    matches = [match for match in map(_old_path, old) if match]
+    base = next((match for match in matches if match["noise"] is None), matches[0])  # C2D took DivideMix's overlays
+    noise = next((match["noise"] for match in matches if match["noise"]), None)
+    method, data = base["method"].removesuffix(SMALL), base["data"]
+    setting = _setting(method, data, "small" if base["method"].endswith(SMALL) else noise)
+    paths = [f"configs/method/{method}.yaml", f"configs/data/{data}.yaml", *([setting] if setting else [])]
+    words = [f"--config {path}" for path in paths]
+    if noise and method in ("cdr", "co_teaching"):  # these overlays said nothing but the noise rate
+        words.append(f"--model.noise_rate {int(re.sub(r'[^0-9]', '', noise)) / 100}")
+    return " ".join(words)
