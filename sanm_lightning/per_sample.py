@@ -166,6 +166,7 @@ class SampleState(nn.Module):
         """Return the state with what all processes wrote; the tables stay as they are. A collective."""
         state = self.get_extra_state()
         if several_processes():
+            state["start"] = {}  # of the tables that were written since the last sync
             for name, (rows, count) in self._merged().items():
                 state["tables"][name], state["written"][name] = rows.cpu(), count.cpu()
                 start = self._start.get(name, getattr(self, name))

@@ -406,7 +406,7 @@ class NoisyDataModule(L.LightningDataModule):
         self, split: str, batch_size: int, pool: Callable[[int], Tensor] | None = None, **options: Any
     ) -> IndexLoader:
         store = self.store(split)
-        transforms = any(transform for view in self._transforms() for transform in view) and options.get("shuffle")
+        training = bool(options.get("shuffle"))
         return IndexLoader(
             self.split_size(split) if pool is None else len(pool(0)),
             batch_size,
@@ -414,7 +414,8 @@ class NoisyDataModule(L.LightningDataModule):
             seed=self.seed,
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
-            store=store if store.resident is None or transforms else None,
+            store=store if store.resident is None or training else None,
+            decode=lambda: store.resident is None or any(map(any, self._transforms())),
             pool=pool,
             request=self._request if split == "train" and pool == self.epoch_pool else None,
             **options,
@@ -454,12 +455,6 @@ class NoisyDataModule(L.LightningDataModule):
         found = []
         for view in self._views():
             policies = [self._policy(name) for name in ((view,) if isinstance(view, str) else view)]
-            kinds = {takes_batches(policy) for policy in policies}
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"expected policies of one kind within a view, got batch policies and transforms of one image in {view}; "
-                    "wrap the transform, or choose another"
-                )
             found.append(tuple(None if takes_batches(policy) else policy for policy in policies))
         return tuple(found)
 
@@ -483,16 +478,16 @@ class NoisyDataModule(L.LightningDataModule):
         index, images, ready = self._images(item, "train")
         views = []
         for number, view in enumerate(self._views()):
-            if len(ready) > number and ready[number].numel():
-                views.append(ready[number].to(torch.float32).div_(255))
-                continue
             names = (view,) if isinstance(view, str) else view
+            made = iter(
+                ready[number].split(len(index) // len(names)) if len(ready) > number and len(ready[number]) else ()
+            )
             generator = named_generator("augment", self.seed, loader.rank, epoch, step, number)
             blocks = [
-                self._augmented(block, name, generator)
+                self._augmented(block, name, generator) if takes_batches(self._policy(name)) else next(made)
                 for block, name in zip(images.split(len(images) // len(names)), names, strict=True)
             ]
-            views.append(torch.cat(blocks).to(torch.float32).div_(255) if len(blocks) > 1 else _unit(blocks[0]))
+            views.append(_unit(blocks[0] if len(blocks) == 1 else torch.cat(blocks)))
         labels, true_labels = self._labels("train", index)
         return NoisyBatch(views[0], labels, index, true_labels, tuple(views))
 

@@ -39,6 +39,7 @@ class IndexLoader:
         world_size: number of processes.
         drop_last: leave out the last partial batch; only with shuffle.
         store: images that are decoded by workers as they are needed.
+        decode: whether an epoch needs the store; None: always.
         fixed_order: the same permutation in every epoch, as over-fitting on a few batches needs it.
         pool: gives the positions (M,) that an epoch draws from; None takes all.
         choose: called with the epoch before its first batch, to do the work of its beginning and to choose its batches:
@@ -63,6 +64,7 @@ class IndexLoader:
         world_size: int = 1,
         drop_last: bool = False,
         store: ImageStore | None = None,
+        decode: Callable[[], bool] | None = None,
         fixed_order: bool = False,
         pool: Callable[[int], Tensor] | None = None,
         choose: Callable[[int], Tensor | None] | None = None,
@@ -91,7 +93,7 @@ class IndexLoader:
         self._pool, self._choose = pool, choose
         self._request = request or (lambda epoch, step, index: RowRequest(index))
         # Not called `dataset`: Lightning takes anything with that attribute for a DataLoader that it may rebuild.
-        self._store = store
+        self._store, self._decode = store, decode or (lambda: True)
         self._epoch = 0
         self._served = 0  # batches of this epoch that have been yielded
         self._skip = 0  # batches that the next iteration leaves out, after a resume
@@ -161,7 +163,8 @@ class IndexLoader:
         chosen = self._choose(self._epoch) if self._choose is not None else None
         batches = self._batches() if chosen is None else self._checked(chosen)
         first, self._served, self._skip = self._skip, self._skip, 0
-        for batch in batches[first:] if self._store is None else self._decoded(batches, first):
+        decoded = self._store is not None and self._decode()
+        for batch in self._decoded(batches, first) if decoded else batches[first:]:
             self._served += 1
             yield batch
 

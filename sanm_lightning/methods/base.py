@@ -142,7 +142,8 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
 
         Returns:
             Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None takes the
-            loader's own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch asks again.
+            loader's own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch
+            asks again.
         """
         return None
 
