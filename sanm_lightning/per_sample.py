@@ -451,7 +451,7 @@ class LabelStore(SampleState):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Take over a state; one of the earlier version was filled where it has rows."""
         super().set_extra_state(state)
-        self.filled = bool(state.get("filled", len(self) > 0))
+        self.filled = bool(state.get("filled", len(state.get("labels", ())) > 0))
 
 
 class LearnableTargets(SampleState):
