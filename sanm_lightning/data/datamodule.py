@@ -566,7 +566,7 @@ class NoisyDataModule(L.LightningDataModule):
         if isinstance(item, Tensor):
             return item, self.store(split).look_up(item), []
         index, images, place, views = item
-        whole = images if len(images) == len(place) and split != "train" else images.index_select(0, place)
+        whole = images if len(images) == len(place) else images.index_select(0, place)
         return index, whole, views
 
     def _labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
