@@ -114,7 +114,7 @@ class TestDecodings:
         data = Streamed(tmp_path, num_workers=workers)
         module = Asking(("weak", ("none", "rand_augment"), "simclr"), twice_the_same)
         run(module, data, epochs=2)
-        assert data.decoded == Counter({index: 2 for index in range(16)})
+        assert data.decoded == Counter(dict.fromkeys(range(16), 2))
         assert all(len(batch.images) == 10 and len(batch.views) == 3 for batch in module.batches)
 
     @WORKERS
@@ -126,6 +126,7 @@ class TestDecodings:
         assert data.decoded == Counter(range(21))
         resident = Toy(seed=3, num_samples=21).batch("train", torch.arange(21))
         assert torch.equal(torch.cat([batch.images for batch in served]), resident.images)
+
 
 class TestViews:
     @WORKERS
@@ -156,6 +157,7 @@ class TestViews:
         assert module.order[:2] == ["prepare_epoch", "epoch_batches"]
         assert [step for step in module.order if step != "views"] == ["prepare_epoch", "epoch_batches"] * 2
 
+
 class TestTransforms:
     """A transform of one image, in torchvision's way, is drawn for each sample, in the workers."""
 
@@ -171,7 +173,9 @@ class TestTransforms:
         before = torch.get_rng_state()
         run(module, self.made(workers, resident_bytes), epochs=2)
         assert torch.equal(before, torch.get_rng_state())
-        drawn = [tuple(view[row].flatten()[:6].tolist()) for b in module.batches for view in b.views for row in range(4)]
+        drawn = [
+            tuple(view[row].flatten()[:6].tolist()) for b in module.batches for view in b.views for row in range(4)
+        ]
         assert len(set(drawn)) == len(drawn) == 2 * 4 * 2 * 4
 
     def test_workers_change_no_pixel(self) -> None:
@@ -214,9 +218,29 @@ class TestTransforms:
         monkeypatch.setattr(sys, "argv", ["sanm"])
         words = ["fit", "--model", "CrossEntropy", "--model.network", "small_cnn", "--data", "Toy", "--data.policies"]
         policies = '{"weak": {"class_path": "torchvision.transforms.v2.RandAugment", "init_args": {"num_ops": 1}}}'
-        trained = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path)]
-        cli = main([*words, policies, *trained, "--trainer.logger", "false", "--trainer.enable_checkpointing", "false",
-                    "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"])
+        trained = [
+            "--trainer.max_epochs",
+            "1",
+            "--trainer.accelerator",
+            "cpu",
+            "--trainer.default_root_dir",
+            str(tmp_path),
+        ]
+        cli = main(
+            [
+                *words,
+                policies,
+                *trained,
+                "--trainer.logger",
+                "false",
+                "--trainer.enable_checkpointing",
+                "false",
+                "--trainer.enable_progress_bar",
+                "false",
+                "--trainer.enable_model_summary",
+                "false",
+            ]
+        )
         assert isinstance(cli.datamodule.policies["weak"], T.RandAugment)
         assert cli.datamodule.policies["weak"].num_ops == 1
 
@@ -243,6 +267,7 @@ class TestBatchPolicies:
         assert seen[0] == ((16, 3, 16, 16), torch.uint8, torch.rand(1, generator=expected).item())
         for batch in module.batches:
             torch.testing.assert_close(batch.views[0], 1 - batch.views[1])
+
 
 class TestRows:
     def test_another_number_of_steps_in_a_later_epoch_is_refused(self) -> None:
@@ -272,7 +297,7 @@ class TestPool:
         index = [batch.index.tolist() for batch in module.batches if batch.index is not None]
         assert [len(row) for row in index] == [7] * 9
         for epoch in range(3):
-            drawn = sum(index[3 * epoch : 3 * epoch + 3], [])
+            drawn = [sample for row in index[3 * epoch : 3 * epoch + 3] for sample in row]
             assert sorted(drawn) == list(range(epoch, 63, 3)) and drawn != sorted(drawn)
         assert data.decoded == Counter(range(63))
 
@@ -294,7 +319,7 @@ class TestPool:
 
 
 class TestDecodeSize:
-    @pytest.fixture()
+    @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         generator = torch.Generator().manual_seed(0)
         for part, count in (("train", 3), ("test", 2)):
