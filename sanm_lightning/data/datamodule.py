@@ -3,44 +3,28 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch, View
-from sanm_lightning.data.image_store import ImageDataset, ImageStore, Row, RowRequest, Transform
+from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
-from sanm_lightning.data.policies import POLICIES, augment, center_crop, takes_batches
-from sanm_lightning.random_streams import named_generator
+from sanm_lightning.data.serving import ServedBatches
+from sanm_lightning.data.source import Source, check_source
 
 __all__ = ["NoisyDataModule", "Source"]
 
 NO_NOISE = Noise()
 
-SplitName = Literal["train", "val", "test"]
 
 DRAWS = 2
 """Version of the random streams of noise, subset and split; a checkpoint says which one its labels were drawn by."""
 
 
-class Source(NamedTuple):
-    """What a data set consists of, before subset, noise and splits.
-
-    Attributes:
-        labels: class indices, shape (N,), int64.
-        images: shape (N, 3, H, W), uint8; or a map-style data set that decodes image i to (3, H, W), uint8, when it is
-            asked for it, and not before.
-    """
-
-    labels: Tensor
-    images: Tensor | ImageDataset
-
-
-class NoisyDataModule(L.LightningDataModule):
+class NoisyDataModule(ServedBatches):
     """Images with labels that may be wrong: the base of all data sets here, and of your own.
 
     A subclass gives `num_classes` and `image_size`, and `load_train` and `load_test`, each a `Source`; if need be
@@ -333,24 +317,7 @@ class NoisyDataModule(L.LightningDataModule):
     def _source(self, name: Literal["train", "test"]) -> Source:
         if name not in self._sources:
             source = self.load_train() if name == "train" else self.load_test()
-            labels, images = source
-            what = "training" if name == "train" else "test"
-            if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0 or len(images) != len(labels):
-                raise ValueError(
-                    f"expected int64 labels (N,) for the {len(images)} images of the {what} set, got {tuple(labels.shape)} of "
-                    f"{labels.dtype}; give one label per image"
-                )
-            if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
-                raise ValueError(
-                    f"expected labels in 0 to {self.num_classes - 1} in the {what} set, got {int(labels.min())} to "
-                    f"{int(labels.max())}; number the classes from 0 and check num_classes"
-                )
-            height, width = self.decode_size
-            if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, height, width)):
-                raise ValueError(
-                    f"expected uint8 images (N, 3, {height}, {width}) in the {what} set, got {tuple(images.shape)} of "
-                    f"{images.dtype}; convert them"
-                )
+            check_source(source, self.num_classes, self.decode_size, "training" if name == "train" else "test")
             self._sources[name] = source
         return self._sources[name]
 
@@ -433,172 +400,3 @@ class NoisyDataModule(L.LightningDataModule):
             request=self._request if split == "train" and pool == self.epoch_pool else None,
             **options,
         )
-
-    # What the module in training wants ----------------------------------------------------------------------------------
-
-    def _choose(self, epoch: int) -> Tensor | None:
-        """Let the module begin the epoch and choose its batches."""
-        module: Any = cast(Any, self.trainer).lightning_module
-        loader = cast(IndexLoader, self._train_loader)
-        module.prepare_epoch()
-        plan = EpochPlan(
-            epoch, len(loader), self.batch_size, self.num_samples, loader.rank, loader.world_size,
-            lambda peer: self.epoch_pool(epoch, peer),
-        )  # fmt: skip
-        chosen: Tensor | None = module.epoch_batches(plan)
-        if chosen is not None and chosen.numel() and int(chosen.max()) >= self.num_samples:
-            raise ValueError(
-                f"expected positions in [0, {self.num_samples}) in the batches of an epoch, got {int(chosen.max())}"
-            )
-        return chosen
-
-    def _views(self) -> tuple[View, ...]:
-        module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        views = getattr(module, "views", None)
-        return tuple(views()) if callable(views) and hasattr(module, "epoch_batches") else ("weak",)
-
-    def _policy(self, name: str) -> Callable[..., Any]:
-        if name not in self.policies and name not in POLICIES:
-            known = ", ".join([*POLICIES, *self.policies])
-            raise ValueError(f"expected a view among {known}, got {name!r}; choose one, or add it to data.policies")
-        return self.policies.get(name) or POLICIES[name]
-
-    def _transforms(self) -> tuple[tuple[Transform | None, ...], ...]:
-        """For each view, the transforms of its blocks that workers apply; None for what is done on the device."""
-        found = []
-        for view in self._views():
-            policies = [self._policy(name) for name in ((view,) if isinstance(view, str) else view)]
-            found.append(tuple(None if takes_batches(policy) else policy for policy in policies))
-        return tuple(found)
-
-    def _request(self, epoch: int, step: int, index: Tensor) -> RowRequest:
-        rank = 0 if self._train_loader is None else self._train_loader.rank
-        return RowRequest(index, self._transforms(), (self.seed, rank, epoch, step))
-
-    # Batches -------------------------------------------------------------------------------------------------------
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> NoisyBatch:
-        """Turns what a loader served, now on the device, into images and labels."""
-        assert self.trainer is not None  # only a trainer calls this hook
-        split = self._current_split(dataloader_idx)
-        made = self._training_batch(batch) if split == "train" else self.pass_batch(batch, split)
-        # Pure 16- or 64-bit training converts batches before this hook, when there were no images yet.
-        return cast(NoisyBatch, self.trainer.precision_plugin.convert_input(made))
-
-    def _training_batch(self, item: Tensor | Row) -> NoisyBatch:
-        loader = cast(IndexLoader, self._train_loader)
-        epoch, step = loader.position
-        index, images, ready = self._images(item, "train")
-        views = []
-        for number, view in enumerate(self._views()):
-            names = (view,) if isinstance(view, str) else view
-            made = iter(
-                ready[number].split(len(index) // len(names)) if len(ready) > number and len(ready[number]) else ()
-            )
-            generator = named_generator("augment", self.seed, loader.rank, epoch, step, number)
-            blocks = [
-                self._augmented(block, name, generator) if takes_batches(self._policy(name)) else next(made)
-                for block, name in zip(images.split(len(images) // len(names)), names, strict=True)
-            ]
-            views.append(_unit(blocks[0] if len(blocks) == 1 else torch.cat(blocks)))
-        labels, true_labels = self._labels("train", index)
-        return NoisyBatch(views[0], labels, index, true_labels, tuple(views))
-
-    def pass_batch(
-        self,
-        item: Tensor | Row,
-        split: str,
-        device: torch.device | None = None,
-        policy: str = "none",
-        generator: torch.Generator | None = None,
-    ) -> NoisyBatch:
-        """Turns what a loader of a split served into a batch of one view, un-augmented by default.
-
-        Args:
-            item: from `pass_dataloader` or another loader, on the device.
-            split: ``train``, ``val`` or ``test``.
-            device: of the batch; None takes that of the item.
-            policy: name of the view; a transform of one image cannot be used here.
-            generator: source of the view's randomness.
-        """
-        index, images, _ = self._images(item, split)
-        if device is not None:
-            index, images = index.to(device), images.to(device)
-        viewed = self._augmented(images, policy, generator)
-        labels, true_labels = self._labels(split, index)
-        return NoisyBatch(_unit(viewed), labels, index, true_labels)
-
-    def batch(
-        self,
-        split: SplitName,
-        index: Tensor,
-        images: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        policy: str = "weak",
-    ) -> NoisyBatch:
-        """Looks samples up, outside of a training; of a set that streams, they are decoded in this process.
-
-        Args:
-            split: ``train``, ``val`` or ``test``.
-            index: positions in the split, shape (B,), int64.
-            images: shape (B, 3, H, W), uint8, where they are at hand.
-            generator: the view is drawn from it; no augmentation is made without.
-            policy: which view, see `policies`.
-
-        Returns:
-            Images in [0, 1], float32, with the given labels, on the device of the index; true labels for training and
-            validation where known. The labels of the test set are true ones, and given as labels.
-
-        Raises:
-            ValueError: an unknown split or policy.
-        """
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"expected the split 'train', 'val' or 'test', got {split!r}; choose one of them")
-        images = self.store(split).look_up(index) if images is None else images
-        viewed = self._augmented(images, "none" if generator is None else policy, generator)
-        labels, true_labels = self._labels(split, index)
-        return NoisyBatch(_unit(viewed), labels, index, true_labels)
-
-    def _augmented(self, images: Tensor, name: str, generator: torch.Generator | None) -> Tensor:
-        """Make a view of bytes (B, 3, H, W): cropped to the image size, augmented while the images are bytes."""
-        if name == "none" and name not in self.policies:
-            return center_crop(images, self.image_size)
-        policy = self.policies.get(name)
-        if policy is None:
-            return augment(
-                images, name, cast(torch.Generator, generator), self.crop_padding, self.flip, self.image_size
-            )
-        if not takes_batches(policy):
-            raise ValueError(
-                f"expected a policy of whole batches here, got {name!r}, a transform of one image; use it for training views"
-            )
-        return cast(Tensor, policy(images, generator=generator))
-
-    def _images(self, item: Tensor | Row, split: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Index, images of the row as bytes, and the views that workers made."""
-        if isinstance(item, Tensor):
-            return item, self.store(split).look_up(item), []
-        index, images, place, views = item
-        whole = images if len(images) == len(place) and split != "train" else images.index_select(0, place)
-        return index, whole, views
-
-    def _labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
-        key = (split, index.device)
-        if key not in self._labels_on_device:
-            table = self.table(split)
-            true = None if table.true_labels is None else table.true_labels.to(index.device)
-            self._labels_on_device[key] = (table.labels.to(index.device), true)
-        labels, true_labels = self._labels_on_device[key]
-        return labels[index], None if true_labels is None else true_labels[index]
-
-    def _current_split(self, dataloader_idx: int) -> str:
-        assert self.trainer is not None
-        if self.trainer.training:
-            return "train"
-        if self.trainer.sanity_checking or self.trainer.validating:
-            return self.eval_names[dataloader_idx]
-        return self.test_names[dataloader_idx]
-
-
-def _unit(images: Tensor) -> Tensor:
-    return images.to(torch.float32).div_(255)

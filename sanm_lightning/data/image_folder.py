@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sanm_lightning.data.datamodule import NoisyDataModule, Source
@@ -159,14 +159,16 @@ def read_image(path: str | Path, side: int) -> Tensor:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            upright = ImageOps.exif_transpose(image)
-            rgb = _to_rgb(upright)
+            image.load()  # an orientation may stand behind the pixels
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies upright images too
+            rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UNREADABLE as error:
         raise ValueError(
             f"The image {str(path)!r} cannot be decoded ({str(error).rstrip('.')}): replace or remove the file."
         ) from error
     resized = TF.resize(rgb, [side], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
-    return torch.from_numpy(np.array(TF.center_crop(resized, [side, side]))).permute(2, 0, 1).contiguous()
+    square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -176,7 +178,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         ground = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(ground, layer).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

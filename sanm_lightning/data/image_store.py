@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from sanm_lightning.random_streams import named_generator, named_seed
 
@@ -45,7 +45,7 @@ class Row(NamedTuple):
     images: Tensor
     """(D, 3, H, W), uint8: the distinct samples."""
     place: Tensor
-    """(B,): where in ``images`` each sample of the row is."""
+    """(B,): where in ``images`` each sample of the row is; 0 to B - 1 in a row without duplicates."""
     views: list[Tensor]
     """For each view, (b, 3, h, w), uint8, of the blocks that have a transform; empty where there is none."""
 
@@ -58,7 +58,9 @@ class _Rows(Dataset[Row]):
 
     def __getitem__(self, request: Any) -> Row:
         distinct, place = torch.unique(request.indices, return_inverse=True)
-        decoded = torch.stack([self.images[row] for row in self.origin[distinct].tolist()])
+        if len(distinct) == len(place):  # in the order of the row: it need not be put together on the device
+            distinct, place = request.indices, torch.arange(len(place))
+        decoded = default_collate([self.images[row] for row in self.origin[distinct].tolist()])  # into shared memory
         views = [
             self._transformed(number, request, decoded, place) if any(transforms) else decoded.new_zeros(0)
             for number, transforms in enumerate(request.transforms)

@@ -9,6 +9,10 @@ from torch import Tensor
 __all__ = ["CropFlip", "crop_flip", "draw_crop_flip"]
 
 
+LARGE = 3 * 64 * 64
+"""Values of an image from which on its views are copied line by line on a processor."""
+
+
 class CropFlip(NamedTuple):
     """One crop and flip per image.
 
@@ -78,14 +82,25 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
             f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; draw one "
             "view per image"
         )
-    top, left, flipped = (values.to(images.device, non_blocking=True).unsqueeze(1) for values in parameters)
     height, width = images.shape[2:] if size is None else size
-    padded = F.pad(images, (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4) if padding else images
+    if images.device.type == "cpu" and images[:1].numel() >= LARGE and parameters.top.device == images.device:
+        return _window_by_window(padded, parameters, height, width)
+    top, left, flipped = (values.to(images.device, non_blocking=True).unsqueeze(1) for values in parameters)
     columns = torch.arange(width, device=images.device)
     columns = left + torch.where(flipped, columns.flip(0), columns)  # (B, W), in the padded image
     rows = top + torch.arange(height, device=images.device)  # (B, H)
     source = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(len(images), 1, height * width)
     return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(*images.shape[:2], height, width)
+
+
+def _window_by_window(padded: Tensor, parameters: CropFlip, height: int, width: int) -> Tensor:
+    """Copy whole lines, which on a processor is several times faster than to gather the pixels of large images."""
+    views = padded.new_empty((len(padded), padded.shape[1], height, width))
+    for view, image, top, left, flipped in zip(views, padded, *(part.tolist() for part in parameters), strict=True):
+        window = image[:, top : top + height, left : left + width]
+        view.copy_(window.flip(2) if flipped else window)
+    return views
 
 
 def _check_padding(padding: int) -> None:

@@ -1,0 +1,54 @@
+"""What a data set consists of before labels are changed and splits are made."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.data.image_store import ImageDataset
+
+__all__ = ["Source", "check_source"]
+
+
+class Source(NamedTuple):
+    """What a data set consists of, before subset, noise and splits.
+
+    Attributes:
+        labels: class indices, shape (N,), int64.
+        images: shape (N, 3, H, W), uint8; or a map-style data set that decodes image i to (3, H, W), uint8, when it is
+            asked for it, and not before.
+    """
+
+    labels: Tensor
+    images: Tensor | ImageDataset
+
+
+def check_source(source: Source, num_classes: int, size: tuple[int, int], what: str) -> None:
+    """Check the types, sizes and ranges of a set.
+
+    Args:
+        source: the set.
+        num_classes: C.
+        size: H, W of its images in pixels.
+        what: name of the set in errors.
+
+    Raises:
+        ValueError: labels or images are not what a data module expects.
+    """
+    labels, images = source
+    if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0 or len(images) != len(labels):
+        raise ValueError(
+            f"expected int64 labels (N,) for the {len(images)} images of the {what} set, got {tuple(labels.shape)} of "
+            f"{labels.dtype}; give one label per image"
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"expected labels in 0 to {num_classes - 1} in the {what} set, got {int(labels.min())} to "
+            f"{int(labels.max())}; number the classes from 0 and check num_classes"
+        )
+    height, width = size
+    if isinstance(images, Tensor) and (images.dtype != torch.uint8 or images.shape[1:] != (3, height, width)):
+        raise ValueError(
+            f"expected uint8 images (N, 3, {height}, {width}) in the {what} set, got {tuple(images.shape)} of "
+            f"{images.dtype}; convert them"
+        )
