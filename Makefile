@@ -1,17 +1,21 @@
-# make quickstart: train on real images with wrong labels.  make test: the tests.  make check: tests, ruff, types.
+# make quickstart: train on real images with wrong labels.  make test: the tests.  make test-all: every method in every variant.
+# make check: tests, ruff, types.
 # make bench: the speed of every part, as ratios (a quarter of an hour on 2 cores).
 # Each does all the set-up it needs: a virtual environment in .venv with everything installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test check lint bench clean
+.PHONY: quickstart test test-all check lint bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.test
+	SANM_TESTS=all $(BIN)/python -m pytest -n 2
 
 check: test lint
 

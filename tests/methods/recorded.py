@@ -219,8 +219,8 @@ def beginning(name: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def everything() -> dict[str, Any]:
-    """All cases, by name."""
+def everything(full: bool = True) -> dict[str, Any]:
+    """All cases, by name; without ``full``, each method alone and under SANM as it is."""
     found: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         for mixing in ("dividemix", "elr_plus", "ssr"):
@@ -228,7 +228,7 @@ def everything() -> dict[str, Any]:
             stack.callback(setattr, room, "mixup", room.mixup)
             room.mixup = mixup  # type: ignore[attr-defined]
         for name in CASES:
-            for sanm in SANMS if not name.startswith("SimCLR") else ["alone"]:
+            for sanm in (SANMS if full else ("alone", "sanm")) if not name.startswith("SimCLR") else ("alone",):
                 if " " in name and sanm not in ("alone", "sanm", "energy, two boxes"):
                     continue
                 for epoch in (0, 2):
