@@ -6,7 +6,7 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanm_lightning.data.views import CropFlip, crop_flip, draw_crop_flip
+from sanm_lightning.data.views import LARGE, CropFlip, crop_flip, draw_crop_flip
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,6 +36,18 @@ class TestCropFlip:
             assert torch.equal(view, TF.hflip(expected) if flipped else expected)
         assert views.dtype == dtype
         assert torch.equal(images, before)
+
+    @pytest.mark.parametrize("padding", [0, 3])
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_large_images_and_smaller_windows_as_well(self, padding: int, dtype: torch.dtype) -> None:
+        images = torch.randint(1, 256, (8, 3, 80, 72), generator=generator()).to(dtype)
+        assert images[0].numel() >= LARGE
+        drawn = draw_crop_flip(8, padding, True, generator(), (16, 12))
+        assert 0 < drawn.flipped.sum() < 8
+        views = crop_flip(images, drawn, padding, (64, 60))
+        for image, view, top, left, flipped in zip(images, views, *drawn, strict=True):
+            expected = TF.crop(TF.pad(image, [padding]), int(top), int(left), 64, 60)
+            assert torch.equal(view, TF.hflip(expected) if flipped else expected)
 
     def test_the_middle_crop_is_the_image(self) -> None:
         images = torch.rand(3, 3, 8, 8)
