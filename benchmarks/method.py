@@ -20,9 +20,11 @@ from sanm_lightning.data import Toy
 
 WORDS: dict[str, dict[str, Any]] = {
     "SSR": {"k": 20},
+    "CDR": {"noise_rate": 0.2},
+    "CoTeaching": {"noise_rate": 0.2},
     "C2D": {"pretrained": "ENCODER"},
 }
-METHODS = ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "C2D", "SSR"]
+METHODS = ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "C2D", "SSR", "GCE"]
 
 
 class Clock(L.Callback):

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sanm_lightning import per_sample
 from sanm_lightning.per_sample import (
     EMATargets,
     EpochMean,
@@ -20,6 +19,7 @@ from sanm_lightning.per_sample import (
     RunningVariance,
     SampleState,
 )
+from sanm_lightning.per_sample import state as per_sample
 
 quick = settings(max_examples=30, deadline=None)
 batches = st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(-8, 8)), max_size=6), max_size=4)

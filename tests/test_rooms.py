@@ -11,7 +11,7 @@ ALLOWED = {
     "batch.py": set(),
     "random_streams.py": set(),
     "compat.py": set(),
-    "per_sample.py": {"random_streams"},
+    "per_sample": {"per_sample", "random_streams"},
     "state_callback.py": {"per_sample"},
     "functional": {"functional"},
     "sanm": {"functional", "random_streams", "per_sample", "sanm", "state_callback"},
@@ -30,7 +30,19 @@ ALLOWED = {
         "sanm",
     },
 }
-HELPERS = {"__init__", "base", "schedules", "ema", "evaluation", "learned", "passes", "reset"}
+HELPERS = {
+    "__init__",
+    "base",
+    "checks",
+    "ema",
+    "evaluation",
+    "hooks",
+    "learned",
+    "optimization",
+    "passes",
+    "reset",
+    "schedules",
+}
 """Files of methods/ that hold no method."""
 FOREIGN = {
     "sanm": {"torchvision"},

@@ -20,6 +20,10 @@ __all__ = ["NoisyDataModule", "Source"]
 NO_NOISE = Noise()
 
 
+DRAWS = 2
+"""Version of the random streams of noise, subset and split; a checkpoint says which one its labels were drawn by."""
+
+
 class NoisyDataModule(ServedBatches):
     """Images with labels that may be wrong: the base of all data sets here, and of your own.
 
@@ -260,7 +264,11 @@ class NoisyDataModule(ServedBatches):
 
     def state_dict(self) -> dict[str, Any]:
         """The seed, and a check sum of the training labels, so that a resumed run has the same labels."""
-        return {"seed": self.seed, "labels": self.table("train").check_sum() if "train" in self._tables else None}
+        return {
+            "draws": DRAWS,
+            "seed": self.seed,
+            "labels": self.table("train").check_sum() if "train" in self._tables else None,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the seed of the run that is resumed, and compares the labels.
@@ -279,6 +287,12 @@ class NoisyDataModule(ServedBatches):
                 )
             self._restart_from_seed(state_dict["seed"])
         if state_dict["labels"] not in (None, self.table("train").check_sum()):
+            if state_dict.get("draws") != DRAWS:
+                raise ValueError(
+                    "expected the training labels of the run that is resumed, got others: the checkpoint is of an earlier "
+                    "version, whose noise, subset and split it drew with its own random streams; go on with that version, or "
+                    "begin a new run from its weights"
+                )
             raise ValueError(
                 "expected the training labels of the run that is resumed, got others; give the data module the same data, "
                 f"noise, subset and split, and seed {state_dict['seed']}"

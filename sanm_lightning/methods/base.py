@@ -6,35 +6,31 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch, View
-from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stage, Stages
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
-from sanm_lightning.callbacks.stages import locate, reset_parameters
+from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.compat import batch_number
 from sanm_lightning.functional import Mixed
+from sanm_lightning.methods.checks import check_arguments
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.learned import Learned
+from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
-from sanm_lightning.methods.schedules import takes_total_steps
+from sanm_lightning.methods.reset import reset_networks
 from sanm_lightning.models import create_network
 from sanm_lightning.random_streams import named_generator, named_seed, process_rank
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.mixin import SANMMixin
-from sanm_lightning.sanm.module import SANM, Quality
+from sanm_lightning.sanm.module import SANM
+from sanm_lightning.sanm.views import Quality
 
 __all__ = ["NoisyLabelModule", "sgd"]
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Return the field's usual optimizer: SGD, learning rate .02, momentum .9, weight decay 5e-4."""
-    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
-
-
-class NoisyLabelModule(SANMMixin, EvaluationSteps):
+class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
     """Base class of the methods. A method is one file with one class and one ``training_step``, which calls :meth:`learn`.
 
     Batches are :class:`NoisyBatch`, or any usual form that :meth:`NoisyBatch.from_any` reads.
@@ -64,12 +60,6 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
     """
 
     wraps_training_step = False
-    num_networks = 1
-    """1 or 2. Two networks mask with each other's estimate of label quality."""
-    needs_data_module = False
-    """True in a method that chooses its samples or views, or passes over the training set."""
-    estimates_quality = False
-    """True in a method that judges labels itself, by :meth:`label_quality`."""
 
     def __init__(
         self,
@@ -86,7 +76,7 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
         compile_network: bool | str = False,
     ) -> None:
         backend = "inductor" if compile_network is True else compile_network or None
-        _check_arguments(num_classes, image_size, network, warmup_epochs, backend)
+        check_arguments(num_classes, image_size, network, warmup_epochs, backend)
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
         live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
         self.save_hyperparameters(ignore=live)  # what is left is plain Python, so that a checkpoint opens safely
@@ -94,8 +84,6 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
         self.num_classes, self.image_size = num_classes, (int(image_size[0]), int(image_size[1]))
         self.warmup_epochs, self.optimizer, self.scheduler = warmup_epochs, optimizer, scheduler
         self.compile_backend: str | None = backend
-        self.schedule_steps: int | None = None
-        """Length of a learning-rate schedule that follows the trainer's, in steps."""
         self._create: Callable[[], Any] | None = None
         if isinstance(network, str):
             options = network_args or {}
@@ -116,62 +104,6 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
             self.network2: Any = self._create() if self._create else copy.deepcopy(given).apply(reset_parameters)
             self.sanm2.build(self.network2, self.image_size)
         self.accuracy = nn.ModuleDict()
-
-    @property
-    def networks(self) -> list[Any]:
-        """All networks in training."""
-        return [getattr(self, name) for name in ("network", "network2")[: self.num_networks]]
-
-    @property
-    def sanms(self) -> list[SANM]:
-        """The SANM of each network."""
-        return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
-
-    # What a method says of itself
-
-    def stages(self) -> list[Stage]:
-        """Return the stages of the training, in order."""
-        return [Stage("train")]
-
-    def views(self) -> tuple[View, ...]:
-        """Return the policies of the views of the present stage; ``batch.views`` holds the views in this order."""
-        return ("weak",)
-
-    def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
-        """Choose the samples of every step of this process in the present epoch.
-
-        Returns:
-            Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None takes the
-            loader's own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch
-            asks again.
-        """
-        return None
-
-    def begin_epoch(self) -> None:
-        """Do what the method does once per epoch, before its first batch is fetched; not again in a resumed epoch."""
-
-    def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
-        """Raise ValueError for a training set that the method cannot learn from."""
-
-    def label_quality(self) -> Tensor | None:
-        """Return the method's own estimate for each given label, (N,) in [0, 1], 1 = right; None where it has none."""
-        return None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> logits (B, C); of two networks the mean."""
-        logits: list[Tensor] = [network(images) for network in self.networks]
-        return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
-
-    # What a method calls
-
-    @property
-    def stage(self) -> Stage:
-        """The stage of the present epoch."""
-        return locate(self.stages(), self.current_epoch)[1]
-
-    def one_hot(self, labels: Tensor) -> Tensor:
-        """Labels (B,) -> targets (B, C), float32."""
-        return F.one_hot(labels, self.num_classes).float()
 
     def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a generator for the present step: a function of seed, process, epoch and step, so that resume is exact."""
@@ -240,12 +172,8 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
         """Pass over the validation split, likewise."""
         return predict_split(self, "val", quantities, network, view)
 
-    # What the callbacks and the trainer call
-
     def reset(self, head_only: bool = False) -> list[nn.Parameter]:
         """Draw the networks anew in place, or their classifiers; with decoders and averaged copies. Return what was drawn."""
-        from sanm_lightning.methods.reset import reset_networks
-
         return reset_networks(self, self._create, head_only)
 
     def prepare_epoch(self) -> None:
@@ -278,49 +206,3 @@ class NoisyLabelModule(SANMMixin, EvaluationSteps):
                 f"expected the weights of {type(self).__name__} as it is built here, got others: {reasons[0][:200]}{more}; "
                 "give the method, the network and SANM that the checkpoint was made with"
             ) from error
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip each network's gradients, with its decoder's, by themselves; a stage may set a value of its own."""
-        if self.stage.gradient_clip_val is not None:
-            gradient_clip_val, gradient_clip_algorithm = self.stage.gradient_clip_val, "norm"
-        if not gradient_clip_val:
-            return
-        if self.num_networks == 1:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
-        for parts in zip(self.networks, self.sanms, strict=True):
-            clip([parameter for part in parts for parameter in part.parameters()], gradient_clip_val)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make one optimizer over everything that learns, and its schedule."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
-        if self.scheduler is None:
-            return optimizer
-        if not takes_total_steps(self.scheduler):
-            return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
-        self.schedule_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
-
-
-def _check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(
-            f"expected num_classes >= 2, got {num_classes}; the data module gives it, from what it has read"
-        )
-    if image_size is None:
-        raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
-    if not isinstance(network, (str, nn.Module)):
-        raise ValueError(f"expected a network: the name of a timm model, or a module, got {network!r}")
-    if warmup_epochs < 0:
-        raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
-    if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise ValueError(
-            f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got {backend!r}"
-        )

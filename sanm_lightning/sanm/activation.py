@@ -4,8 +4,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["Backbone", "class_activation_map", "classifier_weight", "energy_map", "feature_map", "upsample"]
+__all__ = [
+    "Backbone",
+    "class_activation_map",
+    "classifier_weight",
+    "energy_map",
+    "feature_map",
+    "require_pooled_linear",
+    "upsample",
+]
 
 
 class Backbone(Protocol):
@@ -141,3 +150,16 @@ def classifier_weight(network: Backbone, channels: int) -> Tensor:
         f"a class activation map needs one linear classifier on the {channels} pooled features, and "
         f"{type(network).__name__} ends with {network.get_classifier()}; choose place: energy, which needs no classifier"
     )
+
+
+@torch.no_grad()
+def require_pooled_linear(network: Backbone, maps: Tensor, logits: Tensor) -> None:
+    """Refuse a network whose logits are not one linear map of the mean of its feature map: its CAM would be another's."""
+    weight = classifier_weight(network, maps.shape[1])
+    bias = getattr(network.get_classifier(), "bias", None)
+    pooled = F.linear(maps.float().mean((2, 3)), weight.float(), None if bias is None else bias.float())
+    if float((pooled - logits.float()).abs().max()) > 0.02 * float(logits.abs().max()) + 1e-3:
+        raise ValueError(
+            f"a class activation map needs logits that are one linear map of the averaged features, and "
+            f"{type(network).__name__} does more between its last feature map and its logits; choose place: energy"
+        )

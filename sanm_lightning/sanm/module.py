@@ -3,14 +3,13 @@
 import copy
 import importlib
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sanm_lightning.random_streams import named_generator, named_seed, process_rank
-from sanm_lightning.sanm.activation import Backbone, classifier_weight, feature_map, upsample
+from sanm_lightning.sanm.activation import Backbone, feature_map, upsample
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
@@ -23,50 +22,10 @@ from sanm_lightning.sanm.masking import (
 )
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
-from sanm_lightning.sanm.saliency import FrozenNetwork, Look, Saliency, energy, resolve_saliency
-from sanm_lightning.sanm.saliency import cam as class_activation
+from sanm_lightning.sanm.saliency import FrozenNetwork, Look, Saliency, check_saliency, probe, resolve_saliency
+from sanm_lightning.sanm.views import Quality, Views
 
 __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
-
-Quality = Tensor | Callable[[Tensor], Tensor] | None
-
-
-class Views(NamedTuple):
-    """The views that a method learns from in this step.
-
-    V is B; 2B with two masked copies of each image (all at the maximum, then all at the minimum); and B more when the unmasked
-    images are kept, which come first.
-    """
-
-    images: Tensor
-    """(V, 3, H, W), floating."""
-    targets: Tensor
-    """(V, C), class probabilities."""
-    ratio: Tensor | None = None
-    """(B,), the fraction of the area that was asked for; None before the first mask."""
-    box: Tensor | None = None
-    """(B, 4), or (2B, 4) with two masked copies: up, down, left, right in pixels; None where no mask was drawn."""
-    activation: Tensor | None = None
-    """(B, H, W), the map whose maximum was hidden; None likewise."""
-    logits: Tensor | None = None
-    """(B, C), of the unmasked images, without gradient; None where no extra pass was made."""
-    features: Tensor | None = None
-    """(B, D, h, w), of the unmasked images, without gradient; None likewise."""
-
-    @property
-    def masked(self) -> bool:
-        """Whether SANM was at work: masks, label moves or reconstruction, before which the base method is plain."""
-        return self.ratio is not None
-
-    def unmasked(self, logits: Tensor) -> Tensor:
-        """Return the logits of the unmasked images: of the extra pass, or, where nothing was masked, ``logits`` (B, C)."""
-        if self.logits is not None:
-            return self.logits
-        return logits if self.ratio is None else logits[: len(self.ratio)]  # kept unmasked images come first
-
-    def rows(self, chosen: Tensor, batch_size: int) -> Tensor:
-        """Return the rows of all views of the images ``chosen``, (K,) positions in a batch of ``batch_size``: (K V / B,)."""
-        return torch.cat([chosen + first for first in range(0, len(self.images), batch_size)])
 
 
 class SANM(nn.Module):
@@ -259,25 +218,10 @@ class SANM(nn.Module):
             return
         module = network if isinstance(network, nn.Module) else None
         like = next(module.parameters(), torch.zeros(())) if module is not None else torch.zeros(())
-        generator = named_generator("probe", self.seed)
-        try:
-            images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
-        except (RuntimeError, MemoryError) as error:
-            raise ValueError(
-                f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}"
-            ) from error
-        with inference_context(network, images):
-            output = network.forward_features(images)
-            features = feature_map(output, network.num_features)
-            logits = network.forward_head(output)
-        channels, *map_size = features.shape[1:]
-        if self.mask and self.saliency is class_activation:
-            _require_pooled_linear(network, features, logits)
-        if self.mask and self.saliency in (class_activation, energy) and map_size[0] * map_size[1] == 1:
-            raise ValueError(
-                f"expected a feature map of more than one place, got 1 x 1 ({type(network).__name__} on images of "
-                f"{image_size[0]} x {image_size[1]}); use a larger image_size, a network of smaller stride, or place: random"
-            )
+        look = probe(network, image_size, named_generator("probe", self.seed), like)
+        if self.mask:
+            check_saliency(self.saliency, look)
+        channels, *map_size = feature_map(look.features, network.num_features).shape[1:]
         if self.reconstruct and self.decoder is None:
             self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
         self.to(like.device, like.dtype)
@@ -465,16 +409,3 @@ class SANM(nn.Module):
 def _require(condition: bool, expected: str, got: Any) -> None:
     if not condition:
         raise ValueError(f"SANM expected {expected}, got {got!r}")
-
-
-@torch.no_grad()
-def _require_pooled_linear(network: Backbone, maps: Tensor, logits: Tensor) -> None:
-    """Refuse a network whose logits are not one linear map of the mean of its feature map: its CAM would be another's."""
-    weight = classifier_weight(network, maps.shape[1])
-    bias = getattr(network.get_classifier(), "bias", None)
-    pooled = F.linear(maps.float().mean((2, 3)), weight.float(), None if bias is None else bias.float())
-    if float((pooled - logits.float()).abs().max()) > 0.02 * float(logits.abs().max()) + 1e-3:
-        raise ValueError(
-            f"a class activation map needs logits that are one linear map of the averaged features, and "
-            f"{type(network).__name__} does more between its last feature map and its logits; choose place: energy"
-        )

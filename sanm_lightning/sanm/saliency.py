@@ -15,9 +15,21 @@ from sanm_lightning.sanm.activation import (
     classifier_weight,
     energy_map,
     feature_map,
+    require_pooled_linear,
 )
+from sanm_lightning.sanm.inference import inference_context
 
-__all__ = ["FrozenNetwork", "Look", "Saliency", "cam", "energy", "random_place", "resolve_saliency"]
+__all__ = [
+    "FrozenNetwork",
+    "Look",
+    "Saliency",
+    "cam",
+    "check_saliency",
+    "energy",
+    "probe",
+    "random_place",
+    "resolve_saliency",
+]
 
 
 class Look(NamedTuple):
@@ -76,6 +88,52 @@ def resolve_saliency(place: Any) -> Saliency:
             f"SANM expected a place among {', '.join(_PLACES)}, or a callable, got {place!r}; choose one of them"
         )
     return found
+
+
+def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Generator, like: Tensor) -> Look:
+    """Run a network on two random images, to learn the shape of its feature map.
+
+    Args:
+        network: by timm's conventions.
+        image_size: H, W of the images in pixels.
+        generator: source of the images, on the CPU.
+        like: a tensor of the device and type of the network.
+
+    Raises:
+        ValueError: if such images do not fit in memory.
+    """
+    try:
+        images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
+    except (RuntimeError, MemoryError) as error:
+        raise ValueError(
+            f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}; use a smaller one"
+        ) from error
+    with inference_context(network, images):
+        features = network.forward_features(images)
+        return Look(network, images, features, network.forward_head(features), generator)
+
+
+def check_saliency(saliency: Saliency, look: Look) -> None:
+    """Refuse a network whose activation map would mean nothing.
+
+    Args:
+        saliency: the callable that is going to give the map.
+        look: at the network, from :func:`probe`.
+
+    Raises:
+        ValueError: if the logits are no linear map of the pooled features (``cam``), or the map has one place only.
+    """
+    if saliency not in (cam, energy):
+        return
+    maps = feature_map(look.features, look.network.num_features)
+    if saliency is cam:
+        require_pooled_linear(look.network, maps, look.logits)
+    if maps.shape[2] * maps.shape[3] == 1:
+        height, width = look.images.shape[2:]
+        raise ValueError(
+            f"expected a feature map of more than one place, got 1 x 1 ({type(look.network).__name__} on images of {height} x "
+            f"{width}); use a larger image_size, a network of smaller stride, or place: random"
+        )
 
 
 class FrozenNetwork:

@@ -1,0 +1,56 @@
+"""One optimizer over everything that learns, its schedule, and clipping network by network."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+
+from sanm_lightning.methods.hooks import MethodHooks
+from sanm_lightning.methods.schedules import takes_total_steps
+
+__all__ = ["Optimization", "sgd"]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    """Return the field's usual optimizer: SGD, learning rate .02, momentum .9, weight decay 5e-4."""
+    return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+
+class Optimization(MethodHooks):
+    """The optimizer and the gradients of a method."""
+
+    optimizer: OptimizerCallable
+    scheduler: LRSchedulerCallable | None
+    schedule_steps: int | None = None
+    """Length of a learning-rate schedule that follows the trainer's, in steps."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each network's gradients, with its decoder's, by themselves; a stage may set a value of its own."""
+        if self.stage.gradient_clip_val is not None:
+            gradient_clip_val, gradient_clip_algorithm = self.stage.gradient_clip_val, "norm"
+        if not gradient_clip_val:
+            return
+        if len(self.networks) == 1:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
+        for parts in zip(self.networks, self.sanms, strict=True):
+            clip([parameter for part in parts for parameter in part.parameters()], gradient_clip_val)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make one optimizer over everything that learns, and its schedule."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.scheduler is None:
+            return optimizer
+        if not takes_total_steps(self.scheduler):
+            return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
+        self.schedule_steps = int(self.trainer.estimated_stepping_batches)
+        schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]

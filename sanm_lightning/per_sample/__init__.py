@@ -1,0 +1,15 @@
+"""State with one row per training sample, declared as torchmetrics declares metric states."""
+
+from sanm_lightning.per_sample.state import SampleState
+from sanm_lightning.per_sample.statistics import EpochMean, History, RunningVariance
+from sanm_lightning.per_sample.targets import EMATargets, LabelStore, LearnableTargets
+
+__all__ = [
+    "EMATargets",
+    "EpochMean",
+    "History",
+    "LabelStore",
+    "LearnableTargets",
+    "RunningVariance",
+    "SampleState",
+]
