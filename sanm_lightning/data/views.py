@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CropFlip", "crop_flip", "draw_crop_flip"]
+__all__ = ["CropFlip", "crop_flip", "draw_crop_flip", "select_rows"]
 
 
 LARGE = 3 * 64 * 64
@@ -92,6 +92,17 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
     rows = top + torch.arange(height, device=images.device)  # (B, H)
     source = (rows.unsqueeze(2) * padded.shape[3] + columns.unsqueeze(1)).view(len(images), 1, height * width)
     return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(*images.shape[:2], height, width)
+
+
+def select_rows(images: Tensor, index: Tensor) -> Tensor:
+    """Return the images at positions (K,), on their device; equal to ``images.index_select(0, index)``.
+
+    Large images on a processor are copied with NumPy: torch would start all its threads for each of them, which the workers
+    that decode are in the way of.
+    """
+    if images.device.type == "cpu" and images.dtype == torch.uint8 and images[:1].numel() >= LARGE:
+        return torch.from_numpy(images.numpy().take(index.numpy(), axis=0))
+    return images.index_select(0, index)
 
 
 def _window_by_window(padded: Tensor, parameters: CropFlip, height: int, width: int) -> Tensor:

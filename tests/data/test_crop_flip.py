@@ -6,7 +6,7 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanm_lightning.data.views import LARGE, CropFlip, crop_flip, draw_crop_flip
+from sanm_lightning.data.views import LARGE, CropFlip, crop_flip, draw_crop_flip, select_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -73,3 +73,11 @@ class TestDrawCropFlip:
         with_flips, without = draw_crop_flip(9, 4, True, generator()), draw_crop_flip(9, 4, False, generator())
         assert torch.equal(with_flips.top, without.top) and torch.equal(with_flips.left, without.left)
         assert not without.flipped.any()
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(8, torch.uint8), (80, torch.uint8), (80, torch.float32)])
+def test_rows_are_those_of_index_select(side: int, dtype: torch.dtype) -> None:
+    images = torch.randint(256, (5, 3, side, side), generator=generator()).to(dtype)
+    for source in (images, images[:, :, 4:]):
+        index = torch.tensor([4, 0, 0, 3])
+        assert torch.equal(select_rows(source, index), source.index_select(0, index))
