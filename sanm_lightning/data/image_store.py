@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from sanm_lightning.data.views import select_rows
 from sanm_lightning.random_streams import named_generator, named_seed
 
 __all__ = ["ImageDataset", "ImageStore", "Row", "RowRequest", "Transform"]
@@ -165,7 +166,7 @@ class ImageStore:
         """Return the images of a split's positions (B,), uint8, on their device; streamed ones are decoded in this process."""
         resident = self.on_device(index.device)
         if resident is not None:
-            return resident.index_select(0, index)
+            return select_rows(resident, index)
         row = self.rows[RowRequest(index.cpu())]
         return row.images[row.place].to(index.device)
 

@@ -23,7 +23,7 @@ from sanm_lightning.data.operations import (
     resample,
     resized_crop,
 )
-from sanm_lightning.data.views import crop_flip, draw_crop_flip
+from sanm_lightning.data.views import crop_flip, draw_crop_flip, select_rows
 
 __all__ = [
     "POLICIES",
@@ -61,7 +61,7 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
     here, back = (part.to(images.device, non_blocking=True) for part in (order, order.argsort()))
     amount = stage.amount[order].to(images.device, non_blocking=True)
     size = (images.shape[2], images.shape[3])
-    ordered, first = images.index_select(0, here), 0  # of whole images: several times faster than an index on the CPU
+    ordered, first = select_rows(images, here), 0  # of whole images: several times faster than an index on the CPU
     tables, moves = [], []
     table_rows, move_rows = [], []
     for name, count in zip(NAMES, counts, strict=True):
@@ -80,7 +80,7 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
     if moves:
         rows = slice(move_rows[0].start, move_rows[-1].stop)
         ordered[rows] = resample(ordered[rows], torch.cat(moves))
-    return ordered.index_select(0, back)
+    return select_rows(ordered, back)
 
 
 def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:

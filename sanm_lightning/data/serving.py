@@ -13,6 +13,7 @@ from sanm_lightning.data.image_store import ImageStore, Row, RowRequest, Transfo
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.policies import POLICIES, augment, center_crop, takes_batches
+from sanm_lightning.data.views import select_rows
 from sanm_lightning.random_streams import named_generator
 
 __all__ = ["ServedBatches"]
@@ -208,7 +209,7 @@ class ServedBatches(L.LightningDataModule):
         if isinstance(item, Tensor):
             return item, self.store(split).look_up(item), []
         index, images, place, views = item
-        whole = images if len(images) == len(place) else images.index_select(0, place)
+        whole = images if len(images) == len(place) else select_rows(images, place)
         return index, whole, views
 
     def _labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CropFlip", "crop_flip", "draw_crop_flip"]
+__all__ = ["CropFlip", "crop_flip", "draw_crop_flip", "select_rows"]
 
 
 LARGE = 3 * 64 * 64
@@ -84,7 +84,7 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
         )
     height, width = images.shape[2:] if size is None else size
     padded = F.pad(images, (padding,) * 4) if padding else images
-    if images.device.type == "cpu" and images[:1].numel() >= LARGE and parameters.top.device == images.device:
+    if images.device.type == "cpu" and images.dtype == torch.uint8 and images[:1].numel() >= LARGE:
         return _window_by_window(padded, parameters, height, width)
     top, left, flipped = (values.to(images.device, non_blocking=True).unsqueeze(1) for values in parameters)
     columns = torch.arange(width, device=images.device)
@@ -94,12 +94,27 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
     return padded.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view(*images.shape[:2], height, width)
 
 
+def select_rows(images: Tensor, index: Tensor) -> Tensor:
+    """Return the images at positions (K,), on their device; equal to ``images.index_select(0, index)``.
+
+    Large images on a processor are copied with NumPy: torch would start all its threads for each of them, which the workers
+    that decode are in the way of.
+    """
+    if images.device.type == "cpu" and images.dtype == torch.uint8 and images[:1].numel() >= LARGE:
+        return torch.from_numpy(images.numpy().take(index.numpy(), axis=0))
+    return images.index_select(0, index)
+
+
 def _window_by_window(padded: Tensor, parameters: CropFlip, height: int, width: int) -> Tensor:
-    """Copy whole lines, which on a processor is several times faster than to gather the pixels of large images."""
+    """Copy whole lines, which on a processor is several times faster than to gather the pixels of large images.
+
+    With NumPy: torch would start all its threads for each image, which the workers that decode are in the way of.
+    """
     views = padded.new_empty((len(padded), padded.shape[1], height, width))
-    for view, image, top, left, flipped in zip(views, padded, *(part.tolist() for part in parameters), strict=True):
+    places = zip(views.numpy(), padded.numpy(), *(part.tolist() for part in parameters), strict=True)
+    for view, image, top, left, flipped in places:
         window = image[:, top : top + height, left : left + width]
-        view.copy_(window.flip(2) if flipped else window)
+        view[...] = window[:, :, ::-1] if flipped else window
     return views
 
 

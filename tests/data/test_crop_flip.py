@@ -6,7 +6,7 @@ import torchvision.transforms.functional as TF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanm_lightning.data.views import CropFlip, crop_flip, draw_crop_flip
+from sanm_lightning.data.views import LARGE, CropFlip, crop_flip, draw_crop_flip, select_rows
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -37,6 +37,18 @@ class TestCropFlip:
         assert views.dtype == dtype
         assert torch.equal(images, before)
 
+    @pytest.mark.parametrize("padding", [0, 3])
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+    def test_large_images_and_smaller_windows_as_well(self, padding: int, dtype: torch.dtype) -> None:
+        images = torch.randint(1, 256, (8, 3, 80, 72), generator=generator()).to(dtype)
+        assert images[0].numel() >= LARGE
+        drawn = draw_crop_flip(8, padding, True, generator(), (16, 12))
+        assert 0 < drawn.flipped.sum() < 8
+        views = crop_flip(images, drawn, padding, (64, 60))
+        for image, view, top, left, flipped in zip(images, views, *drawn, strict=True):
+            expected = TF.crop(TF.pad(image, [padding]), int(top), int(left), 64, 60)
+            assert torch.equal(view, TF.hflip(expected) if flipped else expected)
+
     def test_the_middle_crop_is_the_image(self) -> None:
         images = torch.rand(3, 3, 8, 8)
         middle = CropFlip(torch.full((3,), 4), torch.full((3,), 4), torch.zeros(3, dtype=torch.bool))
@@ -61,3 +73,11 @@ class TestDrawCropFlip:
         with_flips, without = draw_crop_flip(9, 4, True, generator()), draw_crop_flip(9, 4, False, generator())
         assert torch.equal(with_flips.top, without.top) and torch.equal(with_flips.left, without.left)
         assert not without.flipped.any()
+
+
+@pytest.mark.parametrize(("side", "dtype"), [(8, torch.uint8), (80, torch.uint8), (80, torch.float32)])
+def test_rows_are_those_of_index_select(side: int, dtype: torch.dtype) -> None:
+    images = torch.randint(256, (5, 3, side, side), generator=generator()).to(dtype)
+    for source in (images, images[:, :, 4:]):
+        index = torch.tensor([4, 0, 0, 3])
+        assert torch.equal(select_rows(source, index), source.index_select(0, index))
