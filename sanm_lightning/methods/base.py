@@ -139,7 +139,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         generator = self.stream("mask", network, device=batch.images.device)
         views = sanm(net, batch.images, targets, known, features, generator)
         images, wanted, clean = views.images, views.targets, views.logits
-        evidence = sanm.enabled and not (self.estimates_quality and sanm.prefers_method_quality)
+        evidence = sanm.enabled and (not self.estimates_quality or sanm.quality == "given")
         unmixed = mix is None and extra is None
         if evidence and clean is None and not unmixed and sanm.label_quality.needs_evidence:
             with inference_context(net, batch.images, sanm.batch_statistics):
@@ -160,8 +160,8 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         """Return label quality as SANM takes it; None before the first mask."""
         if not self.sanm.masking(self.current_epoch, self.warmup_epochs):
             return None
-        if self.estimates_quality and judge.prefers_method_quality:
-            return estimate
+        if self.estimates_quality and (estimate is None or judge.prefers_method_quality):
+            return estimate  # None in the method's own warm-up, where nothing is masked
         return judge.source_of_quality(targets, batch.index, batch.true_labels)
 
     def predict_train(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:

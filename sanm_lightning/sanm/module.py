@@ -293,6 +293,10 @@ class SANM(nn.Module):
         if generator is None:
             generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
         look = self._look(network, images, features, generator) if self.mask or callable(quality) else None
+        maps = None
+        if self.mask and look is not None:
+            with inference_context(network, images):
+                maps = self.saliency(look)
         with torch.no_grad():
             known = quality(look.logits) if callable(quality) and look is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
@@ -301,9 +305,7 @@ class SANM(nn.Module):
             ratio = self.ratio_of(known, generator=generator)
             softened = regularize_labels(targets, ratio, spread=self.spread) if self.labels else targets
             masked, box, activation = images, None, None
-            if self.mask and look is not None:
-                with inference_context(network, images):
-                    maps = self.saliency(look)
+            if maps is not None:
                 activation = upsample(maps, (images.shape[2], images.shape[3]))
                 masked, box = self._masked(images, activation, ratio, generator)
                 softened = softened.repeat(len(masked) // len(images), 1)
