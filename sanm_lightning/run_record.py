@@ -59,14 +59,14 @@ class RunRecord(L.Callback):
         self._seconds = 0.0
         self._started = 0.0
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a run directory, or one of checkpoints, that cannot be written.
 
         Raises:
             OSError: before training; at its end everything would be lost.
         """
         places = [self._directory(trainer)]  # every rank asks, the answer is broadcast
-        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             places += [
                 Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))
             ]
@@ -74,12 +74,12 @@ class RunRecord(L.Callback):
                 if "://" not in str(place):
                     require_folder(place)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Save the labels and say how wrong they are."""
         self._started = time.monotonic()
         directory = self._directory(trainer)
         data: Any = getattr(trainer, "datamodule", None)
-        rehearsal = trainer.fast_dev_run  # type: ignore[attr-defined]
+        rehearsal = trainer.fast_dev_run
         if hasattr(data, "save_labels") and trainer.is_global_zero and not rehearsal:
             data.save_labels(directory / "labels.npz")
         if getattr(data, "noise_kind", "none") != "none":
@@ -101,7 +101,7 @@ class RunRecord(L.Callback):
         if stage == "fit":
             self._write(trainer, pl_module, trainer.current_epoch)
 
-    def results(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
+    def results(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
         """Return the results so far, as plain Python."""
         data: Any = getattr(trainer, "datamodule", None)
         sanm = getattr(pl_module, "sanm", None)
@@ -123,14 +123,14 @@ class RunRecord(L.Callback):
             "quality_auc": label_quality_auc(trainer, pl_module),
             "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
             "masked_steps": next(
-                (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),  # type: ignore[attr-defined]
+                (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),
                 None,
             ),
         }
 
-    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, epochs: int) -> None:
+    def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> None:
         directory = self._directory(trainer)  # every rank asks, the answer is broadcast
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not trainer.fast_dev_run:
             write_json(directory / "results.json", self.results(trainer, pl_module, epochs))
 
     @staticmethod

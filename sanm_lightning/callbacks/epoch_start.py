@@ -52,7 +52,7 @@ class EpochStart(L.Callback):
                 f"expected labels in [0, {pl_module.num_classes}), got {int(labels.max())}; check num_classes and the data"
             )
 
-    def prepare(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def prepare(self, trainer: Any, pl_module: Any) -> None:
         """Begin the present epoch, unless it has begun. A collective: every process must call it."""
         if self.begun == trainer.current_epoch:
             return
@@ -60,7 +60,7 @@ class EpochStart(L.Callback):
         if several_processes():  # seeded alike, they would drop out the same places of different images
             torch.manual_seed(named_seed("dropout", pl_module.sanm.seed, process_rank(), trainer.current_epoch))
         self.stages.begin(trainer, pl_module)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:
             if callable(begin := getattr(callback, "begin_epoch", None)):
                 begin(trainer, pl_module)
         pl_module.begin_epoch()

@@ -1,6 +1,6 @@
 """Augmentation policies by name: what is drawn for each image, on the CPU, and then applied to the whole batch, where it lies.
 
-Drawing first keeps the device busy: which images an operation is for is known without asking it.
+Parameters are drawn first, so that no step has to read from the device which images an operation is for.
 """
 
 import inspect
@@ -225,7 +225,7 @@ def draw_color_jitter(
 def draw_resized_crop(
     batch: int, height: int, width: int, smallest: float, generator: torch.Generator, tries: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw windows of a share U(smallest, 1) of the area and a log-uniform aspect of 3/4 to 4/3, as torchvision does.
+    """Draw windows of a fraction U(smallest, 1) of the area and a log-uniform aspect of 3/4 to 4/3, as torchvision does.
 
     A window that does not fit is drawn again; after ``tries``, the largest one in the middle is taken.
 

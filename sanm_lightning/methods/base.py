@@ -178,9 +178,10 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
 
     def prepare_epoch(self) -> None:
         """Begin the present epoch, unless it has begun; the loader calls it before its first batch. A collective."""
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
             if isinstance(callback, EpochStart):
-                callback.prepare(self.trainer, self)
+                callback.prepare(trainer, self)
 
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()

@@ -91,8 +91,9 @@ class ELRPlus(NoisyLabelModule):
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
         ramp = sigmoid_ramp(self.global_step, self.coef_steps)
         total = torch.zeros((), device=labels.device)
-        for number, (bank, teacher) in enumerate(zip(self.banks, reversed(self.teachers), strict=True)):
-            targets = bank.update(index, teacher(batch.images).float().softmax(1))  # type: ignore[operator]
+        pairs: Any = zip(self.banks, reversed(self.teachers), strict=True)
+        for number, (bank, teacher) in enumerate(pairs):
+            targets = bank.update(index, teacher(batch.images).float().softmax(1))
             out = self.learn(batch, labels, number, mix=mix)
             mixed_targets, mixed_labels = out.mixed.mix(out.per_view(targets)), out.targets
             if self.target_product:
@@ -106,8 +107,9 @@ class ELRPlus(NoisyLabelModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the step, then update the teachers, before anything can be saved."""
         super().optimizer_step(*args, **kwargs)
-        for teacher, network in zip(self.teachers, self.networks, strict=True):
-            teacher.update(network)  # type: ignore[operator]
+        pairs: Any = zip(self.teachers, self.networks, strict=True)
+        for teacher, network in pairs:
+            teacher.update(network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring teachers of earlier versions to their present names."""

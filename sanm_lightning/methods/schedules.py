@@ -20,7 +20,7 @@ class OneCycle(OneCycleLR):
         optimizer: whose learning rate to set.
         max_lr: the peak.
         total_steps: optimizer steps of the training; the methods of this package fill it in.
-        pct_start: share of the steps before the peak.
+        pct_start: fraction of the steps before the peak.
         div_factor: peak over first learning rate.
         final_div_factor: first over last learning rate.
     """
@@ -65,7 +65,7 @@ class LinearAfter(LambdaLR):
     Args:
         optimizer: whose learning rate to set.
         total_steps: optimizer steps of the training; the methods of this package fill it in.
-        start: share of the steps before the decay, in [0, 1).
+        start: fraction of the steps before the decay, in [0, 1).
         late_beta1: Adam's first momentum from the decay on; None leaves it.
 
     Raises:
