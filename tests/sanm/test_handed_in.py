@@ -17,6 +17,8 @@ from sanm_lightning.sanm.options import bound_arguments
 from sanm_lightning.sanm.quality import resolve_quality
 from tests.methods.toy import data, method, same, trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader` but have no")
+
 
 def three_tenths(quality, generator=None):
     return torch.full_like(quality, 0.3)
