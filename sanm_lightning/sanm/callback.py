@@ -16,7 +16,7 @@ from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.rehearsal import misread_labels, own_streams
 from sanm_lightning.sanm.saliency import cam
-from sanm_lightning.state_callback import size_states, write_synced_states
+from sanm_lightning.state_callback import SampleStateCallback, size_states, write_synced_states
 
 __all__ = ["FeatureTap", "SANMCallback"]
 
@@ -76,6 +76,7 @@ class SANMCallback(L.Callback):
         self._fitted = -1  # the epoch whose beginning saw the last fit of label quality
         self._masked_steps: Tensor | None = None  # on the device, so that no step waits
         self._joined = False
+        self._states: SampleStateCallback | None = None  # where the trainer has none
         self._undo: list[Callable[[], Any]] = []
 
     # Set-up and clean-up
@@ -91,6 +92,10 @@ class SANMCallback(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if not any(module is self.sanm for module in pl_module.modules()):
             size_states(self.sanm, trainer, type(pl_module).__name__)
+        others = [part for part in trainer.callbacks if isinstance(part, SampleStateCallback)]  # type: ignore[attr-defined]
+        self._states = None if others else SampleStateCallback()
+        if self._states is not None:
+            self._states.setup(trainer, pl_module, stage)
         if not self.wrap or not self.sanm.enabled:
             return
         if not pl_module.automatic_optimization:
@@ -290,6 +295,16 @@ class SANMCallback(L.Callback):
     def masked_steps(self) -> int:
         """Training steps so far in which this process hid something."""
         return 0 if self._masked_steps is None else int(self._masked_steps)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sync per-sample state, where no other callback does. A collective."""
+        if self._states is not None:
+            self._states.on_train_epoch_end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save what all processes know, likewise."""
+        if self._states is not None:
+            self._states.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the last epoch's evidence in, so that the final quality is that of the final network.

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sanm_lightning.sanm.options import made_from
+
 __all__ = [
     "RATIO_RANGES",
     "Ratio",
@@ -109,7 +111,7 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
 
     Args:
         ratio: ``"noise_aware"``, ``"fixed"``, ``"random"``, ``"two_level"``, ``"affine"``, or a callable
-            (quality (B,), generator=...) -> (B,).
+            (quality (B,), generator=...) -> (B,); or the import path of one, as checkpoints hold it.
         mu: basic mask ratio.
         low: of the last three.
         high: likewise.
@@ -124,6 +126,7 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
         "two_level": lambda quality, generator=None: two_level_ratio(quality, low, high),
         "affine": partial(affine_ratio, mu=mu, low=low, high=high),
     }
+    ratio = made_from(ratio) if isinstance(ratio, dict) else ratio
     found = ratios.get(ratio) if isinstance(ratio, str) else ratio
     if not callable(found):
         raise ValueError(

@@ -1,7 +1,6 @@
 """SANM as one module: hyper-parameters, decoder and label quality behind two calls."""
 
 import copy
-import importlib
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -20,6 +19,7 @@ from sanm_lightning.sanm.masking import (
     masked_fraction,
     resolve_ratio,
 )
+from sanm_lightning.sanm.options import check_ranges, found_by_path, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
 from sanm_lightning.sanm.saliency import FrozenNetwork, Look, Saliency, check_saliency, probe, resolve_saliency
@@ -107,25 +107,23 @@ class SANM(nn.Module):
         super().__init__()
         default = RATIO_RANGES.get(ratio, (0.0, 1.0)) if isinstance(ratio, str) else (0.0, 1.0)
         low, high = ratio_range if ratio_range is not None else default
-        for name, value in (("mu", mu), ("delta", delta), ("beta", beta), ("area", area)):
-            _require(isinstance(value, (int, float)), f"a number as {name}", value)
-        _require(0 <= mu <= 1, "mu in [0, 1]", mu)
-        _require(0 < delta <= 1, "delta in (0, 1]", delta)
-        _require(beta >= 0, "beta >= 0", beta)
-        _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
-        _require(fill in ("pixel", "channel"), "fill 'pixel' or 'channel'", fill)
-        _require(anchor in ("center", "corner"), "anchor 'center' or 'corner'", anchor)
-        _require(regions in ("peak", "peak_and_trough"), "regions 'peak' or 'peak_and_trough'", regions)
-        _require(0 < area <= 1, "area in (0, 1]", area)
-        _require(spread in ("all", "others"), "spread 'all' or 'others'", spread)
-        _require(warmup_epochs is None or warmup_epochs >= 0, "warmup_epochs >= 0 or null", warmup_epochs)
+        self.saliency: Saliency = resolve_saliency(place)
+        self.place = place if isinstance(place, str) else self.saliency
+        estimator = resolve_quality(quality)
+        self.options: dict[str, Any] = {
+            "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
+            "place": plain(self.place), "ratio": plain(ratio), "evidence": evidence, "history": history,
+            "ratio_range": None if ratio_range is None else [low, high], "fill": fill, "anchor": anchor,
+            "quality": (quality or "estimated") if estimator is None else estimator.options, "regions": regions,
+            "area": area, "spread": spread, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
+            "warmup_epochs": warmup_epochs, "seed": seed,
+        }  # fmt: skip
+        """The arguments as plain Python, for a checkpoint; a subclass adds its own."""
+        check_ranges(low, high, self.options)
+        self.ratio_of: Ratio = resolve_ratio(ratio, mu, low, high)
         self.mu, self.delta, self.beta = mu, delta, beta
         self.mask, self.labels, self.reconstruct = mask, labels, reconstruct and beta > 0
-        self.saliency: Saliency = resolve_saliency(place)
-        self.ratio_of: Ratio = resolve_ratio(ratio, mu, low, high)
-        self.place = place if isinstance(place, str) else self.saliency
         self.ratio, self.ratio_range = ratio, (low, high)
-        estimator = resolve_quality(quality)
         self.quality = "estimated" if quality is None else quality if isinstance(quality, str) else "given"
         self.fill, self.keep_unmasked, self.warmup_epochs = fill, keep_unmasked, warmup_epochs
         self.batch_statistics = batch_statistics
@@ -138,20 +136,6 @@ class SANM(nn.Module):
         self._steps = 0
         self._views: Views | None = None  # of the last call, for the form of reconstruction that does not name them
         self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last fit
-        frozen = {
-            "class_path": "sanm_lightning.sanm.FrozenNetwork",
-            "init_args": getattr(self.saliency, "options", None),
-        }
-        self.options: dict[str, Any] = {
-            "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
-            "place": frozen if isinstance(self.saliency, FrozenNetwork) else place, "ratio": ratio,
-            "ratio_range": None if ratio_range is None else [low, high], "evidence": evidence,
-            "quality": self.quality if estimator is None else estimator.options,
-            "history": history, "fill": fill, "anchor": anchor, "regions": regions, "area": area, "spread": spread,
-            "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
-            "warmup_epochs": warmup_epochs, "seed": seed,
-        }  # fmt: skip
-        """The arguments as plain Python, for a checkpoint; a subclass adds its own."""
 
     @classmethod
     def off(cls) -> "SANM":
@@ -167,11 +151,10 @@ class SANM(nn.Module):
         """
         if "class_path" not in options:
             return SANM(**options)
-        room, _, name = str(options["class_path"]).rpartition(".")
-        kind = getattr(importlib.import_module(room), name, None) if room else None
+        kind = found_by_path(options["class_path"])
         if not (isinstance(kind, type) and issubclass(kind, SANM)):
             raise ValueError(
-                f"expected the class path of a SANM, got {options['class_path']!r}; import its module first"
+                f"expected the class path of a SANM, got {options['class_path']!r}; derive the class from SANM"
             )
         return kind(**(options.get("init_args") or {}))
 
@@ -180,7 +163,7 @@ class SANM(nn.Module):
         """What :meth:`from_options` takes."""
         if type(self) is SANM:
             return self.options
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": self.options}
+        return {"class_path": path_of(type(self)), "init_args": self.options}
 
     def peer_copy(self, seed: int) -> "SANM":
         """Return a copy for a second network: the same class and options, a decoder and an estimator of its own.
@@ -406,8 +389,3 @@ class SANM(nn.Module):
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
             (channels, *map_size), image_size = state["decoder"]
             self._build_decoder(channels, (map_size[0], map_size[1]), (image_size[0], image_size[1]))
-
-
-def _require(condition: bool, expected: str, got: Any) -> None:
-    if not condition:
-        raise ValueError(f"SANM expected {expected}, got {got!r}")

@@ -5,8 +5,6 @@ Gaussians to the losses: networks learn right labels first, so that a small loss
 """
 
 import copy
-import importlib
-import inspect
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.per_sample import EpochMean, SampleState
+from sanm_lightning.sanm.options import bound_arguments, found_by_path, path_of
 
 __all__ = ["LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
 
@@ -32,8 +31,8 @@ class QualityEstimator(nn.Module):
 
     An estimator that is handed in takes the place of what a method makes of the labels itself. The second network of a method
     gets a deep copy. Its constructor must not read files: a checkpoint is loaded without them. What is known of each sample
-    belongs into a :class:`~sanm_lightning.per_sample.SampleState`. Arguments of the constructor are recorded for checkpoints,
-    so that they should be plain Python.
+    belongs into a :class:`~sanm_lightning.per_sample.SampleState`. Arguments of the constructor are recorded for checkpoints:
+    they should be plain Python, or functions that can be imported.
     """
 
     init_args: dict[str, Any]
@@ -45,17 +44,17 @@ class QualityEstimator(nn.Module):
         """Record the arguments."""
         made = super().__new__(cls)
         try:
-            bound = inspect.signature(cls.__init__).bind(made, *args, **kwargs).arguments
-        except TypeError:  # a copy is made without any, and filled afterwards
-            bound = {}
-        given = {name: value for name, value in list(bound.items())[1:] if name != "kwargs"}
-        made.__dict__["init_args"] = {**given, **bound.get("kwargs", {})}
+            made.__dict__["init_args"] = bound_arguments(cls.__init__, made, *args, **kwargs)
+        except TypeError:
+            if args or kwargs:  # none: a copy, which is filled afterwards
+                raise
+            made.__dict__["init_args"] = {}
         return made
 
     @property
     def options(self) -> dict[str, Any]:
         """Class path and arguments as plain Python, for checkpoints."""
-        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": dict(self.init_args)}
+        return {"class_path": path_of(type(self)), "init_args": dict(self.init_args)}
 
     def update(
         self, logits: Tensor, targets: Tensor, index: Tensor | None = None, features: Tensor | None = None
@@ -291,8 +290,7 @@ def resolve_quality(quality: Any) -> QualityEstimator | None:
     if quality in (None, "estimated", "oracle"):
         return None
     if isinstance(quality, dict) and "class_path" in quality:
-        room, _, name = str(quality["class_path"]).rpartition(".")
-        kind = getattr(importlib.import_module(room), name, None)
+        kind = found_by_path(quality["class_path"])
         if isinstance(kind, type) and issubclass(kind, QualityEstimator):
             return kind(**(quality.get("init_args") or {}))
     if isinstance(quality, QualityEstimator):

@@ -18,6 +18,7 @@ from sanm_lightning.sanm.activation import (
     require_pooled_linear,
 )
 from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.options import made_from
 
 __all__ = [
     "FrozenNetwork",
@@ -74,14 +75,13 @@ def resolve_saliency(place: Any) -> Saliency:
     """Turn the ``place`` of SANM into a callable.
 
     Args:
-        place: ``"cam"``, ``"energy"`` or ``"random"``; a callable; or the options of a :class:`FrozenNetwork`, as
-            checkpoints hold them.
+        place: ``"cam"``, ``"energy"`` or ``"random"``; a callable; or the class path and arguments of one,
+            as checkpoints hold them.
 
     Raises:
         ValueError: if it is none of these.
     """
-    if isinstance(place, dict):
-        return FrozenNetwork(**place["init_args"])
+    place = made_from(place) if isinstance(place, dict) else place
     found = _PLACES.get(place) if isinstance(place, str) else place
     if not callable(found):
         raise ValueError(

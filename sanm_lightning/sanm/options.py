@@ -1,0 +1,112 @@
+"""Options of SANM: checked, and written as plain Python, so that a checkpoint opens safely and rebuilds what was handed in."""
+
+import inspect
+import pkgutil
+from functools import partial
+from typing import Any
+
+__all__ = ["bound_arguments", "check_ranges", "found_by_path", "made_from", "path_of", "plain"]
+
+
+def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
+    """Refuse arguments of SANM that are out of their range.
+
+    Args:
+        low: of the ratio range.
+        high: likewise.
+        options: the other arguments by name.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+    for name in ("mu", "delta", "beta", "area"):
+        _require(isinstance(options[name], (int, float)), f"a number as {name}", options[name])
+    _require(0 <= options["mu"] <= 1, "mu in [0, 1]", options["mu"])
+    for name in ("delta", "area"):
+        _require(0 < options[name] <= 1, f"{name} in (0, 1]", options[name])
+    _require(options["beta"] >= 0, "beta >= 0", options["beta"])
+    _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
+    words = {
+        "fill": ("pixel", "channel"),
+        "anchor": ("center", "corner"),
+        "regions": ("peak", "peak_and_trough"),
+        "spread": ("all", "others"),
+    }
+    for name, (one, other) in words.items():
+        _require(options[name] in (one, other), f"{name} {one!r} or {other!r}", options[name])
+    warmup = options["warmup_epochs"]
+    _require(warmup is None or warmup >= 0, "warmup_epochs >= 0 or null", warmup)
+
+
+def path_of(thing: Any) -> str:
+    """Return the import path of a class or function."""
+    return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def found_by_path(path: Any) -> Any:
+    """Import the class or function of an import path.
+
+    Raises:
+        ValueError: if there is no such thing.
+    """
+    try:
+        return pkgutil.resolve_name(str(path))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"expected an import path, got {path!r} ({error}); make its module importable") from error
+
+
+def made_from(option: dict[str, Any]) -> Any:
+    """Make what :func:`plain` has written: an object from class path and arguments, or a function by its path.
+
+    Raises:
+        ValueError: if the path names nothing.
+    """
+    found, arguments = found_by_path(option["class_path"]), option.get("init_args") or {}
+    if isinstance(found, type):
+        return found(**arguments)
+    return partial(found, **arguments) if arguments else found
+
+
+def plain(value: Any) -> Any:
+    """Write an argument as plain Python.
+
+    Objects with ``options`` (the arguments that they were made with) become class path and arguments, functions their path.
+    What cannot be imported, such as a lambda, becomes a string, which :class:`SANM` refuses with its name.
+    """
+    if not callable(value):
+        return value
+    if isinstance(getattr(value, "options", None), dict):
+        return {"class_path": path_of(type(value)), "init_args": dict(value.options)}
+    named = value if hasattr(value, "__qualname__") else type(value)
+    path = path_of(named)
+    try:
+        return {"class_path": path} if found_by_path(path) is value else path
+    except ValueError:
+        return path
+
+
+def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Return the arguments of a constructor by name, as plain Python; what was given by ``**`` among them.
+
+    Raises:
+        TypeError: if the arguments do not fit, or some were given by ``*``, which have no name.
+    """
+    signature = inspect.signature(function)
+    bound = signature.bind(*args, **kwargs).arguments
+    given: dict[str, Any] = {}
+    for place, (name, value) in enumerate(bound.items()):
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL and value:
+            raise TypeError(
+                "expected arguments by name, got some without; name them, so that a checkpoint can hold them"
+            )
+        if place and kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(value)
+        elif place:
+            given[name] = value
+    return {name: plain(value) for name, value in given.items()}
+
+
+def _require(condition: bool, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"SANM expected {expected}, got {got!r}")
