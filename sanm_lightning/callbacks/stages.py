@@ -103,7 +103,7 @@ class Stages(L.Callback):
                     f"{type(pl_module).__name__}: the stage {name!r} does not begin within max_epochs {epochs}; "
                     "results.json lists it with 0 epochs"
                 )
-        if any(stage.lr or stage.factor or stage.frozen or stage.weight_decay is not None for stage in stages):
+        if any((stage.lr, stage.weight_decay, stage.factor) != (None, None, None) for stage in stages):
             for optimizer in trainer.optimizers:
                 self._handles.append(
                     optimizer.register_step_pre_hook(lambda optimizer, *_: self._enter(optimizer, trainer, pl_module))

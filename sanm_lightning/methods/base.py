@@ -152,7 +152,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         clean = views.unmasked(logits) if unmixed else clean
         if evidence and clean is not None:
             sanm.label_quality.update(clean, targets, batch.index, views.features)
-        if mix is not None and views.masked and sanm.reconstruct:  # what was mixed cannot be reconstructed
+        if not unmixed and views.masked and sanm.reconstruct:  # the decoder sees the masked views alone, unmixed
             maps = net.forward_features(views.images)
         return Learned(logits, mixed.targets, clean, maps, sanm.reconstruction(maps, batch.images, views), mixed)
 

@@ -119,6 +119,12 @@ class Constant(QualityEstimator):
         return torch.full((len(targets),), self.value)
 
 
+def test_a_step_with_masks_of_no_area_is_not_a_masked_step(make):
+    run = fit(make("CrossEntropy", SANM(mu=0.5, quality=Constant(1.0), seed=0)), epochs=3)
+    assert float(run.callback_metrics["train/masked_fraction"]) == 0
+    assert next(part.masked_steps for part in run.callbacks if hasattr(part, "masked_steps")) == 0
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_an_estimator_that_is_handed_in_always_counts(name, make):
     given = Constant(0.25)

@@ -59,8 +59,11 @@ class Watch(L.Callback):
 def test_a_stage_begins_with_fresh_weights_and_an_optimizer_that_has_forgotten():
     kept, watch = module(CrossEntropy), Watch()
     trainer(1).fit(kept, data())
-    renewed = module()
+    renewed, resets = module(), []
+    reset = renewed.reset
+    renewed.reset = lambda **options: resets.append(renewed.current_epoch) or reset(**options)
     trainer(3, callbacks=[watch]).fit(renewed, data())
+    assert resets == [1], "once, before the first step of the stage"
     end_of_first = kept.network.network.fc.weight
     assert not torch.allclose(watch.at_start[1], end_of_first, atol=1e-3)
     assert watch.momentum[0] == 0
