@@ -48,7 +48,7 @@ class SANMCLI(LightningCLI):
         self._given = functools.partial(parser.parse_args, args, defaults=False)
 
     def _parse_ckpt_path(self) -> None:
-        """Let the checkpoint say what nobody gave; Lightning would let it overrule what was given, too."""
+        """Take settings that were not given from the checkpoint; Lightning would let it override given ones, too."""
         part = self.config.get(self.config.get("subcommand") or "") or {}
         self._settings = {name: plain(part.get(name)) for name in ("model", "data", "seed_everything", "trainer")}
         path = part.get("ckpt_path")

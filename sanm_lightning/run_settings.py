@@ -1,4 +1,4 @@
-"""What a run was asked for goes into its checkpoints, and a run that is resumed is asked for the same or says otherwise."""
+"""Save the settings of a run in its checkpoints, and compare them when the run is resumed."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -111,7 +111,7 @@ class RunSettings(L.Callback):
 
 
 def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of its settings; one that was not written by the command line says little."""
+    """Return the settings that a checkpoint holds; few, unless the command line wrote it."""
     if "settings" in checkpoint:
         return dict(checkpoint["settings"])
     # Hyper-parameters of a pre-trained network differ from what was asked for: weights are not fetched a second time.

@@ -66,7 +66,7 @@ class NoisyDataModule(ServedBatches):
     """
 
     mean: tuple[float, float, float] | None = None
-    """Channel means of the training images, in [0, 1]; None where nobody knows them."""
+    """Channel means of the training images, in [0, 1]; None where they are not known."""
     std: tuple[float, float, float] | None = None
     """Channel standard deviations, likewise."""
 
@@ -158,7 +158,7 @@ class NoisyDataModule(ServedBatches):
 
     @abstractmethod
     def load_train(self) -> Source:
-        """The whole original training set. Called once; must not decode images that nobody asks for."""
+        """The whole original training set. Called once; must not decode images before they are used."""
 
     @abstractmethod
     def load_test(self) -> Source:
@@ -188,7 +188,7 @@ class NoisyDataModule(ServedBatches):
 
     @property
     def true_labels(self) -> Tensor | None:
-        """The right labels of the training split, shape (N,), int64; None where nobody knows them.
+        """The right labels of the training split, shape (N,), int64; None where they are not known.
 
         They are known for curated sets, and where the noise was injected here.
         """

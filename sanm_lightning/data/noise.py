@@ -175,7 +175,7 @@ def pair_flip(labels: Tensor, rate: float, num_classes: int, generator: torch.Ge
 
 
 def _choose(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Indices of exactly ``round(rate * N)`` random samples, after a look at the arguments."""
+    """Indices of exactly ``round(rate * N)`` random samples, after a check of the arguments."""
     _check_labels(labels, num_classes, "labels")
     _check_rate(rate)
     order = torch.randperm(len(labels), generator=generator, device=generator.device)

@@ -1,4 +1,4 @@
-"""How a data module turns what its loaders serve into batches, with the views that the module in training asks for."""
+"""Turn what loaders serve into batches, with the views of the module in training."""
 
 from abc import abstractmethod
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a method says of itself: each is one overridable question with the answer of plain training."""
+"""The hooks that a method overrides; the defaults are those of plain training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Feature map -> where the network looks (SANM, Eq. 1)."""
+"""Activation maps from feature maps (SANM, Eq. 1)."""
 
 from typing import Protocol
 
@@ -43,7 +43,7 @@ def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> T
     Args:
         features: last feature map before global pooling, shape (B, D, h, w).
         weight: weight of the linear classifier, shape (C, D).
-        classes: the class to look for in each image, shape (B,), int64, in [0, C).
+        classes: the class whose map is wanted of each image, shape (B,), int64, in [0, C).
 
     Returns:
         Activation maps, shape (B, h, w), in float32 or, for float64 input, float64. Any sign, any scale.
@@ -75,7 +75,7 @@ def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> T
 
 
 def energy_map(features: Tensor) -> Tensor:
-    """Sum the squared features over the channels: where a network looks when no class can be asked for.
+    """Sum the squared features over the channels: an activation map that needs no class.
 
     Source: the authors' released code, which uses this in place of Eq. 1.
 

@@ -1,4 +1,4 @@
-"""SANM over a module that nobody has to edit: the step is wrapped, the mathematics is that of :class:`SANM`."""
+"""SANM over an unedited module: its step is wrapped, the mathematics is that of :class:`SANM`."""
 
 import functools
 import inspect
@@ -34,7 +34,7 @@ class SANMCallback(L.Callback):
     reconstruction term, made from the features of the last forward that the step ran. The loss must accept probabilities, as
     ``F.cross_entropy`` does; a step that reads ``y`` as class indices is looked for before the first update, rehearsed on a
     copy of the module, and ``SANM(labels=False)`` leaves ``y`` as it is. Images should be in [0, 1] where the step gets them.
-    Label quality comes from the sample's index where the batch has one (``batch.index``) and the data module says
+    Label quality comes from the sample's index where the batch has one (``batch.index``) and the data module has
     ``num_samples``, else from a window of recent losses. What lies in a batch behind images and labels is passed on.
 
     Works with modules of ``lightning`` and of ``pytorch_lightning``, with any optimizer and scheduler: a decoder that the
@@ -49,7 +49,7 @@ class SANMCallback(L.Callback):
         network: name of the submodule that classifies; None tries the usual names (network, model, net, backbone, encoder,
             classifier), then the module itself.
         layer: name of that network's submodule whose output is the last feature map; None finds it.
-        image_size: H, W of the training images; None asks the data module, then looks at a batch.
+        image_size: H, W of the training images; None takes that of the data module, or else of a batch.
         wrap: False leaves the step alone (for methods that call SANM themselves) and keeps the rest: label quality is
             fitted once per epoch, figures are logged.
         rehearse: run the step on a copy of the module before the first update, to find out whether it reads its labels as

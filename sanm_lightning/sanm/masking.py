@@ -29,7 +29,7 @@ __all__ = [
 def _check_quality(quality: Tensor) -> None:
     if quality.ndim != 1:
         raise ValueError(f"expected label quality (B,), got shape {tuple(quality.shape)}")
-    # Values are looked at on the CPU only: elsewhere the look would make the step wait for the device.
+    # Values are checked on the CPU only: elsewhere the check would make the step wait for the device.
     if quality.device.type == "cpu" and not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"expected label quality in [0, 1], got {float(quality.min())} to {float(quality.max())}")
 

@@ -29,7 +29,7 @@ class SANMMixin:
         sanm: hyper-parameters and parts; None means ``SANM()``. A dictionary of them is what a checkpoint holds.
         sanm_network: name of the submodule that classifies; None finds it.
         sanm_layer: name of that network's submodule whose output is the last feature map; None finds it.
-        sanm_image_size: H, W of the training images; None asks the data module, then looks at a batch.
+        sanm_image_size: H, W of the training images; None takes that of the data module, or else of a batch.
         sanm_rehearse: see :class:`SANMCallback`.
 
     All other arguments go to the next base class.
@@ -59,7 +59,7 @@ class SANMMixin:
         }  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """See to it that a class with callbacks of its own has SANM's too, whether or not it asks its bases for theirs."""
+        """Add SANM's callbacks to those of a class that overrides ``configure_callbacks``, with or without ``super()``."""
         super().__init_subclass__(**kwargs)
         bases = cls.__mro__
         if L.LightningModule in bases and bases.index(L.LightningModule) < bases.index(SANMMixin):

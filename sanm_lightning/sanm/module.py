@@ -22,7 +22,7 @@ from sanm_lightning.sanm.masking import (
 from sanm_lightning.sanm.options import check_ranges, found_by_path, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
-from sanm_lightning.sanm.saliency import FrozenNetwork, Look, Saliency, check_saliency, probe, resolve_saliency
+from sanm_lightning.sanm.saliency import FrozenNetwork, NetworkOutput, Saliency, check_saliency, probe, resolve_saliency
 from sanm_lightning.sanm.views import Quality, Views
 
 __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
@@ -88,7 +88,7 @@ class SANM(nn.Module):
         mask: bool = True,
         labels: bool = True,
         reconstruct: bool = True,
-        place: Literal["cam", "energy", "random"] | FrozenNetwork | Callable[[Look], Tensor] = "cam",
+        place: Literal["cam", "energy", "random"] | FrozenNetwork | Callable[[NetworkOutput], Tensor] = "cam",
         ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine"] | Callable[..., Tensor] = "noise_aware",
         ratio_range: tuple[float, float] | None = None,
         quality: QualityEstimator | Literal["estimated", "oracle"] | None = None,
@@ -201,10 +201,10 @@ class SANM(nn.Module):
             return
         module = network if isinstance(network, nn.Module) else None
         like = next(module.parameters(), torch.zeros(())) if module is not None else torch.zeros(())
-        look = probe(network, image_size, named_generator("probe", self.seed), like)
+        output = probe(network, image_size, named_generator("probe", self.seed), like)
         if self.mask:
-            check_saliency(self.saliency, look)
-        channels, *map_size = feature_map(look.features, network.num_features).shape[1:]
+            check_saliency(self.saliency, output)
+        channels, *map_size = feature_map(output.features, network.num_features).shape[1:]
         if self.reconstruct and self.decoder is None:
             self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
         self.to(like.device, like.dtype)
@@ -275,13 +275,13 @@ class SANM(nn.Module):
             return self._views
         if generator is None:
             generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
-        look = self._look(network, images, features, generator) if self.mask or callable(quality) else None
+        output = self._run_unmasked(network, images, features, generator) if self.mask or callable(quality) else None
         maps = None
-        if self.mask and look is not None:
+        if self.mask and output is not None:
             with inference_context(network, images):
-                maps = self.saliency(look)
+                maps = self.saliency(output)
         with torch.no_grad():
-            known = quality(look.logits) if callable(quality) and look is not None else cast(Tensor, quality)
+            known = quality(output.logits) if callable(quality) and output is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
                 raise ValueError(f"expected quality (B,) = ({len(images)},), got {tuple(known.shape)}")
             self._check_later(known)
@@ -296,7 +296,7 @@ class SANM(nn.Module):
             self.last["quality"] = known.mean()
             if self.keep_unmasked:
                 masked, softened = torch.cat([images, masked]), torch.cat([targets, softened])
-        seen = (None, None) if look is None else (look.logits, look.features)
+        seen = (None, None) if output is None else (output.logits, output.features)
         self._views = Views(masked, softened, ratio, box, activation, *seen)
         return self._views
 
@@ -359,10 +359,12 @@ class SANM(nn.Module):
             bad = ~((quality >= 0) & (quality <= 1)).all()
             self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
 
-    def _look(self, network: Backbone, images: Tensor, features: Tensor | None, generator: torch.Generator) -> Look:
+    def _run_unmasked(
+        self, network: Backbone, images: Tensor, features: Tensor | None, generator: torch.Generator
+    ) -> NetworkOutput:
         with inference_context(network, images, self.batch_statistics):
             features = network.forward_features(images) if features is None else features.detach()
-            return Look(network, images, features, network.forward_head(features), generator)
+            return NetworkOutput(network, images, features, network.forward_head(features), generator)
 
     def _masked(
         self, images: Tensor, activation: Tensor, ratio: Tensor, generator: torch.Generator

@@ -1,7 +1,7 @@
 """Label quality: the probability that a given label is right (the G of SANM's Eq. 2), and its estimators.
 
 The paper leaves the estimator open. The one of DivideMix (Li et al., ICLR 2020), which SANM's released code uses, fits two
-Gaussians to the losses: networks learn right labels first, so that a small loss speaks for a label.
+Gaussians to the losses: networks learn right labels first, so that a small loss is evidence for a label.
 """
 
 import copy

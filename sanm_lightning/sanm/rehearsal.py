@@ -1,4 +1,4 @@
-"""Rehearse a stranger's training step on a copy, to find out whether it reads its labels as class indices."""
+"""Run the training step of a foreign module on a copy, to find out whether it reads labels as class indices."""
 
 import contextlib
 import copy
@@ -100,7 +100,7 @@ def misread_labels(
 
 
 def _listen_to(twin: Any) -> dict[str, Tensor]:
-    """Make a copied module forget its metrics, and write what it logs to a dictionary."""
+    """Reset the metrics of a copied module, and collect what it logs in a dictionary."""
     figures: dict[str, Tensor] = {}
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

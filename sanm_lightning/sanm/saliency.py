@@ -22,7 +22,7 @@ from sanm_lightning.sanm.options import made_from
 
 __all__ = [
     "FrozenNetwork",
-    "Look",
+    "NetworkOutput",
     "Saliency",
     "cam",
     "check_saliency",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-class Look(NamedTuple):
+class NetworkOutput(NamedTuple):
     """What a network makes of the unmasked images of a batch, without gradient."""
 
     network: Backbone
@@ -47,25 +47,25 @@ class Look(NamedTuple):
     """Source of randomness, on the device of the images."""
 
 
-Saliency = Callable[[Look], Tensor]
+Saliency = Callable[[NetworkOutput], Tensor]
 """Gives activation maps, shape (B, h, w) of any size; the largest value is where to hide."""
 
 
-def cam(look: Look) -> Tensor:
+def cam(output: NetworkOutput) -> Tensor:
     """Class activation map of the predicted class. Source: SANM, Eq. 1."""
-    maps = feature_map(look.features, look.network.num_features)
-    return class_activation_map(maps, classifier_weight(look.network, maps.shape[1]), look.logits.argmax(1))
+    maps = feature_map(output.features, output.network.num_features)
+    return class_activation_map(maps, classifier_weight(output.network, maps.shape[1]), output.logits.argmax(1))
 
 
-def energy(look: Look) -> Tensor:
+def energy(output: NetworkOutput) -> Tensor:
     """Squared features, summed over the channels. Source: the authors' released code."""
-    return energy_map(feature_map(look.features, look.network.num_features))
+    return energy_map(feature_map(output.features, output.network.num_features))
 
 
-def random_place(look: Look) -> Tensor:
+def random_place(output: NetworkOutput) -> Tensor:
     """A map of noise: a control for the place of the mask."""
-    size = (len(look.images), *look.images.shape[2:])
-    return torch.rand(size, generator=look.generator, device=look.images.device)
+    size = (len(output.images), *output.images.shape[2:])
+    return torch.rand(size, generator=output.generator, device=output.images.device)
 
 
 _PLACES: dict[str, Saliency] = {"cam": cam, "energy": energy, "random": random_place}
@@ -90,7 +90,7 @@ def resolve_saliency(place: Any) -> Saliency:
     return found
 
 
-def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Generator, like: Tensor) -> Look:
+def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Generator, like: Tensor) -> NetworkOutput:
     """Run a network on two random images, to learn the shape of its feature map.
 
     Args:
@@ -110,29 +110,29 @@ def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Gener
         ) from error
     with inference_context(network, images):
         features = network.forward_features(images)
-        return Look(network, images, features, network.forward_head(features), generator)
+        return NetworkOutput(network, images, features, network.forward_head(features), generator)
 
 
-def check_saliency(saliency: Saliency, look: Look) -> None:
+def check_saliency(saliency: Saliency, output: NetworkOutput) -> None:
     """Refuse a network whose activation map would mean nothing.
 
     Args:
         saliency: the callable that is going to give the map.
-        look: at the network, from :func:`probe`.
+        output: from :func:`probe`.
 
     Raises:
         ValueError: if the logits are no linear map of the pooled features (``cam``), or the map has one place only.
     """
     if saliency not in (cam, energy):
         return
-    maps = feature_map(look.features, look.network.num_features)
+    maps = feature_map(output.features, output.network.num_features)
     if saliency is cam:
-        require_pooled_linear(look.network, maps, look.logits)
+        require_pooled_linear(output.network, maps, output.logits)
     if maps.shape[2] * maps.shape[3] == 1:
-        height, width = look.images.shape[2:]
+        height, width = output.images.shape[2:]
         raise ValueError(
-            f"expected a feature map of more than one place, got 1 x 1 ({type(look.network).__name__} on images of {height} x "
-            f"{width}); use a larger image_size, a network of smaller stride, or place: random"
+            f"expected a feature map of more than one place, got 1 x 1 ({type(output.network).__name__} on images of {height} "
+            f"x {width}); use a larger image_size, a network of smaller stride, or place: random"
         )
 
 
@@ -159,11 +159,11 @@ class FrozenNetwork:
         self.size = tuple(config["input_size"][1:])
         self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
         self.std = torch.tensor(config["std"]).view(3, 1, 1)
-        self.maps(torch.zeros(1, 3, *self.size))  # a network that cannot do it says so now, not after the warm-up
+        self.maps(torch.zeros(1, 3, *self.size))  # fail now on an unsuitable network, not after the warm-up
 
-    def __call__(self, look: Look | Tensor) -> Tensor:
-        """Return the activation map (B, h, w) of the class that the frozen network predicts, of a look or of images."""
-        return self.maps(look if isinstance(look, Tensor) else look.images)
+    def __call__(self, output: NetworkOutput | Tensor) -> Tensor:
+        """Return the activation map (B, h, w) of the class that the frozen network predicts for the images."""
+        return self.maps(output if isinstance(output, Tensor) else output.images)
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
