@@ -57,7 +57,7 @@ class Clock(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Look for what there is to time."""
-        networks = [*pl_module.networks, *getattr(pl_module, "teachers", [])]
+        networks = [*pl_module.networks, *(teacher.module for teacher in getattr(pl_module, "teachers", []))]
         for network in networks:
             for half in ("forward_features", "forward_head"):
                 self.watch(network, half)
