@@ -1,7 +1,7 @@
 """Any folder of images, one sub-folder per class."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -138,7 +138,9 @@ class _Files:
         return read_image(self.paths[index], self.side)
 
 
-def read_image(path: str | Path, side: int) -> Tensor:
+def read_image(
+    path: str | Path | BinaryIO, side: int, interpolation: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
+) -> Tensor:
     """Decodes an image file to a square RGB image; of an animation the first frame.
 
     Grey values of more than 8 bits are brought to 8: integers are taken to count to 65,535, or to their maximum if it
@@ -146,8 +148,9 @@ def read_image(path: str | Path, side: int) -> Tensor:
     Negative values and NaN become black.
 
     Args:
-        path: the file.
+        path: the file, or its content as a binary file object.
         side: S, pixels of the result.
+        interpolation: of torchvision, for the resize.
 
     Returns:
         Shape (3, S, S), uint8.
@@ -166,7 +169,7 @@ def read_image(path: str | Path, side: int) -> Tensor:
         raise ValueError(
             f"The image {str(path)!r} cannot be decoded ({str(error).rstrip('.')}): replace or remove the file."
         ) from error
-    resized = TF.resize(rgb, [side], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
+    resized = TF.resize(rgb, [side], interpolation=interpolation, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 

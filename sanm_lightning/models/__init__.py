@@ -4,6 +4,16 @@ from sanm_lightning.models.checkpoints import LoadReport, load_weights
 from sanm_lightning.models.cnn9 import CNN9
 from sanm_lightning.models.normalized import Normalized, create_network
 from sanm_lightning.models.preact_resnet import PreActResNet
+from sanm_lightning.models.pretrained import load_pretrained
 from sanm_lightning.models.small_cnn import SmallCNN
 
-__all__ = ["CNN9", "LoadReport", "Normalized", "PreActResNet", "SmallCNN", "create_network", "load_weights"]
+__all__ = [
+    "CNN9",
+    "LoadReport",
+    "Normalized",
+    "PreActResNet",
+    "SmallCNN",
+    "create_network",
+    "load_pretrained",
+    "load_weights",
+]

@@ -31,6 +31,8 @@ class Normalized(nn.Module):
 
     mean: Tensor
     std: Tensor
+    input_size: tuple[int, int] | None = None
+    """(H, W) in pixels of the images that pre-trained weights were trained on; None where that is not known."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

@@ -1,0 +1,1 @@
+"""The list of wrong labels, from the features of a frozen network and without training."""

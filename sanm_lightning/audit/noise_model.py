@@ -1,0 +1,141 @@
+"""From out-of-fold probabilities of noisy labels to the probability that a given label is right, and to the noise rate."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior"]
+
+ITERATIONS = 10
+"""Of the deconvolution: few, since more of them amplify what is random in the probabilities."""
+CHUNK = 65_536
+Array = np.ndarray[Any, Any]
+
+
+class NoiseModel(NamedTuple):
+    """What the given labels of N samples are believed to be made of.
+
+    Attributes:
+        posterior: probability of each class being the right one, given the image and its label, shape (N, C), float32.
+        joint: joint distribution of given (rows) and right labels (columns), shape (C, C), sums to 1.
+        transition: probability of each given label (columns) for each right one (rows), shape (C, C), rows sum to 1.
+        noise_rate: estimated fraction of wrong labels, in [0, 1].
+        interval: lowest and highest estimate of that fraction.
+    """
+
+    posterior: Array
+    joint: Array
+    transition: Array
+    noise_rate: float
+    interval: tuple[float, float]
+
+
+def confident_joint(probs: Array, labels: Array) -> Array:
+    """Estimate the joint distribution of given and right labels.
+
+    Source: confident learning (Northcutt et al., JAIR 2021), Eq. 1 to 3: a sample counts for a class whose probability reaches
+    the mean probability of that class among the samples that are labelled so, and for the likeliest of several such classes.
+    The counts are scaled to the class frequencies of the given labels.
+
+    Args:
+        probs: out-of-fold probabilities, shape (N, C).
+        labels: given labels, shape (N,).
+
+    Returns:
+        Shape (C, C), given labels in rows, sums to 1.
+    """
+    num_classes = probs.shape[1]
+    counts = np.bincount(labels, minlength=num_classes)
+    own = np.bincount(labels, weights=probs[np.arange(len(labels)), labels], minlength=num_classes)
+    thresholds = np.where(counts > 0, own / np.maximum(counts, 1), np.inf)
+    joint = np.zeros((num_classes, num_classes))
+    for start in range(0, len(labels), CHUNK):
+        part = probs[start : start + CHUNK]
+        confident = part >= thresholds
+        likeliest = np.where(confident, part, -1.0).argmax(1)
+        counted = confident.any(1)
+        np.add.at(joint, (labels[start : start + CHUNK][counted], likeliest[counted]), 1)
+    empty = joint.sum(1) == 0
+    joint[empty, empty] = 1  # a class without a confident sample: nothing speaks against its labels
+    joint *= (counts / joint.sum(1))[:, None]
+    normalized: Array = joint / joint.sum()
+    return normalized
+
+
+def deconvolve(probs: Array, transition: Array, iterations: int = ITERATIONS) -> Array:
+    """Estimate the probabilities of right labels whose noisy ones are ``probs``.
+
+    Richardson-Lucy iteration from the uniform distribution, which keeps probabilities non-negative: the maximum-likelihood
+    step for the weights of a mixture of known components, the rows of the transition matrix.
+
+    Args:
+        probs: probabilities of given labels, shape (N, C).
+        transition: probability of each given label (columns) for each right one (rows), shape (C, C).
+        iterations: number of steps.
+
+    Returns:
+        Shape (N, C), rows sum to 1.
+    """
+    found = np.full_like(probs, 1 / probs.shape[1])
+    for _ in range(iterations):
+        found *= (probs / np.maximum(found @ transition, 1e-12)) @ transition.T
+        found /= np.maximum(found.sum(1, keepdims=True), 1e-12)
+    return found
+
+
+def label_posterior(probs: Array, labels: Array, transition: Array, iterations: int = ITERATIONS) -> Array:
+    """Return the probability of each class being the right one, given image and label, shape (N, C), float32.
+
+    Bayes' rule with :func:`deconvolve` as prior of each image and the transition matrix as likelihood of the given label.
+    """
+    out = np.empty(probs.shape, np.float32)
+    for start in range(0, len(probs), CHUNK):
+        part = slice(start, start + CHUNK)
+        prior = deconvolve(probs[part].astype(np.float64), transition, iterations)
+        weighted = prior * transition[:, labels[part]].T
+        out[part] = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
+    return out
+
+
+def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
+    """Estimate which labels are wrong, how many, and what they were made of.
+
+    The fraction of wrong labels cannot be told from probabilities alone: a doubtful image may be a hard one with a right label.
+    The interval spans the estimates at both ends. The highest is the confident joint, to which each confident disagreement is
+    a wrong label. The lowest is a transition matrix that is re-estimated from its own posterior ``refinements`` times, which
+    drifts towards right labels. Both are widened by two standard errors of a fraction of N.
+
+    Args:
+        probs: out-of-fold probabilities of the given labels, shape (N, C).
+        labels: given labels, shape (N,).
+        refinements: number of re-estimates for the lower end.
+    """
+    joint = confident_joint(probs, labels)
+    transition = _rows_to_one(joint.T)
+    posterior = label_posterior(probs, labels, transition)
+    rate = 1 - float(posterior[np.arange(len(labels)), labels].mean(dtype=np.float64))
+    ends = [rate, 1 - float(np.trace(joint))]
+    refined, trusting = posterior, transition
+    for _ in range(refinements):
+        trusting = _rows_to_one(_joint_of(refined, labels).T)
+        refined = label_posterior(probs, labels, trusting)
+    ends.append(1 - float(refined[np.arange(len(labels)), labels].mean(dtype=np.float64)))
+    error = [2 * math.sqrt(end * (1 - end) / len(labels)) for end in ends]
+    interval = min(e - d for e, d in zip(ends, error, strict=True)), max(e + d for e, d in zip(ends, error, strict=True))
+    final = _joint_of(posterior, labels)
+    return NoiseModel(posterior, final, _rows_to_one(final.T), rate, (max(0.0, interval[0]), min(1.0, interval[1])))
+
+
+def _joint_of(posterior: Array, labels: Array) -> Array:
+    joint = np.zeros((posterior.shape[1],) * 2)
+    np.add.at(joint, labels, posterior)
+    normalized: Array = joint / len(labels)
+    return normalized
+
+
+def _rows_to_one(matrix: Array) -> Array:
+    """Divide rows by their sums; a row of zeros becomes that of the identity."""
+    total = matrix.sum(1, keepdims=True)
+    normalized: Array = np.where(total > 0, matrix / np.maximum(total, 1e-300), np.eye(len(matrix)))
+    return normalized

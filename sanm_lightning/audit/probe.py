@@ -1,0 +1,220 @@
+"""Out-of-fold predictions on fixed features: a linear probe and a vote among neighbors."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["WEIGHT_DECAYS", "ProbeResult", "assign_folds", "linear_probe", "log_loss", "neighbor_probs", "standardize"]
+
+WEIGHT_DECAYS = (5.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.01)
+"""Tried in this order, strong to weak."""
+ROWS = 8192
+"""Rows of the features that are multiplied at once."""
+MAX_ITERATIONS = 100
+
+Array = np.ndarray[Any, Any]
+
+
+class ProbeResult(NamedTuple):
+    """Out-of-fold predictions of N samples.
+
+    Attributes:
+        probs: class probabilities, shape (N, C), float32.
+        weight_decay: the one of lowest out-of-fold log-loss on the given labels.
+        log_losses: that log-loss by weight decay.
+    """
+
+    probs: Array
+    weight_decay: float
+    log_losses: dict[float, float]
+
+
+def standardize(features: Array, rows: Array) -> Array:
+    """Return features (N, D), float32, of mean 0 and variance 1 over ``rows``; constant ones become 0."""
+    total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
+    for part in np.array_split(rows, max(1, len(rows) // 4096)):  # no copy of the whole set in double precision
+        block = np.asarray(features[part], np.float64)
+        total, squares = total + block.sum(0), squares + np.square(block).sum(0)
+    mean = total / len(rows)
+    std = np.sqrt(np.maximum(squares / len(rows) - np.square(mean), 0))
+    scale = np.divide(1.0, std, out=np.zeros_like(std), where=std > 1e-6 * (np.abs(mean) + 1e-6))
+    out = np.empty(features.shape, np.float32)
+    for start in range(0, len(features), 4096):
+        out[start : start + 4096] = (features[start : start + 4096] - mean) * scale
+    return out
+
+
+def assign_folds(labels: Array, groups: Array, num_folds: int, seed: int) -> Array:
+    """Assign each sample to a fold, evenly within each class; a group stays together.
+
+    Copies of an image in other folds would let a wrong label confirm itself.
+
+    Args:
+        labels: shape (N,).
+        groups: shape (N,), equal for copies of one image.
+        num_folds: number of folds.
+        seed: of the assignment.
+
+    Returns:
+        Fold of each sample, shape (N,), in [0, num_folds).
+    """
+    first, member = np.unique(groups, return_index=True, return_inverse=True)[1:]
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(labels[first][order], kind="stable")]  # class by class, in random order within each
+    fold = np.empty(len(first), np.int64)
+    fold[order] = np.arange(len(first)) % num_folds
+    return fold[member.reshape(-1)]
+
+
+def log_loss(probs: Array, labels: Array) -> float:
+    """Return the mean negative log-probability of labels (N,) under probabilities (N, C)."""
+    return float(-np.log(np.maximum(probs[np.arange(len(labels)), labels], 1e-12)).mean())
+
+
+def linear_probe(
+    features: Array,
+    labels: Array,
+    folds: Array,
+    num_classes: int,
+    learn: Array | None = None,
+    weight_decays: Sequence[float] = WEIGHT_DECAYS,
+    selection_size: int = 10_000,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> ProbeResult:
+    """Predict each sample by a multinomial logistic regression on the samples of the other folds.
+
+    The objective is the mean cross-entropy plus ``weight_decay`` times the sum of the squared weights. The weight decay is that
+    of the lowest out-of-fold log-loss on the given labels, which needs no true label; it is chosen on a random part of the
+    set where that is large.
+
+    Args:
+        features: shape (N, D), standardized, float32.
+        labels: given labels, shape (N,), in [0, C).
+        folds: shape (N,), from :func:`assign_folds`.
+        num_classes: C.
+        learn: shape (N,), bool: samples that the regression is fitted to, such as those of the training split; None is all.
+            Every sample gets a prediction.
+        weight_decays: candidates, strong to weak. The search ends when two in a row are worse than the best.
+        selection_size: samples that the weight decay is chosen on, at most.
+        seed: of the choice of these.
+        device: that the regressions are fitted on.
+    """
+    learn = np.ones(len(labels), bool) if learn is None else learn
+    rows = np.flatnonzero(learn)
+    if len(rows) > selection_size:
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:selection_size])
+    small = _Regressions(features[rows], labels[rows], folds[rows], num_classes, np.ones(len(rows), bool), device)
+    losses: dict[float, float] = {}
+    kept: dict[float, Array] = {}
+    for decay in weight_decays:
+        probs = small.fit(decay).probs()
+        losses[decay] = log_loss(probs, labels[rows])
+        kept = {decay: probs} if losses[decay] == min(losses.values()) else kept
+        if min(list(losses.values())[-2:]) > min(losses.values()):
+            break
+    best = min(losses, key=lambda decay: losses[decay])
+    if len(rows) == len(labels):
+        return ProbeResult(kept[best], best, losses)
+    whole = _Regressions(features, labels, folds, num_classes, learn, device, start=small.weights)
+    return ProbeResult(whole.fit(best).probs(), best, losses)
+
+
+class _Regressions:
+    """One regression per fold, fitted together by L-BFGS in the eigenbasis of the features.
+
+    The product of the features with the weights of all folds at once takes little longer than with those of one: reading the
+    features is what takes time. Divided by the square root of its curvature, each direction converges at the same speed.
+    """
+
+    def __init__(
+        self, features: Array, labels: Array, folds: Array, num_classes: int, learn: Array, device: Any, start: Any = None
+    ) -> None:
+        self.labels, self.folds = torch.from_numpy(labels).to(device), torch.from_numpy(folds).to(device)
+        self.num_folds, self.num_classes = int(folds.max()) + 1, num_classes
+        learn_rows = torch.from_numpy(learn).to(device)
+        self.used = (self.folds.unsqueeze(1) != torch.arange(self.num_folds, device=device)) & learn_rows.unsqueeze(1)
+        self.counts = self.used.sum(0).clamp(min=1)
+        table = torch.from_numpy(features).to(device)
+        gram = torch.zeros(table.shape[1], table.shape[1], device=device)
+        for rows in table.split(ROWS):
+            gram.addmm_(rows.T, rows)
+        curvature, self.basis = torch.linalg.eigh(gram / len(table))
+        self.curvature = curvature.clamp(min=0)
+        self.rotated = torch.cat([rows @ self.basis for rows in table.split(ROWS)])
+        shape = (table.shape[1] + 1, self.num_folds, num_classes)
+        self.weights = torch.zeros(shape, device=device)  # in the rotated basis; the last row is the bias
+        if start is not None:
+            self.weights = start.clone()
+
+    def fit(self, decay: float) -> "_Regressions":
+        """Minimize for one weight decay, from the present weights."""
+        scale = (0.25 * self.curvature + 2 * decay).rsqrt()
+        scale = torch.cat([scale, scale.new_full((1,), 2.0)]).view(-1, 1, 1)
+        point = (self.weights / scale).requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [point], max_iter=MAX_ITERATIONS, tolerance_grad=0, tolerance_change=1e-6, line_search_fn="strong_wolfe"
+        )
+
+        def closure() -> Tensor:
+            weights = point.detach() * scale
+            loss, gradient = self._objective(weights, decay)
+            point.grad = gradient * scale
+            return loss
+
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+        self.weights = point.detach() * scale
+        return self
+
+    def _objective(self, weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+        """Return the sum of the objectives of all folds, and its gradient."""
+        penalized = weights[:-1]
+        loss = decay * penalized.square().sum()
+        gradient = torch.cat([2 * decay * penalized, torch.zeros_like(weights[-1:])])
+        flat = weights.flatten(1)
+        for start in range(0, len(self.rotated), ROWS):
+            part = slice(start, start + ROWS)
+            rows, used = self.rotated[part], self.used[part] / self.counts
+            log_probs = (rows @ flat[:-1] + flat[-1]).view(len(rows), *weights.shape[1:]).log_softmax(2)
+            place = self.labels[part].view(-1, 1, 1).expand(-1, self.num_folds, 1)
+            loss = loss - (log_probs.gather(2, place).squeeze(2) * used).sum()
+            residual = log_probs.exp_()
+            residual.scatter_add_(2, place, residual.new_full((1, 1, 1), -1.0).expand_as(place))
+            residual = residual.mul_(used.unsqueeze(2)).flatten(1)
+            gradient[:-1] += (rows.T @ residual).view_as(penalized)
+            gradient[-1] += residual.sum(0).view_as(gradient[-1])
+        return loss, gradient
+
+    def probs(self) -> Array:
+        """Return the prediction of each sample by the regression that was not fitted to its fold, shape (N, C)."""
+        found = torch.empty(len(self.rotated), self.num_classes)
+        for fold in range(self.num_folds):
+            inside = self.folds == fold
+            weights = self.weights[:, fold]
+            found[inside.cpu()] = (self.rotated[inside] @ weights[:-1] + weights[-1]).softmax(1).cpu()
+        return found.numpy()
+
+
+def neighbor_probs(neighbors: Array, similarity: Array, labels: Array, num_classes: int, prior_weight: float = 1.0) -> Array:
+    """Turn the given labels of neighbors into class probabilities, with the class frequencies as prior.
+
+    Args:
+        neighbors: positions, shape (N, k); negative ones are left out.
+        similarity: weight of each, shape (N, k), not negative.
+        labels: given labels, shape (M,), that the positions refer to.
+        num_classes: C.
+        prior_weight: weight of the prior in neighbors.
+
+    Returns:
+        Shape (N, C), float32.
+    """
+    prior = np.bincount(labels, minlength=num_classes) / len(labels)
+    votes = np.tile((prior_weight * prior).astype(np.float32), (len(neighbors), 1))
+    for column, weight in zip(neighbors.T, similarity.T, strict=True):
+        seen = column >= 0
+        np.add.at(votes, (np.flatnonzero(seen), labels[column[seen]]), weight[seen])
+    normalized: Array = votes / votes.sum(1, keepdims=True)
+    return normalized

