@@ -9,19 +9,20 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from sanm_lightning.data.checks import check_arguments
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
-from sanm_lightning.data.saved import SavedDraws
 from sanm_lightning.data.source import Source, check_source
+from sanm_lightning.data.splits import Splits
 
 __all__ = ["NoisyDataModule", "Source"]
 
 NO_NOISE = Noise()
 
 
-class NoisyDataModule(SavedDraws):
+class NoisyDataModule(Splits):
     """Images with labels that may be wrong: the base of all data sets here, and of your own.
 
     A subclass gives `num_classes` and `image_size`, and `load_train` and `load_test`, each a `Source`; if need be
@@ -89,21 +90,12 @@ class NoisyDataModule(SavedDraws):
         holdout_fraction: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}; choose a larger one")
-        for name, value in (
-            ("crop_padding", crop_padding),
-            ("resident_bytes", resident_bytes),
-            ("num_workers", num_workers),
-        ):
-            if value < 0:
-                raise ValueError(f"expected {name} of 0 or more, got {value}; use 0 for none")
-        for name, fraction in (("val_fraction", val_fraction), ("holdout_fraction", holdout_fraction)):
-            if not 0 <= fraction < 1:
-                raise ValueError(f"expected {name} in [0, 1), got {fraction}; use 0.1 for a tenth")
-        if seed is not None and seed < 0:
-            raise ValueError(f"expected a seed of 0 or more, got {seed}; choose another, such as 0")
+        check_arguments(
+            {"batch_size": batch_size, "eval_batch_size": eval_batch_size},
+            {"crop_padding": crop_padding, "resident_bytes": resident_bytes, "num_workers": num_workers},
+            {"val_fraction": val_fraction, "holdout_fraction": holdout_fraction},
+            seed,
+        )
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -172,11 +164,6 @@ class NoisyDataModule(SavedDraws):
         raise NotImplementedError(f"{type(self).__name__} has no validation set; write load_val")
 
     @property
-    def own_splits(self) -> tuple[str, ...]:
-        """The splits that the data come with beside the training set: ``val``, ``test``, both or none."""
-        return ("test",)
-
-    @property
     def curated(self) -> bool:
         """Whether the labels of `load_train` are known to be right. Where not, nothing is called a true label."""
         return True
@@ -220,27 +207,6 @@ class NoisyDataModule(SavedDraws):
     def measured_noise_rate(self) -> float | None:
         """Share of the training split whose given label is not the true one, in [0, 1]; None if that is not known."""
         return self.table("train").noise_rate
-
-    @property
-    def held_out_fraction(self) -> float:
-        """Fraction of the training samples that is held out as ``val``: ``val_fraction``, or ``holdout_fraction`` in need."""
-        return self.val_fraction if self.val_fraction > 0 or self.own_splits else self.holdout_fraction
-
-    @property
-    def _holds_out(self) -> bool:
-        """Whether samples are held out because the data have no other ones to evaluate on."""
-        return self.val_fraction == 0 < self.held_out_fraction
-
-    @property
-    def eval_names(self) -> list[str]:
-        """What the loaders of `val_dataloader` are, in their order: ``val`` if there is one, ``test`` if tracked."""
-        val = self.held_out_fraction > 0 or "val" in self.own_splits
-        return (["val"] if val else []) + (["test"] if self.track_test and "test" in self.own_splits else [])
-
-    @property
-    def test_names(self) -> list[str]:
-        """What the loaders of `test_dataloader` are, in their order: ``test``, or ``val`` where the data have no test split."""
-        return ["test"] if "test" in self.own_splits else self.eval_names
 
     def save_labels(self, path: str | Path) -> None:
         """Writes the labels of the training split to a ``.npz`` file; all of it or nothing, also when interrupted.
@@ -320,7 +286,9 @@ class NoisyDataModule(SavedDraws):
                 f"expected val_fraction 0 for data with a validation split of their own, got {self.val_fraction}; leave it out"
             )
         source = self._source("train")
-        others = [path for name in self.own_splits for path in self._other_paths(name)]
+        others: list[str] = []
+        if self.noise.kind == "file" and source.paths is not None:  # a file may hold rows of the other splits, too
+            others = [path for name in self.own_splits for path in self._source(name).paths or []]
         file = self.noise.read(source.labels, self.class_names, source.paths, others)
         self._tables |= label_tables(
             source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.held_out_fraction,
@@ -336,9 +304,6 @@ class NoisyDataModule(SavedDraws):
                 "labels of this hold-out are as noisy as the training labels"
             )
         return self._tables[split]
-
-    def _other_paths(self, split: str) -> list[str]:
-        return (self._source(split).paths or []) if self.noise.kind == "file" else []
 
     def sample_paths(self, split: str = "train") -> list[str] | None:
         """Return the file of each sample of a split, relative to the root, with ``/``; None where there are no files."""

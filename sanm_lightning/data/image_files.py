@@ -14,16 +14,19 @@ __all__ = [
     "SPLIT_NAMES",
     "ClassFolder",
     "ImageListing",
+    "add_passed_over",
     "class_folders",
     "count_passed_over",
     "list_class_folder",
     "list_images",
+    "split_folders",
 ]
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """The split that a folder or a cell of this name (in lower case) means."""
 
 SPLITS = ("train", "val", "test")
+LAYOUT = "put images in ROOT/<class>/, or in ROOT/train/<class>/ and, if there are any, ROOT/val/ and ROOT/test/"
 
 PassedOver = dict[str, list[Path]]
 """Files that are no images, by reason."""
@@ -130,12 +133,11 @@ def count_passed_over(passed_over: Mapping[str, Iterable[Path]]) -> str:
     return f"{total} file{'s' if total > 1 else ''} passed over ({reasons})"
 
 
-def class_folders(folder: str | Path, layout: str, required: bool = True) -> tuple[list[str], PassedOver]:
+def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str], PassedOver]:
     """Return the names of the class folders in a folder, sorted, and the files that lie beside them.
 
     Args:
         folder: of one split.
-        layout: what is expected where, for errors.
         required: whether there must be class folders.
 
     Raises:
@@ -145,7 +147,7 @@ def class_folders(folder: str | Path, layout: str, required: bool = True) -> tup
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"expected a folder of class folders in {str(folder)!r}, got none; check the path: {layout}"
+            f"expected a folder of class folders in {str(folder)!r}, got none; check the path, {LAYOUT}"
         )
     names, loose = [], PassedOver()
     for path in sorted(folder.iterdir(), key=lambda path: path.name):
@@ -156,49 +158,71 @@ def class_folders(folder: str | Path, layout: str, required: bool = True) -> tup
         else:
             loose.setdefault(_reason(path) or "in no class folder", []).append(path)
     if required and not names:
-        raise ValueError(f"expected class folders in {str(folder)!r}, got none; sort the images into them: {layout}")
+        raise ValueError(f"expected class folders in {str(folder)!r}, got none; {LAYOUT}")
     return names, loose
+
+
+def split_folders(root: str | Path) -> tuple[dict[str, list[Path]], PassedOver]:
+    """Find the folders of the splits in a root.
+
+    The root has splits where it has a folder ``train``, unless that holds images of its own beside other class folders.
+
+    Args:
+        root: of class folders, or of folders of splits.
+
+    Returns:
+        The folders of ``train``, ``val`` and ``test``, those that are there; or of ``all``, which is the root itself. And what
+        else lies in a root of splits, by reason.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has folders of other splits and no ``train``.
+        ValueError: it holds no folders.
+    """
+    root = Path(root)
+    folders, passed_over = class_folders(root)
+    others = [name for name in folders if name not in SPLIT_NAMES]
+    if "train" not in folders and not others:
+        raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got {', '.join(folders)} alone; {LAYOUT}")
+    if "train" not in folders or (others and any(_reason(path) is None for path in (root / "train").iterdir())):
+        return {"all": [root]}, {}
+    parts: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        if bases := [root / name for name in folders if SPLIT_NAMES.get(name) == split]:
+            parts[split] = bases
+    return parts, {**passed_over, **({"folder of no split": [root / name for name in others]} if others else {})}
 
 
 def list_images(root: str | Path) -> ImageListing:
     """List the images of a root of class folders, or of ``train`` (and ``val``, ``test``), each of class folders.
 
-    The root has splits where it has a folder ``train`` without images of its own. Classes are matched by name over all splits;
-    a class may be missing from a split, or be without images. Images that lie in no class folder are passed over.
+    Classes are matched by name over all splits; a class may be missing from a split, or be without images. Images that lie in
+    no class folder are passed over. For the layout see :func:`split_folders`.
 
     Args:
         root: the folder.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or it has folders of other splits and no ``train``.
         ValueError: there are no class folders or no images, or images of one class only.
     """
     root = Path(root)
-    layout = "images are expected in ROOT/<class>/, or in ROOT/train/<class>/ and, if any, ROOT/val/ and ROOT/test/"
-    folders, passed_over = class_folders(root, layout)
-    parts = {"all": [root]}
-    if "train" in folders and not any(_reason(path) is None for path in (root / "train").iterdir()):
-        parts = {split: [root / name for name in folders if SPLIT_NAMES.get(name) == split] for split in SPLITS}
-        if other := [root / name for name in folders if name not in SPLIT_NAMES]:
-            passed_over["folder of no split"] = other
-    else:
-        passed_over = {}  # counted once, with the split "all"
+    parts, passed_over = split_folders(root)
     found: list[tuple[Path, str, str]] = []
     names: set[str] = set()
     for split, bases in parts.items():
         for base in bases:
-            classes, loose = class_folders(base, layout, required=split in ("all", "train"))
-            _add(passed_over, loose)
+            classes, loose = class_folders(base, required=split in ("all", "train"))
+            add_passed_over(passed_over, loose)
             names.update(classes)
             for name in classes:
                 files, others = list_class_folder(base / name)
                 found += [(path, split, name) for path in files]
-                _add(passed_over, others)
+                add_passed_over(passed_over, others)
     filled = {name for _, _, name in found}
     if len(filled) < 2:
         raise ValueError(
             f"expected images of two or more classes in {str(root)!r}, got {len(found)} of {len(filled)} "
-            f"({count_passed_over(passed_over) or 'no file was passed over'}); check the path: {layout}"
+            f"({count_passed_over(passed_over) or 'no file was passed over'}); {LAYOUT}"
         )
     class_names = sorted(names)
     number = {name: label for label, name in enumerate(class_names)}
@@ -211,6 +235,7 @@ def list_images(root: str | Path) -> ImageListing:
     )
 
 
-def _add(passed_over: PassedOver, more: PassedOver) -> None:
+def add_passed_over(passed_over: PassedOver, more: PassedOver) -> None:
+    """Add what was passed over elsewhere, in place."""
     for reason, paths in more.items():
         passed_over.setdefault(reason, []).extend(paths)

@@ -111,7 +111,7 @@ class TestRoot:
             ([], "expected class folders in .*, got none; "),
             (["loose.png"], "expected class folders in .*, got none; "),
             (["a/1.txt", "b/2"], r"expected images of two .*, got 0 of 0 \(2 files passed over"),
-            (["a/1.png", "b/2"], r"got 1 of 1 \(1 file passed over \(1 no ending\)\); check"),
+            (["a/1.png", "b/2"], r"got 1 of 1 \(1 file passed over \(1 no ending\)\); put"),
             (["train/a/1.png"], "got 1 of 1"),
             (["train/1.txt"], "expected class folders in .*train"),
         ],
@@ -120,6 +120,11 @@ class TestRoot:
         with pytest.raises(ValueError, match=match) as error:
             list_images(touch(tmp_path, *files))
         assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("others", [["test/a/1.png"], ["val/a/1.png", "test/a/2.png"]])
+    def test_splits_without_a_training_set_are_no_classes(self, tmp_path: Path, others: list[str]) -> None:
+        with pytest.raises(FileNotFoundError, match="expected a folder 'train'"):
+            list_images(touch(tmp_path, *others))
 
     def test_no_such_root(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"expected a folder .*nowhere.*got none; check"):

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of the data: seed, labels, class names; and how a later run is held to it."""
+"""Which splits a data module has, and what a checkpoint says of them: seed, labels, class names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,18 @@ from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.serving import ServedBatches
 from sanm_lightning.data.source import Source
 
-__all__ = ["SavedDraws"]
+__all__ = ["Splits"]
 
 DRAWS = 3
 """Version of the random streams of noise, subset and split; a checkpoint says which one its labels were drawn by."""
 
 
-class SavedDraws(ServedBatches):
-    """The part of `NoisyDataModule` that is saved in checkpoints."""
+class Splits(ServedBatches):
+    """The part of `NoisyDataModule` that names its splits and holds a later run to those of a checkpoint."""
 
+    val_fraction: float
+    holdout_fraction: float
+    track_test: bool
     _seed_is_given: bool
     _sources: dict[str, Source]
     _tables: dict[str, LabelTable]
@@ -28,9 +31,30 @@ class SavedDraws(ServedBatches):
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
 
     @property
+    def own_splits(self) -> tuple[str, ...]:
+        """The splits that the data come with beside the training set: ``val``, ``test``, both or none."""
+        return ("test",)
+
+    @property
     def held_out_fraction(self) -> float:
-        """Fraction of the training samples that is held out as the split ``val``."""
-        return 0.0
+        """Fraction of the training samples that is held out as ``val``: ``val_fraction``, or ``holdout_fraction`` in need."""
+        return self.val_fraction if self.val_fraction > 0 or self.own_splits else self.holdout_fraction
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether samples are held out because the data have no other ones to evaluate on."""
+        return self.val_fraction == 0 < self.held_out_fraction
+
+    @property
+    def eval_names(self) -> list[str]:
+        """What the loaders of `val_dataloader` are, in their order: ``val`` if there is one, ``test`` if tracked."""
+        val = self.held_out_fraction > 0 or "val" in self.own_splits
+        return (["val"] if val else []) + (["test"] if self.track_test and "test" in self.own_splits else [])
+
+    @property
+    def test_names(self) -> list[str]:
+        """What the loaders of `test_dataloader` are, in their order: ``test``, or ``val`` where the data have no test split."""
+        return ["test"] if "test" in self.own_splits else self.eval_names
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seed, the class names, and a check sum of the training labels, so that a resumed run has the same."""
