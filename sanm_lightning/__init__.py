@@ -2,7 +2,7 @@
 
 from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.data import CIFAR10, CIFAR100, Digits, ImageFolder, Noise, NoisyDataModule
+from sanm_lightning.data import CIFAR10, CIFAR100, CSVImages, Digits, ImageFolder, Noise, NoisyDataModule
 from sanm_lightning.methods import (
     C2D,
     CDR,
@@ -27,6 +27,7 @@ __all__ = [
     "ELR",
     "SANM",
     "SSR",
+    "CSVImages",
     "CoTeaching",
     "CrossEntropy",
     "Digits",

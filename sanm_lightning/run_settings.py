@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 __all__ = ["RunSettings", "refuse_other_settings"]
 
 # Data settings that change neither the samples nor their order: another machine may want others.
-FREE = {"data.root", "data.num_workers", "data.resident_bytes", "data.eval_batch_size", "data.track_test"}
+FREE = {"data.root", "data.file", "data.num_workers", "data.resident_bytes", "data.eval_batch_size", "data.track_test"}
 # Trainer settings that a resumed run takes as they are given now, and whose change makes it another run.
 TOLD = (
     "accumulate_grad_batches", "deterministic", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches",

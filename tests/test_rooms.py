@@ -9,18 +9,20 @@ ROOT = Path(__file__).parents[1] / "sanm_lightning"
 OURS = "sanm_lightning"
 ALLOWED = {
     "batch.py": set(),
+    "class_names.py": set(),
     "random_streams.py": set(),
     "compat.py": set(),
     "per_sample": {"per_sample", "random_streams"},
     "state_callback.py": {"per_sample"},
     "functional": {"functional"},
     "sanm": {"functional", "random_streams", "per_sample", "sanm", "state_callback"},
-    "data": {"batch", "data", "random_streams", "safe_files"},
+    "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
     "models": {"models"},
-    "callbacks": {"batch", "callbacks", "compat", "random_streams"},
+    "callbacks": {"batch", "callbacks", "class_names", "compat", "random_streams"},
     "methods": {
         "batch",
         "callbacks",
+        "class_names",
         "compat",
         "functional",
         "methods",

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.compat import resume_evaluation
 from sanm_lightning.random_streams import process_rank, several_processes
 
@@ -70,8 +71,9 @@ class ExactResume(L.Callback):
 
 
 def require_same_method(pl_module: Any, checkpoint: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint has other classes, or (to go on training) is of another method."""
+    """Raise ValueError if a checkpoint has other classes than the data, or (to go on training) is of another method."""
     state, mine = checkpoint.get("method", {}), type(pl_module).__name__
+    refuse_other_classes(named_classes(getattr(pl_module._trainer, "datamodule", None)), checkpoint.get("class_names"))
     name, classes = state.get("name", mine), state.get("num_classes", pl_module.num_classes)
     trainer = pl_module._trainer
     fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING

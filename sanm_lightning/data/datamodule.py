@@ -3,28 +3,26 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from sanm_lightning.data.checks import check_arguments
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
-from sanm_lightning.data.serving import ServedBatches
 from sanm_lightning.data.source import Source, check_source
+from sanm_lightning.data.splits import Splits
 
 __all__ = ["NoisyDataModule", "Source"]
 
 NO_NOISE = Noise()
 
 
-DRAWS = 2
-"""Version of the random streams of noise, subset and split; a checkpoint says which one its labels were drawn by."""
-
-
-class NoisyDataModule(ServedBatches):
+class NoisyDataModule(Splits):
     """Images with labels that may be wrong: the base of all data sets here, and of your own.
 
     A subclass gives `num_classes` and `image_size`, and `load_train` and `load_test`, each a `Source`; if need be
@@ -59,6 +57,8 @@ class NoisyDataModule(ServedBatches):
             of one image, uint8 (3, H, W), in torchvision's way, and runs in the workers.
         mean: channel means of the training images, in [0, 1]: a fact of the data, for a network that is not told otherwise.
         std: channel standard deviations, likewise.
+        holdout_fraction: fraction of the training samples, in [0, 1), held out as ``val`` where the data have neither a test
+            nor a validation split and ``val_fraction`` is 0. Their labels are as noisy as the training labels.
         seed: of subset, noise, split, order and augmentation; by default torch's initial seed (``seed_everything``).
 
     Raises:
@@ -87,28 +87,22 @@ class NoisyDataModule(ServedBatches):
         policies: dict[str, Callable] | None = None,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
+        holdout_fraction: float = 0.1,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value < 1:
-                raise ValueError(f"expected {name} of 1 or more, got {value}; choose a larger one")
-        for name, value in (
-            ("crop_padding", crop_padding),
-            ("resident_bytes", resident_bytes),
-            ("num_workers", num_workers),
-        ):
-            if value < 0:
-                raise ValueError(f"expected {name} of 0 or more, got {value}; use 0 for none")
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"expected val_fraction in [0, 1), got {val_fraction}; use 0.1 for a tenth")
-        if seed is not None and seed < 0:
-            raise ValueError(f"expected a seed of 0 or more, got {seed}; choose another, such as 0")
+        check_arguments(
+            {"batch_size": batch_size, "eval_batch_size": eval_batch_size},
+            {"crop_padding": crop_padding, "resident_bytes": resident_bytes, "num_workers": num_workers},
+            {"val_fraction": val_fraction, "holdout_fraction": holdout_fraction},
+            seed,
+        )
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.max_train_samples = max_train_samples
         self.noise = noise
         self.val_fraction = val_fraction
+        self.holdout_fraction = holdout_fraction
         self.crop_padding = crop_padding
         self.flip = flip
         self.track_test = track_test
@@ -126,6 +120,7 @@ class NoisyDataModule(ServedBatches):
         self._stores: dict[str, ImageStore] = {}
         self._labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]] = {}
         self._train_loader: IndexLoader | None = None
+        self._said: set[str] = set()
 
     # What a data set has to give -----------------------------------------------------------------------------------
 
@@ -163,6 +158,10 @@ class NoisyDataModule(ServedBatches):
     @abstractmethod
     def load_test(self) -> Source:
         """The whole test set, whose labels are taken to be right. Called once."""
+
+    def load_val(self) -> Source:
+        """The whole validation set, where `own_splits` names one; its labels may be wrong. Called once."""
+        raise NotImplementedError(f"{type(self).__name__} has no validation set; write load_val")
 
     @property
     def curated(self) -> bool:
@@ -209,23 +208,13 @@ class NoisyDataModule(ServedBatches):
         """Share of the training split whose given label is not the true one, in [0, 1]; None if that is not known."""
         return self.table("train").noise_rate
 
-    @property
-    def eval_names(self) -> list[str]:
-        """What the loaders of `val_dataloader` are, in their order: ``val`` if one is held out, ``test`` if tracked."""
-        return (["val"] if self.val_fraction > 0 else []) + (["test"] if self.track_test else [])
-
-    @property
-    def test_names(self) -> list[str]:
-        """What the loaders of `test_dataloader` are, in their order."""
-        return ["test"]
-
     def save_labels(self, path: str | Path) -> None:
         """Writes the labels of the training split to a ``.npz`` file; all of it or nothing, also when interrupted.
 
-        The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``true_labels`` (N,)
-        where known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan where there is none) and
-        ``seed``. With neither subset nor validation split, ``Noise(kind="file", path=..., key="labels")`` reads them
-        back. With several processes, call it in one of them.
+        The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``paths`` (N,) and
+        ``true_labels`` (N,) where known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan where there
+        is none) and ``seed``. With neither subset nor validation split, ``Noise(kind="file", path=..., key="labels")`` reads
+        them back. With several processes, call it in one of them.
 
         Args:
             path: must end in ``.npz``; missing folders are made.
@@ -235,7 +224,15 @@ class NoisyDataModule(ServedBatches):
             OSError: the file cannot be written; what was there before is untouched.
         """
         noise_seed = self.seed if self.noise.seed is None else self.noise.seed
-        save_label_table(path, self.table("train"), self.class_names, self.noise_kind, self.noise_rate, noise_seed)
+        save_label_table(
+            path,
+            self.table("train"),
+            self.class_names,
+            self.noise_kind,
+            self.noise_rate,
+            noise_seed,
+            self.sample_paths(),
+        )
 
     # Splits --------------------------------------------------------------------------------------------------------
 
@@ -262,85 +259,67 @@ class NoisyDataModule(ServedBatches):
         for store in self._stores.values():
             store.free()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The seed, and a check sum of the training labels, so that a resumed run has the same labels."""
-        return {
-            "draws": DRAWS,
-            "seed": self.seed,
-            "labels": self.table("train").check_sum() if "train" in self._tables else None,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the seed of the run that is resumed, and compares the labels.
-
-        Raises:
-            ValueError: training is resumed on other labels than it was begun with, or another seed was given: the order
-                of the samples depends on it.
-        """
-        if self.trainer is not None and self.trainer.state.fn != "fit":
-            return  # a trained model may be tested on whatever data
-        if state_dict["seed"] != self.seed:
-            if self._seed_is_given:
-                raise ValueError(
-                    f"expected the seed of the data of the run that is resumed, {state_dict['seed']}, got {self.seed}; give "
-                    "the same, or none"
-                )
-            self._restart_from_seed(state_dict["seed"])
-        if state_dict["labels"] not in (None, self.table("train").check_sum()):
-            if state_dict.get("draws") != DRAWS:
-                raise ValueError(
-                    "expected the training labels of the run that is resumed, got others: the checkpoint is of an earlier "
-                    "version, whose noise, subset and split it drew with its own random streams; go on with that version, or "
-                    "begin a new run from its weights"
-                )
-            raise ValueError(
-                "expected the training labels of the run that is resumed, got others; give the data module the same data, "
-                f"noise, subset and split, and seed {state_dict['seed']}"
-            )
-
-    def _share_seed(self) -> None:
-        """Without ``seed_everything`` every process would have labels and an order of its own."""
-        if self.trainer is not None and self.trainer.world_size > 1 and not self._seed_is_given:
-            seed = self.trainer.strategy.broadcast(self.seed)
-            if seed != self.seed:
-                self._restart_from_seed(seed)
-
-    def _restart_from_seed(self, seed: int) -> None:
-        """Everything that was loaded is loaded again: sources may depend on the seed, and labels and splits do."""
-        self.seed = seed
-        ready = list(self._stores)
-        for held in (self._sources, self._tables, self._stores, self._labels_on_device):
-            held.clear()  # type: ignore[attr-defined]
-        for name in ready:
-            self.store(name)
-
-    def _source(self, name: Literal["train", "test"]) -> Source:
+    def _source(self, name: str) -> Source:
         if name not in self._sources:
-            source = self.load_train() if name == "train" else self.load_test()
-            check_source(source, self.num_classes, self.decode_size, "training" if name == "train" else "test")
+            load = {"train": self.load_train, "val": self.load_val, "test": self.load_test}[name]
+            source = load()
+            what = {"train": "training", "val": "validation", "test": "test"}[name]
+            check_source(source, self.num_classes, self.decode_size, what)
             self._sources[name] = source
         return self._sources[name]
 
     def table(self, split: str) -> LabelTable:
         """Return the labels of ``train``, ``val`` or ``test``; of ``test`` they are taken to be right."""
-        if split == "val" and self.val_fraction == 0:
+        if split == "val" and "val" not in self.eval_names:
             raise ValueError("expected a val_fraction above 0 for a validation split, got 0; set it, such as to 0.1")
-        if split not in self._tables:
-            if split == "test":
-                labels = self._source("test").labels
-                self._tables["test"] = LabelTable(labels, None, torch.arange(len(labels)))
-            else:
-                source = self._source("train")
-                self._tables |= label_tables(
-                    source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.val_fraction,
-                    self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
-                )  # fmt: skip
+        if split == "test" and "test" not in self.own_splits:
+            raise ValueError("expected a test split in the data, got none; use the split 'val'")
+        if split in self._tables:
+            return self._tables[split]
+        if split in self.own_splits:
+            labels = self._source(split).labels
+            true = labels if split == "val" and self.curated else None
+            self._tables[split] = LabelTable(labels, true, torch.arange(len(labels)))
+            return self._tables[split]
+        if self.val_fraction > 0 and "val" in self.own_splits:
+            raise ValueError(
+                f"expected val_fraction 0 for data with a validation split of their own, got {self.val_fraction}; leave it out"
+            )
+        source = self._source("train")
+        others: list[str] = []
+        if self.noise.kind == "file" and source.paths is not None:  # a file may hold rows of the other splits, too
+            others = [path for name in self.own_splits for path in self._source(name).paths or []]
+        file = self.noise.read(source.labels, self.class_names, source.paths, others)
+        self._tables |= label_tables(
+            source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.held_out_fraction,
+            self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
+            file, least=int(self._holds_out),
+        )  # fmt: skip
+        if file is not None and not file.kept.all():
+            dropped = int((~file.kept).sum())
+            self._say(f"{dropped} of {len(file.kept)} training samples dropped, as {self.noise.path} says")
+        if self._holds_out:
+            self._say(
+                f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; the "
+                "labels of this hold-out are as noisy as the training labels"
+            )
         return self._tables[split]
+
+    def sample_paths(self, split: str = "train") -> list[str] | None:
+        """Return the file of each sample of a split, relative to the root, with ``/``; None where there are no files."""
+        table, paths = self.table(split), self._source(split if split in self.own_splits else "train").paths
+        return None if paths is None else [paths[row] for row in table.origin.tolist()]
+
+    def _say(self, line: str) -> None:
+        """Log a line once, in one process."""
+        if line not in self._said:
+            self._said.add(line)
+            rank_zero_info(line)
 
     def store(self, split: str) -> ImageStore:
         """Return the images of ``train``, ``val`` or ``test``."""
         if split not in self._stores:
-            table, images = self.table(split), self._source("test" if split == "test" else "train").images
+            table, images = self.table(split), self._source(split if split in self.own_splits else "train").images
             self._stores[split] = ImageStore(
                 images, table.origin, self.decode_size, self.resident_bytes, self.num_workers
             )
@@ -369,6 +348,10 @@ class NoisyDataModule(ServedBatches):
 
     def test_dataloader(self) -> IndexLoader | list[IndexLoader]:
         """One loader per name in `test_names`, in order, this process's share."""
+        if not self.test_names:
+            raise ValueError(
+                "expected a test or a validation split, got neither; give one, or a holdout_fraction above 0"
+            )
         loaders = [self._loader(name, self.eval_batch_size) for name in self.test_names]
         return loaders[0] if len(loaders) == 1 else loaders
 

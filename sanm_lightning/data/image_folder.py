@@ -1,4 +1,4 @@
-"""Any folder of images, one sub-folder per class."""
+"""Images in files; any folder of images, one sub-folder per class."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,8 +10,16 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from sanm_lightning.data.datamodule import NoisyDataModule, Source
+from sanm_lightning.data.image_files import (
+    PassedOver,
+    add_passed_over,
+    class_folders,
+    count_passed_over,
+    list_class_folder,
+    split_folders,
+)
 
-__all__ = ["ImageFolder", "read_image"]
+__all__ = ["ImageFiles", "ImageFolder", "read_image"]
 
 MAX_PIXELS = 2**26
 """Pixels of the largest image that is decoded: a file of a few bytes can claim any size, and each takes 3 bytes or more."""
@@ -20,25 +28,21 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBom
 """What Pillow raises; the last one where warnings are errors."""
 
 
-class ImageFolder(NoisyDataModule):
-    """Images in ``root/train/<class>/`` and ``root/test/<class>/``, in any format and mode that Pillow reads.
+class ImageFiles(NoisyDataModule):
+    """Data sets of image files: an image is decoded when it is needed, in any format and mode that Pillow reads.
 
-    Classes are the sub-folders of ``root/train``, sorted by name; files whose ending Pillow does not know are passed
-    over. An image is turned upright (EXIF), put on white where it is transparent, resized until its short side is
-    ``decode_size``, and cropped to the square in its middle. Views are crops of that square of ``image_size``: at random places
-    in training, in the middle in evaluation. The labels are what somebody sorted: nothing is known about
-    the true ones, unless noise is injected here.
+    An image is turned upright (EXIF), put on white where it is transparent, resized until its short side is ``decode_size``,
+    and cropped to the square in its middle. Views are crops of that square of ``image_size``: at random places in training, in
+    the middle in evaluation.
 
     Args:
-        root: folder that holds ``train`` and ``test``.
+        root: folder that paths are relative to.
         image_size: side of the square images in pixels.
         decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 1; later, if there are no classes, or a class has no images, or a test
-            class is not a training class, or a file cannot be decoded.
-        FileNotFoundError: later, if one of the folders does not exist.
+        ValueError: image_size is smaller than 1, or decode_size smaller than image_size.
     """
 
     def __init__(
@@ -55,11 +59,10 @@ class ImageFolder(NoisyDataModule):
             )
         self._side = image_size
         self._decoded = image_size if decode_size is None else decode_size
-        self._class_names: list[str] | None = None
 
     @property
     def num_classes(self) -> int:
-        """The number of sub-folders of ``root/train``."""
+        """The number of class names."""
         return len(self.class_names)
 
     @property
@@ -73,55 +76,115 @@ class ImageFolder(NoisyDataModule):
         return self._decoded, self._decoded
 
     @property
+    def curated(self) -> bool:
+        """False: the labels are what somebody gave, right or wrong."""
+        return False
+
+    def source(self, split: str) -> Source:
+        """List the files of ``train``, ``val`` or ``test``."""
+        raise NotImplementedError
+
+    def load_train(self) -> Source:
+        """The training files."""
+        return self.source("train")
+
+    def load_val(self) -> Source:
+        """The validation files."""
+        return self.source("val")
+
+    def load_test(self) -> Source:
+        """The test files."""
+        return self.source("test")
+
+    def _made(self, split: str, files: list[Path], labels: list[int], paths: list[str], more: str = "") -> Source:
+        """Make a source, and say how large it is."""
+        self._say(f"{split}: {len(files)} images of {len(set(labels))} classes{more and ', ' + more}")
+        return Source(torch.tensor(labels, dtype=torch.int64), _Files(files, self._decoded), paths)
+
+
+class ImageFolder(ImageFiles):
+    """Images in ``root/train/<class>/`` and, if there are any, ``root/val/<class>/`` and ``root/test/<class>/``.
+
+    Classes are the sub-folders of ``root/train``, sorted by name; folders in them are searched, too. Files that are no images
+    are passed over, and a line in the log counts them; see `list_class_folder`. A root of class folders, without ``train``,
+    is a training set. Without a test and a validation folder, a part of the training set is held out
+    (``holdout_fraction``). The labels are what somebody sorted: nothing is known about the true ones, unless noise is
+    injected here.
+
+    Args:
+        root: folder that holds ``train`` or class folders.
+        image_size: side of the square images in pixels.
+        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
+        **kwargs: as for `NoisyDataModule`.
+
+    Raises:
+        ValueError: image_size is smaller than 1; later, if there are no classes, or a class has no images, or a class of
+            another split is not a training class, or a file cannot be decoded.
+        FileNotFoundError: later, if the folder does not exist or has no training set.
+    """
+
+    def __init__(
+        self, root: str = "data", image_size: int = 224, decode_size: int | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(root=root, image_size=image_size, decode_size=decode_size, **kwargs)
+        self._found: tuple[dict[str, list[Path]], PassedOver] | None = None
+        self._class_names: list[str] | None = None
+        self._own_splits: tuple[str, ...] | None = None
+
+    @property
     def class_names(self) -> list[str]:
-        """The sub-folders of ``root/train``, sorted."""
+        """The class folders of the training set, sorted."""
         if self._class_names is None:
-            self._class_names = self._folders("train")
+            names = {name for base in self._folders()["train"] for name in class_folders(base)[0]}
+            self._class_names = sorted(names)
         return list(self._class_names)
 
     @property
-    def curated(self) -> bool:
-        """False: folders hold real labels, right or wrong."""
-        return False
+    def own_splits(self) -> tuple[str, ...]:
+        """``val`` and ``test``, where their folders have class folders in them."""
+        if self._own_splits is None:
+            self._own_splits = tuple(
+                split
+                for split, bases in self._folders().items()
+                if split != "train" and any(class_folders(base, required=False)[0] for base in bases)
+            )
+        return self._own_splits
 
-    def load_train(self) -> Source:
-        """The files of ``root/train``."""
-        return self._list("train")
-
-    def load_test(self) -> Source:
-        """The files of ``root/test``."""
-        return self._list("test")
-
-    def _folders(self, part: str) -> list[str]:
-        root = Path(self.root)
-        layout = "images are expected in root/train/<class>/ and root/test/<class>/, check --data.root."
-        if not root.is_dir():
-            raise FileNotFoundError(f"The image folder {str(root)!r} does not exist: {layout}")
-        if not (root / part).is_dir():
-            raise FileNotFoundError(f"The image folder {str(root)!r} has no folder {part!r}: {layout}")
-        names = sorted(path.name for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith("."))
-        if not names:
-            raise ValueError(f"The folder {str(root / part)!r} has no class folders in it: {layout}")
-        return names
-
-    def _list(self, part: str) -> Source:
+    def source(self, split: str) -> Source:
+        """List the files of ``train``, ``val`` or ``test``."""
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        endings = set(Image.registered_extensions())
-        paths: list[Path] = []
+        found: list[Path] = []
         labels: list[int] = []
-        for name in self._folders(part):
-            folder = Path(self.root) / part / name
-            if name not in label_of:
-                raise ValueError(
-                    f"The {part} class {name!r} is not among the {len(label_of)} training classes: rename or remove "
-                    f"{str(folder)!r}."
-                )
-            files = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
-            if not files:
-                raise ValueError(f"The class folder {str(folder)!r} has no images in it: add some, or remove it.")
-            paths.extend(files)
-            labels.extend([label_of[name]] * len(files))
-        return Source(torch.tensor(labels), _Files(paths, self._decoded))
+        passed_over: PassedOver = {}
+        if split == "train" and self._found is not None:
+            add_passed_over(passed_over, self._found[1])
+        for base in self._folders()[split]:
+            names, loose = class_folders(base)
+            add_passed_over(passed_over, loose)
+            for name in names:
+                if name not in label_of:
+                    raise ValueError(
+                        f"expected the {split} classes among the {len(label_of)} training classes, got {name!r}; rename or "
+                        f"remove {str(base / name)!r}"
+                    )
+                files, others = list_class_folder(base / name)
+                if not files:
+                    raise ValueError(
+                        f"expected images in the class folder {str(base / name)!r}, got none "
+                        f"({count_passed_over(others) or 'it is empty'}); add some, or remove it"
+                    )
+                add_passed_over(passed_over, others)
+                found += files
+                labels += [label_of[name]] * len(files)
+        paths = [path.relative_to(self.root).as_posix() for path in found]
+        return self._made(split, found, labels, paths, count_passed_over(passed_over))
+
+    def _folders(self) -> dict[str, list[Path]]:
+        """The folders of each split; a root of class folders is a training set."""
+        if self._found is None:
+            parts, passed_over = split_folders(self.root)
+            self._found = {"train" if split == "all" else split: bases for split, bases in parts.items()}, passed_over
+        return self._found[0]
 
 
 class _Files:

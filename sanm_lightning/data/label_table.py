@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sanm_lightning.data.label_rows import FileLabels
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["LabelTable", "balanced_subset", "label_tables", "save_label_table"]
+__all__ = ["LabelTable", "balanced_subset", "label_tables", "save_label_table", "stratified_hold_out"]
 
 
 class LabelTable(NamedTuple):
@@ -72,6 +73,30 @@ def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> T
     return order[rank[order].argsort(stable=True)[:size]].sort().values
 
 
+def stratified_hold_out(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Choose samples at random to hold out, as large a fraction of each class as of the others; one of each class stays.
+
+    Args:
+        labels: shape (N,), int64.
+        size: samples to hold out, 0 to N; fewer are where the classes are too small.
+        seed: of the choice.
+
+    Returns:
+        Whether a sample is held out, shape (N,), bool.
+    """
+    order = torch.randperm(len(labels), generator=named_generator("split", seed))
+    by_class = order[labels[order].argsort(stable=True)]
+    counts = labels.bincount()
+    number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    # The k-th sample of n comes at (k + 1/2) / n of its class, and the last one never.
+    turn = (number + 0.5) / counts[labels[by_class]]
+    turn[number == counts[labels[by_class]] - 1] = torch.inf
+    free = int(turn.isfinite().sum())
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[by_class[turn.argsort(stable=True)[: min(size, free)]]] = True
+    return held
+
+
 def label_tables(
     labels: Tensor,
     num_classes: int,
@@ -81,6 +106,8 @@ def label_tables(
     val_fraction: float = 0.0,
     curated: bool = True,
     images: Callable[[Tensor], Any] | None = None,
+    file: FileLabels | None = None,
+    least: int = 0,
 ) -> dict[str, LabelTable]:
     """Make the labels of the training split, and of the validation split if one is held out.
 
@@ -93,34 +120,50 @@ def label_tables(
         val_fraction: fraction that is held out with its noisy labels, in [0, 1).
         curated: whether the labels of the original set are known to be right.
         images: decodes the images of positions, for noise that depends on them; called by that noise only.
+        file: labels that were read from a file, and which samples it keeps; in place of the noise.
+        least: samples to hold out at least.
 
     Raises:
         ValueError: if a split would be empty, or an argument is out of its range.
     """
-    everything = torch.arange(len(labels))
-    kept = everything if max_train_samples is None else balanced_subset(labels, max_train_samples, num_classes, seed)
-    if noise.kind == "file":  # a file holds the labels of the whole original set
-        given = noise.apply(labels, num_classes, seed)[kept]
+    if file is None and noise.kind == "file":
+        file = noise.read(labels, [str(number) for number in range(num_classes)])
+    kept = torch.arange(len(labels)) if file is None else file.kept.nonzero().flatten()
+    if max_train_samples is not None:
+        kept = kept[balanced_subset(labels[kept], max_train_samples, num_classes, seed)]
+    if file is not None:  # it holds the labels of the whole original set
+        given = file.labels[kept]
     else:
         given = noise.apply(labels[kept], num_classes, seed, None if images is None else partial(images, kept))
     injected = noise.kind not in ("none", "file")
     true = labels[kept] if curated or injected else None
-    order = torch.randperm(len(kept), generator=named_generator("split", seed))
-    held_out = round(val_fraction * len(kept))
+    held_out = max(least, round(val_fraction * len(kept)))
+    if val_fraction > 0 and held_out < len(kept):
+        held = stratified_hold_out(given, held_out, seed)
+        held_out = int(held.sum())
+    else:
+        held = torch.zeros(len(kept), dtype=torch.bool)
     if val_fraction > 0 and not 0 < held_out < len(kept):
         raise ValueError(
-            f"expected a val_fraction that leaves samples in both splits, got {val_fraction}, which leaves {held_out} for "
-            f"validation and {len(kept) - held_out} for training out of {len(kept)}; change it"
+            f"expected a fraction to hold out that leaves samples in both splits, got {val_fraction}, which leaves {held_out} "
+            f"for validation and {len(kept) - held_out} for training out of {len(kept)}; change val_fraction or "
+            "holdout_fraction"
         )
     # Sorted, so that without a validation split index i is image i of the data set.
-    rows = {"train": order[held_out:].sort().values}
+    rows = {"train": (~held).nonzero().flatten()}
     if held_out:
-        rows["val"] = order[:held_out].sort().values
+        rows["val"] = held.nonzero().flatten()
     return {name: LabelTable(given[row], None if true is None else true[row], kept[row]) for name, row in rows.items()}
 
 
 def save_label_table(
-    path: str | Path, table: LabelTable, class_names: list[str], noise_kind: str, noise_rate: float | None, seed: int
+    path: str | Path,
+    table: LabelTable,
+    class_names: list[str],
+    noise_kind: str,
+    noise_rate: float | None,
+    seed: int,
+    paths: list[str] | None = None,
 ) -> None:
     """Write a label table to a ``.npz`` file, completely or not at all.
 
@@ -139,6 +182,8 @@ def save_label_table(
         "noise_rate": np.array(np.nan if noise_rate is None else noise_rate),
         "seed": np.array(seed, dtype=np.uint64),
     }
+    if paths is not None:
+        arrays["paths"] = np.array(paths, dtype=np.str_)
     if table.true_labels is not None:
         arrays["true_labels"] = table.true_labels.numpy()
     with atomic_write(path) as file:

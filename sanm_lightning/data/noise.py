@@ -6,7 +6,7 @@ published methods use which kind is not uniform, and the two symmetric kinds dif
 of labels that are wrong: say which one a number belongs to.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.data.label_files import read_labels
+from sanm_lightning.data.label_rows import FileLabels, read_label_file
 from sanm_lightning.random_streams import named_generator
 
 __all__ = [
@@ -216,7 +217,7 @@ class Noise:
             from a file that covers the whole original training set).
         rate: share of the training samples that is treated, in [0, 1]; not used by ``none`` and ``file``.
         mapping: for ``asymmetric``: ``cifar10``, ``cifar100_superclass`` or a map from class index to class index.
-        path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_labels`.
+        path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_label_file` and `read_labels`.
         key: for ``file``: name of the array or column, where there are several.
         seed: seed of the noise alone; by default the seed of the data module.
 
@@ -272,6 +273,21 @@ class Noise:
             case "file":
                 return FromFile(str(self.path), num_classes, self.key)
         return NoNoise()
+
+    def read(
+        self,
+        labels: Tensor,
+        class_names: Sequence[str],
+        paths: Sequence[str] | None = None,
+        other_paths: Collection[str] = (),
+    ) -> FileLabels | None:
+        """Return the labels of the file, and which samples it keeps; None where the noise is of another kind.
+
+        Arguments and errors as for :func:`~sanm_lightning.data.label_rows.read_label_file`.
+        """
+        if self.kind != "file" or self.path is None:
+            return None
+        return read_label_file(self.path, labels, class_names, paths, other_paths, self.key)
 
     def apply(self, labels: Tensor, num_classes: int, seed: int, images: Any = None) -> Tensor:
         """Return noisy labels: the same for the same labels, noise and seed, on every machine and process.

@@ -17,10 +17,12 @@ class Source(NamedTuple):
         labels: class indices, shape (N,), int64.
         images: shape (N, 3, H, W), uint8; or a map-style data set that decodes image i to (3, H, W), uint8, when it is
             asked for it, and not before.
+        paths: file of each sample, relative to the root of the data set, with ``/``; None where there are no files.
     """
 
     labels: Tensor
     images: Tensor | ImageDataset
+    paths: list[str] | None = None
 
 
 def check_source(source: Source, num_classes: int, size: tuple[int, int], what: str) -> None:
@@ -35,11 +37,15 @@ def check_source(source: Source, num_classes: int, size: tuple[int, int], what: 
     Raises:
         ValueError: labels or images are not what a data module expects.
     """
-    labels, images = source
+    labels, images, paths = source
     if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0 or len(images) != len(labels):
         raise ValueError(
             f"expected int64 labels (N,) for the {len(images)} images of the {what} set, got {tuple(labels.shape)} of "
             f"{labels.dtype}; give one label per image"
+        )
+    if paths is not None and len(paths) != len(labels):
+        raise ValueError(
+            f"expected one path for each of the {len(labels)} images of the {what} set, got {len(paths)}; give all or none"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(

@@ -189,8 +189,9 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         return [EpochStart(stages), *super()._own_callbacks(), stages, ExactResume(), FiniteLoss(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method, in a sentence."""
+        """Refuse a checkpoint of another method or other classes, in a sentence; take over the names of the classes."""
         require_same_method(self, checkpoint)
+        self.class_names = checkpoint.get("class_names")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take over weights and per-sample state.

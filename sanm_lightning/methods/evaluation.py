@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.class_names import named_classes
 
 __all__ = ["EvaluationSteps"]
 
@@ -17,6 +18,15 @@ class EvaluationSteps(L.LightningModule):
     num_classes: int
     accuracy: nn.ModuleDict
     """One metric per figure, made when it is first logged."""
+    class_names: list[str] | None = None
+    """Names of the classes that a loaded checkpoint was trained on, in the order of their indices; None where unknown."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the class names of the data, under ``class_names``, where they are more than numbers."""
+        data = getattr(self._trainer, "datamodule", None)
+        names = self.class_names if data is None else named_classes(data)
+        if names is not None:
+            checkpoint["class_names"] = names
 
     def predictions(self, images: Tensor) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> logits (B, C) by the ending of the figure that they are logged as."""

@@ -53,7 +53,7 @@ class Streamed(Toy):
         self.path = folder / "decoded.txt"
 
     def load_train(self) -> Source:
-        labels, images = super().load_train()
+        labels, images, *_ = super().load_train()
         assert isinstance(images, Tensor)
         return Source(labels, Counted(images, self.path))
 

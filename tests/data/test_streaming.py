@@ -41,7 +41,7 @@ class Streamed(Toy):
         self.log, self.passes = log, 0
 
     def load_train(self):
-        labels, images = super().load_train()
+        labels, images, *_ = super().load_train()
         return Source(labels, Counted(images, self.log))
 
     def pass_dataloader(self, split="train"):

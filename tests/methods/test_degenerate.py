@@ -17,7 +17,7 @@ class OneClass(Toy):
     """Every label says the same class: all others have vanished."""
 
     def load_train(self):
-        labels, images = super().load_train()
+        labels, images, *_ = super().load_train()
         return Source(torch.full_like(labels, 2), images)
 
 
@@ -25,7 +25,7 @@ class Alike(Toy):
     """One image again and again, with one label: all losses are equal, and there is one mode."""
 
     def load_train(self):
-        labels, images = super().load_train()
+        labels, images, *_ = super().load_train()
         return Source(torch.zeros_like(labels), images[:1].expand(len(images), -1, -1, -1).contiguous())
 
 

@@ -1,0 +1,238 @@
+"""Label files whose rows say which sample they belong to, by path or by index, and which samples to drop."""
+
+import csv
+import posixpath
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sanm_lightning.class_names import real_names
+from sanm_lightning.data.label_files import read_labels
+
+__all__ = ["FileLabels", "read_label_file"]
+
+LABEL_COLUMNS = ("new_label", "label", "labels")
+"""Names of the label column, the first that is there, where no key is given."""
+VERDICTS = {"1": True, "true": True, "yes": True, "drop": True, "0": False, "false": False, "no": False, "": False}
+"""What a cell of the column ``drop`` means."""
+
+
+class FileLabels(NamedTuple):
+    """What a label file says about a training set of N samples.
+
+    Attributes:
+        labels: class indices, shape (N,), int64; of a dropped sample without a label the given one.
+        kept: False for samples that are to leave the training set, shape (N,), bool.
+    """
+
+    labels: Tensor
+    kept: Tensor
+
+
+class _Rows(NamedTuple):
+    by_path: bool
+    samples: list[str]
+    labels: list[str]
+    drops: list[str]
+
+
+def read_label_file(
+    path: str | Path,
+    labels: Tensor,
+    class_names: Sequence[str],
+    paths: Sequence[str] | None = None,
+    other_paths: Collection[str] = (),
+    key: str | None = None,
+) -> FileLabels:
+    """Read labels of a training set.
+
+    A ``.csv`` file with a column ``path`` or ``index``, and a ``.npz`` file with an array ``paths`` or ``index``, has one row
+    per sample, in any order. Labels are class names or, where all of them are numbers and the classes have other names, class
+    indices; in a ``.npz`` file with ``class_names``, indices of those. A column ``drop`` (1 or 0) takes samples out of the
+    training set. Any other file has the labels of all samples in their order; see :func:`read_labels`.
+
+    Args:
+        path: the file.
+        labels: given labels, shape (N,), int64.
+        class_names: C names in the order of the class indices.
+        paths: path of each sample, as the file has them; None where there are no files.
+        other_paths: paths of samples of other splits, whose rows are passed over.
+        key: name of the label column or array; by default the first of ``new_label``, ``label``, ``labels``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read; rows are missing, duplicated or of unknown samples; or a label is no class.
+    """
+    path = Path(path)
+    rows = None
+    if path.is_file() and path.suffix in READERS:
+        try:
+            rows = READERS[path.suffix](path, key, paths is not None)
+        except _ClearError:
+            raise
+        except Exception as error:  # numpy and csv fail in many ways on a damaged file
+            reason = str(error).split(".")[0]
+            raise ValueError(
+                f"expected a label file in {str(path)!r}, which cannot be read ({reason}); mend it"
+            ) from error
+    if rows is None:
+        return FileLabels(
+            read_labels(path, len(labels), len(class_names), key), torch.ones(len(labels), dtype=torch.bool)
+        )
+    if rows.by_path and paths is None:
+        raise ValueError(
+            f"expected a column 'index' in {str(path)!r}, got 'path' for a data set without files; number the samples"
+        )
+    where = _samples(path, rows, len(labels), paths, set(other_paths))
+    order = torch.tensor([sample for sample in where if sample is not None])
+    mine = [i for i, sample in enumerate(where) if sample is not None]
+    dropped = _dropped(path, [rows.drops[i] for i in mine]) if rows.drops else [False] * len(mine)
+    found = _classes(path, [rows.labels[i] for i in mine], dropped, class_names)
+    new, kept = labels.clone(), torch.ones(len(labels), dtype=torch.bool)
+    kept[order] = ~torch.tensor(dropped)
+    values = torch.tensor([-1 if number is None else number for number in found])
+    new[order] = torch.where(values < 0, labels[order], values)
+    if not kept.any():
+        raise ValueError(f"expected samples to train on in {str(path)!r}, got all {len(labels)} dropped; keep some")
+    return FileLabels(new, kept)
+
+
+class _ClearError(ValueError):
+    """A sentence meant for the user, not to be wrapped again."""
+
+
+def _csv_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
+    header = [cell.strip() for cell in table[0]] if table else []
+    by_path = "path" in header and (files or "index" not in header)
+    if (not by_path and "index" not in header) or key in ("path", "index"):
+        return None
+    bad = next((number for number, row in enumerate(table) if len(row) != len(header)), None)
+    if bad is not None:
+        raise _ClearError(
+            f"expected {len(header)} columns in {str(path)!r}, got {len(table[bad])} in row {bad}; mend it"
+        )
+    sample = "path" if by_path else "index"
+    others = [name for name in header if name not in (sample, "drop")]
+    column = header.index(_label_name(path, header, others, key))
+    rows = table[1:]
+    drops = [row[header.index("drop")] for row in rows] if "drop" in header else []
+    return _Rows(by_path, [row[header.index(sample)] for row in rows], [row[column] for row in rows], drops)
+
+
+def _npz_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
+    with np.load(path, allow_pickle=False) as arrays:
+        names = list(arrays.files)
+        by_path = "paths" in names and (files or "index" not in names)
+        if not by_path and "index" not in names:
+            return None
+        sample = "paths" if by_path else "index"
+        read = {name: arrays[name] for name in (sample, _label_name(path, names, [], key))}
+        values, samples = read[list(read)[1]], read[sample]
+        drops = arrays["drop"].astype(int).astype(str).tolist() if "drop" in names else []
+        own = arrays["class_names"].tolist() if "class_names" in names else []
+    sizes = {len(samples), len(values), len(drops) or len(samples)}
+    if values.ndim != 1 or len(sizes) > 1:
+        raise _ClearError(f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; mend it")
+    if values.dtype.kind in "iuf" and np.array_equal(values, values.round()):
+        values = values.astype(np.int64)
+        named = real_names(own)
+        if named and len(values) and values.min() >= 0 and values.max() < len(named):
+            values = np.array(named)[values]
+    return _Rows(by_path, samples.astype(str).tolist(), values.astype(str).tolist(), drops)
+
+
+READERS = {".csv": _csv_rows, ".npz": _npz_rows}
+
+
+def _label_name(path: Path, names: list[str], others: list[str], key: str | None) -> str:
+    """Return the name of the label column: the key, a usual name, or the only other column."""
+    if key is None:
+        usual = [name for name in LABEL_COLUMNS if name in names]
+        candidates = usual[:1] or (others if len(others) == 1 else [])
+    else:
+        candidates = [key] if key in names else []
+    if not candidates:
+        wanted = f"one of {', '.join(LABEL_COLUMNS)}" if key is None else repr(key)
+        raise _ClearError(
+            f"expected labels under {wanted} in {str(path)!r}, got {', '.join(names)}; name one as the noise's key"
+        )
+    return candidates[0]
+
+
+def _forms(cell: str) -> tuple[str, ...]:
+    """A cell as it is, without the apostrophe that guards it in spreadsheets, without blanks, as a whole number."""
+    guarded = cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
+    bare = cell.strip()
+    return cell, guarded, bare, bare.removesuffix(".0")
+
+
+def _look_up(cell: str, known: Mapping[str, int]) -> int | None:
+    return next((known[form] for form in _forms(cell) if form in known), None)
+
+
+def _samples(path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, others: set[str]) -> list[int | None]:
+    """Return the position of each row's sample; None for rows of other splits."""
+    names = [str(number) for number in range(size)] if not rows.by_path or paths is None else paths
+    known = {name: number for number, name in enumerate(names)}
+    where: list[int | None] = []
+    unknown, twice, seen = [], [], set()
+    for cell in rows.samples:
+        number = _look_up(cell, known)
+        if number is None and rows.by_path:
+            number = known.get(posixpath.normpath(cell))
+        if number is None:
+            if not any(form in others for form in _forms(cell)):
+                unknown.append(cell)
+        elif number in seen:
+            twice.append(cell)
+        else:
+            seen.add(number)
+        where.append(number)
+    missing = [name for name in names if known[name] not in seen]
+    faults = [f"{len(cells)} {what} (first: {cells[0]!r})" for cells, what in (
+        (missing, "missing"), (unknown, "of no sample"), (twice, "duplicated")) if cells]  # fmt: skip
+    if faults:
+        raise ValueError(
+            f"expected one row for each of the {size} training samples in {str(path)!r}, got rows that are "
+            f"{', '.join(faults)}; check that the file belongs to this data set"
+        )
+    return where
+
+
+def _dropped(path: Path, cells: list[str]) -> list[bool]:
+    bad = [cell for cell in cells if cell.strip().lower() not in VERDICTS]
+    if bad:
+        raise ValueError(
+            f"expected 0 or 1 in the column 'drop' of {str(path)!r}, got {len(bad)} others, such as {bad[0]!r}; mend them"
+        )
+    return [VERDICTS[cell.strip().lower()] for cell in cells]
+
+
+def _classes(path: Path, cells: list[str], dropped: list[bool], class_names: Sequence[str]) -> list[int | None]:
+    """Return the class index of each row; None for dropped rows without a class."""
+    tables = [{name: number for number, name in enumerate(class_names)}]
+    if not all(re.fullmatch(r"[+-]?\d+", name) for name in class_names):  # numbers as names are never indices
+        tables.append({str(number): number for number in range(len(class_names))})
+    found: list[int | None] = []
+    bad: list[list[str]] = []
+    for known in tables:
+        found = [_look_up(cell, known) for cell in cells]
+        bad.append(
+            [cell for cell, number, drop in zip(cells, found, dropped, strict=True) if number is None and not drop]
+        )
+        if not bad[-1]:
+            return found
+    unknown = min(bad, key=len)
+    examples = ", ".join(map(repr, list(dict.fromkeys(unknown))[:3]))
+    some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
+    raise ValueError(
+        f"expected labels among the {len(class_names)} classes ({some}) in {str(path)!r}, got {len(unknown)} others, such as "
+        f"{examples}; correct them, or drop the rows"
+    )
