@@ -1,0 +1,1 @@
+"""The list of wrong labels: found without training, looked at, corrected."""
