@@ -39,9 +39,9 @@ def write_report(
 ) -> Path:
     """Write ``report.html``, and ``thumbs/`` beside it where there are no files to show.
 
-    The worst ``embed`` images are part of the page. The others are shown from their files, where ``root`` is given or paths are
-    absolute, and from ``thumbs/<rank>.jpg`` otherwise. Ticks are kept by the browser, under an identity made of names, splits and
-    given labels: a second audit of the same data finds those of the first.
+    The worst ``embed`` images are part of the page. The others are shown from their files where ``root`` is given or paths
+    are absolute, and from ``thumbs/<rank>.jpg`` otherwise. Ticks are kept by the browser under an identity made of names,
+    splits and given labels: a second audit of the same data finds those of the first.
 
     Args:
         folder: where to; missing folders are made, files of the same names are replaced.
@@ -49,8 +49,8 @@ def write_report(
         summary: what is said beside it; every key may be missing or None. ``title``; ``verdict``, one line, or
             ``estimated_noise_rate`` in [0, 1], ``interval`` [low, high], ``num_images`` and ``worst_pair`` [given, suggested],
             of which one is made; ``classes``, mappings with ``name``, ``count``, ``wrong`` (fraction) and ``confused_with``;
-            ``findings``, mappings with ``title``, ``items`` (lists of paths that belong together) and ``count`` (where there are
-            more than listed), such as duplicates and leaks; ``notes``, sentences.
+            ``findings``, mappings with ``title``, ``items`` (lists of paths that belong together) and ``count`` (where there
+            are more than listed), such as duplicates and leaks; ``notes``, sentences.
         images: gives the image of row i of ``issues``, uint8, shape (H, W, 3) or (H, W); None for none. Only asked for readable
             rows, and only those that are embedded or written to ``thumbs/``.
         root: the folder that paths are relative to; None where there are no files.

@@ -5,7 +5,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const rows = data.rows, total = rows.name.length, classes = data.classes;
   const VERDICTS = { wrong: "w", right: "r", drop: "d", ambiguous: "a" };
-  const TABLE_LINE = 64, CARD_WIDTH = 180, CARD_LINE = 244, MARGIN = 16, TALLEST = 15e6, EXTRA_LINES = 4;
+  const TABLE_LINE = 64, CARD_WIDTH = 180, CARD_LINE = 244, MARGIN = 16, GAP = 12, TALLEST = 15e6, EXTRA_LINES = 4;
   const $ = (id) => document.getElementById(id);
   const list = $("list"), space = $("space");
 
@@ -214,13 +214,14 @@
   let resting = 0;
 
   function geometry() {
-    const across = view === "table" ? 1 : Math.max(1, Math.floor((list.clientWidth - 2 * MARGIN + 12) / CARD_WIDTH));
+    const width = list.clientWidth - 2 * MARGIN + GAP;
+    const across = view === "table" ? 1 : Math.max(1, Math.floor(width / CARD_WIDTH)), pitch = width / across;
     const line = view === "table" ? TABLE_LINE : CARD_LINE;
     const lines = Math.ceil(shown.length / across), top = view === "table" ? 0 : MARGIN / 2;
     const height = lines * line + top, room = Math.max(1, list.clientHeight - (view === "table" ? $("head").offsetHeight : 0));
     const held = Math.min(height, TALLEST);  // browsers cannot scroll through any height: from there on, in proportion
     const ratio = held > room ? (height - room) / (held - room) : 1;
-    return { across, line, lines, top, height, room, held, ratio };
+    return { across, pitch, line, lines, top, height, room, held, ratio };
   }
 
   function render() {
@@ -243,8 +244,9 @@
         paint(row, element);
       }
       const at = first * g.across + i;
-      const x = view === "table" ? 0 : MARGIN + (at % g.across) * CARD_WIDTH;
+      const x = view === "table" ? 0 : MARGIN + (at % g.across) * g.pitch;
       const y = g.top + Math.floor(at / g.across) * g.line - offset + list.scrollTop;
+      element.style.width = view === "table" ? "" : g.pitch - GAP + "px";
       element.style.transform = `translate(${x}px, ${y}px)`;
       element.setAttribute("aria-rowindex", at + 2);
       if (space.children[i] !== element) space.insertBefore(element, space.children[i] || null);
