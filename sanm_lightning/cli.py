@@ -17,7 +17,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
-from sanm_lightning import config_paths
+from sanm_lightning import commands, config_paths
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -175,6 +175,9 @@ def entry_point() -> None:
     ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
+        status = commands.run(sys.argv[1:])
+        if status is not None:
+            sys.exit(status)
         main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):

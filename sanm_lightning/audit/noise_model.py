@@ -122,7 +122,10 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseM
         refined = label_posterior(probs, labels, trusting)
     ends.append(1 - float(refined[np.arange(len(labels)), labels].mean(dtype=np.float64)))
     error = [2 * math.sqrt(end * (1 - end) / len(labels)) for end in ends]
-    interval = min(e - d for e, d in zip(ends, error, strict=True)), max(e + d for e, d in zip(ends, error, strict=True))
+    interval = (
+        min(e - d for e, d in zip(ends, error, strict=True)),
+        max(e + d for e, d in zip(ends, error, strict=True)),
+    )
     final = _joint_of(posterior, labels)
     return NoiseModel(posterior, final, _rows_to_one(final.T), rate, (max(0.0, interval[0]), min(1.0, interval[1])))
 

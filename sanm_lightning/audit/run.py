@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
-from sanm_lightning.audit.noise_model import NoiseModel, fit_noise_model
+from sanm_lightning.audit.noise_model import NoiseModel, fit_noise_model, label_posterior
 from sanm_lightning.audit.probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
 from sanm_lightning.audit.report import write_report
 from sanm_lightning.data.image_folder import read_image
@@ -34,7 +35,8 @@ SHOWN_NEIGHBORS = 10
 Array = np.ndarray[Any, Any]
 
 
-class AuditSet(NamedTuple):
+@dataclass(frozen=True)
+class AuditSet:
     """N labelled images to be audited.
 
     Attributes:
@@ -168,7 +170,7 @@ def audit_set(
     weight = weights[int(np.argmin(losses))]
     probs = weight * probe.probs + (1 - weight) * votes
     noise = fit_noise_model(probs[learn], given[learn])
-    posterior = noise.posterior if learn.all() else _posterior_of(probs, given, noise)
+    posterior = noise.posterior if learn.all() else label_posterior(probs, given, noise.transition)
     seconds["probe"] = time.monotonic() - begun
 
     place = np.arange(len(rows))
@@ -227,12 +229,6 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
     expected = (time.monotonic() - begun) * len(features) / len(sample)
     say(f"nearest neighbors: exact, among {len(features)} images, about {max(1, round(expected))} s")
     return nearest_neighbors(features, k).cpu().numpy()
-
-
-def _posterior_of(probs: Array, given: Array, noise: NoiseModel) -> Array:
-    from sanm_lightning.audit.noise_model import label_posterior
-
-    return label_posterior(probs, given, noise.transition)
 
 
 def _scatter(rows: Array, size: int) -> Callable[..., Array]:
@@ -309,8 +305,9 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
 
 
 def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None:
-    """Write all files of an audit but the features: ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz``,
-    ``audit.json`` and ``report.html``.
+    """Write the files of an audit.
+
+    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (what its rows are), ``audit.json`` and ``report.html``.
 
     Args:
         folder: where to; made if need be.
