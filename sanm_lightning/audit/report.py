@@ -74,7 +74,7 @@ def write_report(
     if images is not None:
         for row in order[:embed].tolist():
             content = None if row in issues.unreadable else _jpeg(images, row, thumb_size)
-            embedded.append(content and "data:image/jpeg;base64," + base64.b64encode(content).decode())
+            embedded.append("data:image/jpeg;base64," + base64.b64encode(content).decode() if content else None)
     absolute = issues.paths is not None and all(_is_absolute(path) for path in issues.paths)
     thumbs = images is not None and (issues.paths is None or (root is None and not absolute))
     if thumbs and images is not None:

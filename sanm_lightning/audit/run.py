@@ -17,11 +17,11 @@ from torch import Tensor
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
-from sanm_lightning.audit.noise_model import NoiseModel, fit_noise_model, label_posterior
-from sanm_lightning.audit.probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
 from sanm_lightning.audit.report import write_report
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.functional import nearest_neighbors
+from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
+from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, label_posterior
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
