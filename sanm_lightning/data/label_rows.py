@@ -170,7 +170,7 @@ def _forms(cell: str) -> tuple[str, ...]:
     """A cell as it is, without the apostrophe that guards it in spreadsheets, without blanks, as a whole number."""
     guarded = cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
     bare = cell.strip()
-    return cell, guarded, bare, bare.removesuffix(".0")
+    return cell, guarded, bare, bare.removesuffix(".0") if re.fullmatch(r"\d+\.0", bare) else bare
 
 
 def _look_up(cell: str, known: Mapping[str, int]) -> int | None:
