@@ -1,13 +1,17 @@
 """Images listed in a CSV file: columns of any name, labels of any kind, a sentence for every fault."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sanm_lightning import CSVImages
+from sanm_lightning.cli import main
 
 SIDE = 8
 
@@ -166,3 +170,26 @@ class TestRefuses:
         (tmp_path / "my.csv").write_bytes("path,label\n\u00e9.png,1\n".encode("latin-1"))
         with pytest.raises(ValueError, match="CSV file of UTF-8 text"):
             csv_images(str(tmp_path / "my.csv")).setup()
+
+
+def test_the_command_line_trains_on_a_corrected_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sanm"])
+    names = [f"images/{number}.png" for number in range(24)]
+    images(tmp_path, *names)
+    file = table(
+        tmp_path / "my.csv", "path,label", *(f"{name},{'ab'[number % 2]}" for number, name in enumerate(names))
+    )
+    new = table(
+        tmp_path / "new.csv", "path,label,drop", *(f"{name},b,{int(number < 4)}" for number, name in enumerate(names))
+    )
+    words = ["fit", "--config", "configs/method/cross_entropy.yaml", "--config", "configs/data/csv_images.yaml"]
+    words += ["--data.file", file, "--data.image_size", "16", "--data.noise.kind", "file", "--data.noise.path", new]
+    words += ["--model.network", "small_cnn", "--model.network_args", "{width: 4}", "--trainer.max_epochs", "1"]
+    words += ["--model.warmup_epochs", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    words += ["--model.scheduler", "null", "--trainer.enable_model_summary", "false"]
+    cli = main(words)
+    assert cli.datamodule.num_samples == 18 and cli.datamodule.labels.unique().tolist() == [1]
+    results = json.loads((Path(cli.trainer.log_dir) / "results.json").read_text())
+    assert results["val_accuracy_last"] is not None and results["test_accuracy_last"] is None
+    saved = np.load(Path(cli.trainer.log_dir) / "labels.npz")
+    assert saved["paths"].tolist() == cli.datamodule.sample_paths() and saved["class_names"].tolist() == ["a", "b"]
