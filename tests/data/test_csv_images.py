@@ -186,7 +186,8 @@ def test_the_command_line_trains_on_a_corrected_table(tmp_path: Path, monkeypatc
     words += ["--data.file", file, "--data.image_size", "16", "--data.noise.kind", "file", "--data.noise.path", new]
     words += ["--model.network", "small_cnn", "--model.network_args", "{width: 4}", "--trainer.max_epochs", "1"]
     words += ["--model.warmup_epochs", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    words += ["--model.scheduler", "null", "--trainer.enable_model_summary", "false"]
+    words += ["--model.scheduler", "null", "--trainer.enable_model_summary", "false", "--trainer.logger", "CSVLogger"]
+    words += ["--trainer.logger.save_dir", "runs"]
     cli = main(words)
     assert cli.datamodule.num_samples == 18 and cli.datamodule.labels.unique().tolist() == [1]
     results = json.loads((Path(cli.trainer.log_dir) / "results.json").read_text())
