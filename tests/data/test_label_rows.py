@@ -115,6 +115,7 @@ class TestNPZ:
             )
             found = read_label_file(tmp_path / "a.npz", GIVEN, NAMES, PATHS)
             assert found.labels.tolist() == [2, 1, 1, 0] and found.kept.tolist() == [True, True, True, False]
+        assert read_label_file(tmp_path / "a.npz", GIVEN, ["0", "1", "2"], PATHS).labels.tolist() == [1, 0, 0, 2]
         np.savez(tmp_path / "a.npz", **arrays, class_names=np.array(["dog", "bird", "cat"]))
         with pytest.raises(ValueError, match="got 1 others, such as 'bird'"):
             read_label_file(tmp_path / "a.npz", GIVEN, NAMES, PATHS)
