@@ -312,7 +312,7 @@ class TestConfigs:
         assert re.search(
             rf"expected the class of the \w+ before its options, got the \w+ '?\S*{re.escape(got)}'? first", said
         )
-        assert f"put a config of {folder}" in said
+        assert f"add a config from {folder}" in said
         assert "the order is method, data, setting, noise, sanm" in said
 
     @pytest.mark.parametrize(
@@ -335,14 +335,14 @@ class TestConfigs:
 
     def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
         for name, near in (
-            ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),
-            ("configs/dividemix.yaml", "near: configs/method/dividemix.yaml"),
-            ("configs/cifar10/no_such_method.yaml", "those of the package lie in"),
+            ("configs/method/dividemx.yaml", "choose one of configs/method/dividemix.yaml"),
+            ("configs/dividemix.yaml", "choose one of configs/method/dividemix.yaml"),
+            ("configs/cifar10/no_such_method.yaml", "choose one from "),
         ):
             with pytest.raises(SystemExit):
                 typed(monkeypatch, "fit", "--config", name)
             said = capsys.readouterr().err
-            assert f"expected a config that exists, got {name!r}; {near}" in said
+            assert f"expected an existing config, got {name!r}; {near}" in said
             assert said.count("\n") == 2
 
     def test_an_old_path_is_told_with_the_new_ones(self, monkeypatch, capsys):
