@@ -1,4 +1,4 @@
-"""Any folder of images, one sub-folder per class."""
+"""Image folders with one subfolder per class."""
 
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,30 @@ from sanm_lightning.data.datamodule import NoisyDataModule, Source
 __all__ = ["ImageFolder", "read_image"]
 
 MAX_PIXELS = 2**26
-"""Pixels of the largest image that is decoded: a file of a few bytes can claim any size, and each takes 3 bytes or more."""
+"""Largest number of pixels of a decoded image; the header of a small file can declare any size (decompression bombs)."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What Pillow raises; the last one where warnings are errors."""
+"""Exceptions raised by Pillow; the last one if warnings are errors."""
 
 
 class ImageFolder(NoisyDataModule):
-    """Images in ``root/train/<class>/`` and ``root/test/<class>/``, in any format and mode that Pillow reads.
+    """Images in ``root/train/<class>/`` and ``root/test/<class>/``, in any format and mode supported by Pillow.
 
-    Classes are the sub-folders of ``root/train``, sorted by name; files whose ending Pillow does not know are passed
-    over. An image is turned upright (EXIF), put on white where it is transparent, resized until its short side is
-    ``decode_size``, and cropped to the square in its middle. Views are crops of that square of ``image_size``: at random places
-    in training, in the middle in evaluation. The labels are what somebody sorted: nothing is known about
-    the true ones, unless noise is injected here.
+    Classes are the subfolders of ``root/train``, sorted by name; files with extensions unknown to Pillow are ignored.
+    Images are rotated according to EXIF, composited on white if transparent, resized to a short side of ``decode_size``,
+    and center-cropped to a square. Views of ``image_size`` are random crops of that square in training and center crops in
+    evaluation. The labels are those of the folders; the true labels are unknown, unless this data module injects noise.
 
     Args:
-        root: folder that holds ``train`` and ``test``.
+        root: folder that contains ``train`` and ``test``.
         image_size: side of the square images in pixels.
-        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
+        decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 1; later, if there are no classes, or a class has no images, or a test
+        ValueError: if image_size is smaller than 1; on access, if there are no classes, a class has no images, a test
             class is not a training class, or a file cannot be decoded.
-        FileNotFoundError: later, if one of the folders does not exist.
+        FileNotFoundError: on access, if one of the folders does not exist.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class ImageFolder(NoisyDataModule):
 
     @property
     def num_classes(self) -> int:
-        """The number of sub-folders of ``root/train``."""
+        """The number of subfolders of ``root/train``."""
         return len(self.class_names)
 
     @property
@@ -69,39 +68,39 @@ class ImageFolder(NoisyDataModule):
 
     @property
     def decode_size(self) -> tuple[int, int]:
-        """(side, side) of the squares that are decoded, in pixels."""
+        """(side, side) of the decoded squares in pixels."""
         return self._decoded, self._decoded
 
     @property
     def class_names(self) -> list[str]:
-        """The sub-folders of ``root/train``, sorted."""
+        """The subfolders of ``root/train``, sorted."""
         if self._class_names is None:
             self._class_names = self._folders("train")
         return list(self._class_names)
 
     @property
     def curated(self) -> bool:
-        """False: folders hold real labels, right or wrong."""
+        """False: the labels of the folders may be wrong."""
         return False
 
     def load_train(self) -> Source:
-        """The files of ``root/train``."""
+        """Return the files of ``root/train``."""
         return self._list("train")
 
     def load_test(self) -> Source:
-        """The files of ``root/test``."""
+        """Return the files of ``root/test``."""
         return self._list("test")
 
     def _folders(self, part: str) -> list[str]:
         root = Path(self.root)
-        layout = "images are expected in root/train/<class>/ and root/test/<class>/, check --data.root."
+        layout = "use the layout root/train/<class>/ and root/test/<class>/, and check --data.root"
         if not root.is_dir():
-            raise FileNotFoundError(f"The image folder {str(root)!r} does not exist: {layout}")
+            raise FileNotFoundError(f"expected an image folder in {str(root)!r}, got no such folder; {layout}")
         if not (root / part).is_dir():
-            raise FileNotFoundError(f"The image folder {str(root)!r} has no folder {part!r}: {layout}")
+            raise FileNotFoundError(f"expected a folder {part!r} in {str(root)!r}, got none; {layout}")
         names = sorted(path.name for path in (root / part).iterdir() if path.is_dir() and not path.name.startswith("."))
         if not names:
-            raise ValueError(f"The folder {str(root / part)!r} has no class folders in it: {layout}")
+            raise ValueError(f"expected class folders in {str(root / part)!r}, got none; {layout}")
         return names
 
     def _list(self, part: str) -> Source:
@@ -113,19 +112,19 @@ class ImageFolder(NoisyDataModule):
             folder = Path(self.root) / part / name
             if name not in label_of:
                 raise ValueError(
-                    f"The {part} class {name!r} is not among the {len(label_of)} training classes: rename or remove "
-                    f"{str(folder)!r}."
+                    f"expected {part} classes among the {len(label_of)} training classes, got {name!r}; rename or remove "
+                    f"{str(folder)!r}"
                 )
             files = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
             if not files:
-                raise ValueError(f"The class folder {str(folder)!r} has no images in it: add some, or remove it.")
+                raise ValueError(f"expected images in {str(folder)!r}, got none; add images, or remove the folder")
             paths.extend(files)
             labels.extend([label_of[name]] * len(files))
         return Source(torch.tensor(labels), _Files(paths, self._decoded))
 
 
 class _Files:
-    """Decodes file i when it is asked for."""
+    """Map-style data set that decodes file i on access."""
 
     def __init__(self, paths: list[Path], side: int) -> None:
         self.paths = paths
@@ -139,32 +138,33 @@ class _Files:
 
 
 def read_image(path: str | Path, side: int) -> Tensor:
-    """Decodes an image file to a square RGB image; of an animation the first frame.
+    """Decode an image file, or the first frame of an animation, to a square RGB image.
 
-    Grey values of more than 8 bits are brought to 8: integers are taken to count to 65,535, or to their maximum if it
-    is larger; floating values to count to 1, 255 or 65,535, the smallest that is not exceeded, or to their maximum.
+    Gray values of more than 8 bits are scaled to 8 bits. The assumed range of integers is 65,535, or their maximum if it is
+    larger; that of floating-point values is the smallest of 1, 255 and 65,535 that is not exceeded, or their maximum.
     Negative values and NaN become black.
 
     Args:
-        path: the file.
-        side: S, pixels of the result.
+        path: path of the file.
+        side: S, side of the result in pixels.
 
     Returns:
-        Shape (3, S, S), uint8.
+        The image, shape (3, S, S), uint8.
 
     Raises:
-        ValueError: the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; its name is given.
+        ValueError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; the message contains the path.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()  # an orientation may stand behind the pixels
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies upright images too
+            image.load()  # orientation metadata may follow the pixel data
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose also copies upright images
             rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UNREADABLE as error:
         raise ValueError(
-            f"The image {str(path)!r} cannot be decoded ({str(error).rstrip('.')}): replace or remove the file."
+            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace or remove "
+            "the file"
         ) from error
     resized = TF.resize(rgb, [side], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
@@ -182,7 +182,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow itself would cut values off at 255."""
+    """Scale gray values to 8 bits; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
     largest = float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
