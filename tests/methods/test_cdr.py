@@ -86,7 +86,7 @@ def test_decay_of_absolute_values_adds_the_sign():
 
 
 def test_two_decays_at_once_are_refused():
-    with pytest.raises(ValueError, match=r"weight_decay 0 beside decay: l1, got 0\.0005"):
+    with pytest.raises(ValueError, match=r"weight_decay 0 for decay: l1, got 0\.0005"):
         trainer(1).fit(method(decay="l1"), data())
 
 

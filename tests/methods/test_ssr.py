@@ -133,7 +133,7 @@ def test_an_empty_selection_is_said_and_survived(monkeypatch):
         "sanm_lightning.methods.ssr.balanced_votes",
         lambda shares, labels: torch.ones_like(shares).scatter(1, labels[:, None], 0.5),
     )
-    with pytest.warns(UserWarning, match="SSR, epoch 0: the selection is empty"):
+    with pytest.warns(UserWarning, match="expected a selection with samples in epoch 0 of SSR, got none"):
         trainer(1).fit(module, data())
     assert bool(module.selection.selected.all())
 
