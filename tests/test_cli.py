@@ -268,7 +268,7 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "SANM expected mu in [0, 1], got 1.5"),
+            ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "expected mu in [0, 1], got 1.5"),
             ([*SMALL, *TOY, "--data.noise.kind", "symmetric", "--data.noise.rate", "1.5"], "1.5"),
             ([*SMALL, "--data", "ImageFolder", "--data.root", "nowhere"], "nowhere"),
             ([*SMALL, *TOY, "--data.max_train_samples", "25"], "expected max_train_samples from 4"),
