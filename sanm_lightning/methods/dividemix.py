@@ -98,7 +98,7 @@ class DivideMix(NoisyLabelModule):
         sanm_views: ``"all"``: SANM masks all mixed views (Algorithm 1 of SANM); ``"first"``: it masks the first target view,
             and the masked copies are added to the mixed views (released code).
         unlabelled_quality: quality of unlabeled samples for SANM: ``"given"``, the clean probability of the given label
-            (SANM's paper and released code); ``"guess"``, the largest probability of the guessed target that replaces the
+            (as in the released code); ``"guess"``, the largest probability of the guessed target that replaces the
             label. On digits with 80 % of the labels wrong (last accuracy, means of three seeds), SANM reduced C2D from .733
             to .595 with the former and to .708 with the latter; DivideMix, whose guesses are worse there, rose from .501 to
             .591 with the former and fell to .385 with the latter.

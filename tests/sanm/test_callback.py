@@ -649,7 +649,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("batch", "match"),
         [
-            ({"x": torch.zeros(2, 3, 8, 8)}, r"batches \(images, labels, ...\) of tensors, got dict"),
+            ({"x": torch.zeros(2, 3, 8, 8)}, r"batches \(images, labels, ...\) of tensors for SANM, got dict"),
             ([torch.zeros(2, 3, 8, 8), torch.zeros(2)], r"expected labels .* got \(2,\) of torch.float32"),
             ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, dtype=torch.int64)], r"expected labels .* torch.int64"),
         ],
