@@ -47,7 +47,8 @@ class NoisyBatch(NamedTuple):
         Args:
             batch: a :class:`NoisyBatch`; a tuple or list ``(images, labels, ...)``, whose further elements are ignored;
                 ``(images,)`` or a tensor of images; a mapping, a named tuple or an object with names such as
-                ``images``, ``image``, ``x`` and ``labels``, ``label``, ``y``, and optionally ``index`` and ``true_labels``.
+                ``images``, ``image``, ``x`` and ``labels``, ``label``, ``y``, and optionally ``index`` and
+                ``true_labels``.
             need_labels: whether labels are required; without labels, ``labels`` is an empty tensor.
 
         Returns:
@@ -70,13 +71,14 @@ class NoisyBatch(NamedTuple):
         images, labels = parts.get("images"), parts.get("labels")
         if not isinstance(images, Tensor):
             raise ValueError(
-                f"expected a batch NoisyBatch, (images, labels, ...) or a mapping with 'images', got {_form(batch)}; return "
-                "tensors from the data set"
+                f"expected a batch NoisyBatch, (images, labels, ...) or a mapping with 'images', got {_form(batch)}; "
+                "return tensors from the data set"
             )
         if not isinstance(labels, Tensor):
             if need_labels:
                 raise ValueError(
-                    f"expected a batch with labels, got {_form(batch)}; return NoisyBatch or (images, labels) from the loader"
+                    f"expected a batch with labels, got {_form(batch)}; return NoisyBatch or (images, labels) from the "
+                    "loader"
                 )
             labels = torch.zeros(0, dtype=torch.int64, device=images.device)
         return cls(images, labels, parts.get("index"), parts.get("true_labels"))

@@ -1,7 +1,7 @@
 """Config files on the command line: search path, order, and replacements of paths of earlier versions.
 
-The package contains ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<noise>].yaml``, ``noise/``, ``sanm.yaml``
-with ``sanm/``, and ``views/``; they are given in this order.
+The package contains ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<noise>].yaml``, ``noise/``,
+``sanm.yaml`` with ``sanm/``, and ``views/``; they are given in this order.
 """
 
 import difflib
@@ -162,7 +162,7 @@ def _content(value: str | None) -> dict[str, Any]:
 
 
 def _near(value: str) -> str:
-    """Return the part of an error message that lists the most similar configs of the package, the most similar first."""
+    """Return the part of an error message that lists the most similar configs of the package."""
     known = [path.relative_to(packaged()) for path in sorted((packaged() / "configs").rglob("*.yaml"))]
     wanted = Path(value)
     ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}

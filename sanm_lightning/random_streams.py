@@ -1,8 +1,8 @@
 """Named random streams, independent of the global stream and reproducible.
 
-A stream is identified by its kind and by numbers (seed, rank, epoch, step, ...). The kind is part of the name, so streams
-of different kinds never coincide. An exact resume requires only these numbers. Ranks with the same seed have different
-streams if the rank is one of the numbers.
+A stream is identified by its kind and by numbers (seed, rank, epoch, step, ...). The kind is part of the name, so
+streams of different kinds never coincide. An exact resume requires only these numbers. Ranks with the same seed have
+different streams if the rank is one of the numbers.
 """
 
 import hashlib

@@ -19,15 +19,15 @@ def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool =
     """Resolve ``last`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
 
     ``last`` is the newest checkpoint among the directories that this trainer writes to: those of every
-    ``ModelCheckpoint``, those of all runs of its logger (``lightning_logs/version_*/checkpoints``), and the files saved on
-    a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is the last of the latter. Lightning searches the directory of the new run
-    only, and trains from scratch if it is empty. A Lightning logger with numbered runs continues in the run of the
-    checkpoint; its ``metrics.csv``, which Lightning would delete, is renamed.
+    ``ModelCheckpoint``, those of all runs of its logger (``lightning_logs/version_*/checkpoints``), and the files saved
+    on a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is the last of the latter. Lightning searches the directory of the
+    new run only, and trains from scratch if it is empty. A Lightning logger with numbered runs continues in the run of
+    the checkpoint; its ``metrics.csv``, which Lightning would delete, is renamed.
 
     Args:
         trainer: a trainer that has not run yet.
-        ckpt_path: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under SLURM
-            means ``hpc`` if such a file exists, as in Lightning.
+        ckpt_path: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under
+            SLURM means ``hpc`` if such a file exists, as in Lightning.
         fitting: whether the run is a fit; an evaluation writes to a new run directory.
 
     Returns:
@@ -56,8 +56,8 @@ def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool =
     if not found:
         places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
         raise MisconfigurationException(
-            f"expected a checkpoint for --ckpt_path {ckpt_path}, got none in {places}; set the directory of the run with "
-            "--trainer.default_root_dir, or omit --ckpt_path to start at epoch 0"
+            f"expected a checkpoint for --ckpt_path {ckpt_path}, got none in {places}; set the directory of the run "
+            "with --trainer.default_root_dir, or omit --ckpt_path to start at epoch 0"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     own = [run for run in runs if run / "checkpoints" == newest.parent]

@@ -13,7 +13,8 @@ __all__ = ["RunSettings", "refuse_other_settings"]
 
 # Data settings that affect neither the samples nor their order and may differ between machines.
 FREE = {"data.root", "data.num_workers", "data.resident_bytes", "data.eval_batch_size", "data.track_test"}
-# Trainer settings that are taken from the command line of the resumed run; a change affects the result, so it is reported.
+# Trainer settings that are taken from the command line of the resumed run; a change affects the result, so it is
+# reported.
 TOLD = (
     "accumulate_grad_batches", "deterministic", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches",
     "overfit_batches", "precision", "sync_batchnorm",
@@ -65,8 +66,8 @@ def refuse_other_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> No
                 found.append(f"{name} {value!r} (the checkpoint: {before[name]!r})")
     if found:
         raise ValueError(
-            f"expected the settings of the checkpoint, got {', '.join(found)}; use the values of the checkpoint, or start a "
-            "new run without --ckpt_path"
+            f"expected the settings of the checkpoint, got {', '.join(found)}; use the values of the checkpoint, or "
+            "start a new run without --ckpt_path"
         )
 
 
@@ -106,7 +107,8 @@ class RunSettings(L.Callback):
         ]
         if fitting and other:
             rank_zero_warn(
-                f"expected the trainer settings of the checkpoint, got {', '.join(other)}; the resumed run uses the new values"
+                f"expected the trainer settings of the checkpoint, got {', '.join(other)}; the resumed run uses the "
+                "new values"
             )
 
 

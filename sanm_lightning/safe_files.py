@@ -41,8 +41,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     except OSError as error:
         raise OSError(
-            f"expected a writable file, got {str(path)!r} ({error.strerror or error}), whose previous content is unchanged; "
-            "free disk space, or choose another folder"
+            f"expected a writable file, got {str(path)!r} ({error.strerror or error}), whose previous content is "
+            "unchanged; free disk space, or choose another folder"
         ) from error
     finally:
         if begun:
@@ -64,7 +64,8 @@ def require_folder(path: str | Path) -> None:
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"expected a writable folder in {str(path)!r}, got {str(there)!r} without write permission; choose another folder"
+            f"expected a writable folder in {str(path)!r}, got {str(there)!r} without write permission; choose another "
+            "folder"
         )
 
 
@@ -89,8 +90,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         held = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"expected a checkpoint of tensors and built-in types in {str(path)!r}, got a file that is damaged or contains "
-            "other objects, none of which was loaded; resume from another checkpoint"
+            f"expected a checkpoint of tensors and built-in types in {str(path)!r}, got a file that is damaged or "
+            "contains other objects, none of which was loaded; resume from another checkpoint"
         ) from error
     except Exception as error:  # from torch.load: RuntimeError, EOFError, KeyError, ..., depending on the damage
         raise ValueError(
@@ -100,8 +101,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     missing = [key for key in ("state_dict", "epoch", "global_step") if not isinstance(held, dict) or key not in held]
     if missing:
         raise ValueError(
-            f"expected a checkpoint of a Trainer in {str(path)!r}, got a file without {', '.join(missing)}; load weights "
-            "without a training state with sanm_lightning.models.load_weights"
+            f"expected a checkpoint of a Trainer in {str(path)!r}, got a file without {', '.join(missing)}; load "
+            "weights without a training state with sanm_lightning.models.load_weights"
         )
     return held  # type: ignore[no-any-return]
 
@@ -114,8 +115,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Checkpoint I/O with atomic writes, and reads that execute no pickled code.
 
     Lightning writes to the system's temporary folder and, if that is another file system, copies the result over the
-    previous checkpoint: a full disk or a crash during the copy loses both. The command line uses this plugin; elsewhere,
-    use ``Trainer(plugins=[AtomicCheckpointIO()])``. URLs (``s3://``) are handled by Lightning.
+    previous checkpoint: a full disk or a crash during the copy loses both. The command line uses this plugin;
+    elsewhere, use ``Trainer(plugins=[AtomicCheckpointIO()])``. URLs (``s3://``) are handled by Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:

@@ -13,8 +13,8 @@ __all__ = ["SampleStateCallback", "size_states", "write_synced_states"]
 class SampleStateCallback(L.Callback):
     """Manage every :class:`~sanm_lightning.per_sample.SampleState` of a module.
 
-    The states are resized in ``setup``, before a checkpoint is loaded, synchronized at the end of every epoch, and saved
-    with the values of all processes.
+    The states are resized in ``setup``, before a checkpoint is loaded, synchronized at the end of every epoch, and
+    saved with the values of all processes.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

@@ -13,8 +13,8 @@ HALVES = ("forward_features", "forward_head")
 class CompileNetworks(L.Callback):
     """Compile ``forward_features`` and ``forward_head`` of each network from ``setup`` to ``teardown``.
 
-    The methods call these two functions in training, not ``forward``. Copies, checkpoints and exports contain the uncompiled
-    networks.
+    The methods call these two functions in training, not ``forward``. Copies, checkpoints and exports contain the
+    uncompiled networks.
 
     Args:
         backend: name of a ``torch.compile`` backend.

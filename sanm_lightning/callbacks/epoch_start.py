@@ -13,7 +13,7 @@ __all__ = ["EpochStart"]
 
 
 class EpochStart(L.Callback):
-    """Start stages, fit label quality and call the method's ``begin_epoch`` before the first batch of an epoch is fetched.
+    """Start stages, fit label quality and call ``begin_epoch`` of the method before the first batch of an epoch.
 
     The loader of a data module of this package calls :meth:`prepare`; with other loaders, it is called before the first
     training step. The number of the started epoch is saved in checkpoints, because Lightning does not call
@@ -33,8 +33,8 @@ class EpochStart(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if stage == "fit" and pl_module.needs_data_module and not hasattr(data, "pass_dataloader"):
             raise ValueError(
-                f"expected a data module of this package for {type(pl_module).__name__}, which selects its samples or views, "
-                f"got {type(data).__name__}; use CIFAR10, ImageFolder, ... or a subclass of NoisyDataModule"
+                f"expected a data module of this package for {type(pl_module).__name__}, which selects its samples or "
+                f"views, got {type(data).__name__}; use CIFAR10, ImageFolder, ... or a subclass of NoisyDataModule"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -49,7 +49,8 @@ class EpochStart(L.Callback):
         labels = getattr(data, "labels", None)
         if isinstance(labels, Tensor) and len(labels) and int(labels.max()) >= pl_module.num_classes:
             raise ValueError(
-                f"expected labels in [0, {pl_module.num_classes}), got {int(labels.max())}; check num_classes and the data"
+                f"expected labels in [0, {pl_module.num_classes}), got {int(labels.max())}; check num_classes and the "
+                "data"
             )
 
     def prepare(self, trainer: Any, pl_module: Any) -> None:
@@ -91,7 +92,8 @@ def share_buffers(module: torch.nn.Module) -> None:
     """Broadcast the batch statistics of rank 0, which a checkpoint contains. A collective operation.
 
     DistributedDataParallel broadcasts them before each forward, but not after the last one. Without this call, passes
-    outside of DDP would use different statistics in each process, and resumed runs would differ from uninterrupted ones.
+    outside of DDP would use different statistics in each process, and resumed runs would differ from uninterrupted
+    ones.
     """
     if not several_processes():
         return

@@ -48,8 +48,8 @@ class ExactResume(L.Callback):
             resume_evaluation(checkpoint["loops"]["fit_loop"])
             self._steps = state.get("schedule_steps")
         streams = state.get("stream")
-        # With more processes than before, streams repeat until the next epoch reseeds them. Cloned, because a view causes a
-        # segmentation fault in torch 2.14.
+        # With more processes than before, streams repeat until the next epoch reseeds them. Cloned, because a view
+        # causes a segmentation fault in torch 2.14.
         self._stream = None if streams is None else streams[process_rank() % len(streams)].clone()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -58,7 +58,8 @@ class ExactResume(L.Callback):
         if steps is not None and pl_module.schedule_steps not in (None, steps):
             raise ValueError(
                 f"expected a training of {steps} steps, the length of the checkpoint's learning-rate schedule, got "
-                f"{pl_module.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start a new run"
+                f"{pl_module.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start "
+                "a new run"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

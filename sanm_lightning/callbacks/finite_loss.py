@@ -64,6 +64,7 @@ class FiniteLoss(L.Callback):
         step = int(first)
         if step < never:
             raise ValueError(
-                f"expected finite losses, got NaN or infinity from {type(pl_module).__name__}, first at step {step} (epoch "
-                f"{pl_module.current_epoch} or before); lower the learning rate, clip gradients, or check the images"
+                f"expected finite losses, got NaN or infinity from {type(pl_module).__name__}, first at step {step} "
+                f"(epoch {pl_module.current_epoch} or before); lower the learning rate, clip gradients, or check the "
+                "images"
             )

@@ -1,4 +1,4 @@
-"""Training stages, such as warm-up, with length, learning rate, and reinitialized or frozen parameters of each stage."""
+"""Training stages, such as warm-up, with separate length, learning rate, and reset or frozen parameters."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,15 +23,16 @@ class Stage:
     Args:
         name: name of the stage, such as ``"warmup"``.
         epochs: length in epochs; None lasts until the end of training. Stages of length 0 are skipped.
-        reset: parameters that are reinitialized at the start of the stage: ``"none"``, the ``"head"`` (classifier) or the
-            whole ``"network"`` of every network, with its decoder and averaged copies. Their optimizer state is deleted.
+        reset: parameters that are reinitialized at the start of the stage: ``"none"``, the ``"head"`` (classifier) or
+            the whole ``"network"`` of every network, with its decoder and averaged copies. Their optimizer state is
+            deleted.
         lr: learning rate that overrides that of the optimizer and its schedule; None keeps theirs.
         weight_decay: weight decay that overrides that of the optimizer; None keeps it.
-        factor: factor of ``lr`` (or the optimizer's rate), a function of the step within the stage and the number of steps
-            of the stage.
+        factor: factor of ``lr`` (or the optimizer's rate), a function of the step within the stage and the number of
+            steps of the stage.
         gradient_clip_val: norm for gradient clipping of each network, which overrides the trainer's setting.
-        frozen: names of submodules whose parameters are not updated. Their gradients are still computed, so ``ddp`` finds
-            no unused parameters.
+        frozen: names of submodules whose parameters are not updated. Their gradients are still computed, so ``ddp``
+            finds no unused parameters.
     """
 
     name: str
@@ -96,8 +97,9 @@ class Stages(L.Callback):
             late = [stage.name for stage in stages if stage_epochs(stages, epochs)[stage.name] == 0]
             if late and len(late) == len(stages) - 1:
                 raise ValueError(
-                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage {stages[0].name!r}, got {epochs}; "
-                    f"raise max_epochs, or lower {'warmup_epochs' if stages[0].name == 'warmup' else 'the length of the stage'}"
+                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage {stages[0].name!r}, got "
+                    f"{epochs}; raise max_epochs, or lower "
+                    f"{'warmup_epochs' if stages[0].name == 'warmup' else 'the length of the stage'}"
                 )
             for name in late:
                 rank_zero_warn(

@@ -49,9 +49,9 @@ class _CIFAR(NoisyDataModule):
                 self.files(self.root, train=True, download=True)
             except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken archive is a RuntimeError
                 raise FileNotFoundError(
-                    f"expected a download to {self.root!r}, got no files of {type(self).__name__} and a failed download "
-                    f"({error}); copy the folder {self.files.base_folder!r} of its Python version to {self.root!r}, or set "
-                    "its location with --data.root"
+                    f"expected a download to {self.root!r}, got no files of {type(self).__name__} and a failed "
+                    f"download ({error}); copy the folder {self.files.base_folder!r} of its Python version to "
+                    f"{self.root!r}, or set its location with --data.root"
                 ) from error
 
     def load_train(self) -> Source:
@@ -72,9 +72,9 @@ class _CIFAR(NoisyDataModule):
             return self.files(self.root, train=train, download=False)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"expected the files of {type(self).__name__} in {self.root!r}, got missing or damaged files; copy the folder "
-                f"{self.files.base_folder!r} of its Python version there, set its location with --data.root, or enable the "
-                "download"
+                f"expected the files of {type(self).__name__} in {self.root!r}, got missing or damaged files; copy the "
+                f"folder {self.files.base_folder!r} of its Python version there, set its location with --data.root, or "
+                "enable the download"
             ) from error
 
 

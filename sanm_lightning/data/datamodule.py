@@ -27,15 +27,15 @@ DRAWS = 2
 class NoisyDataModule(ServedBatches):
     """Base class of data sets with noisy labels.
 
-    A subclass defines `num_classes` and `image_size`, `load_train` and `load_test`, which return a `Source`, and optionally
-    `prepare_data` for a download and `class_names`. The base class provides class-balanced subsets, label noise, a
-    validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
+    A subclass defines `num_classes` and `image_size`, `load_train` and `load_test`, which return a `Source`, and
+    optionally `prepare_data` for a download and `class_names`. The base class provides class-balanced subsets, label
+    noise, a validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
 
     Loaders return indices. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
-    indexed there; larger sets are streamed, that is, decoded by worker processes, each distinct sample of a batch once for
-    all views. The model receives a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the position
-    in the split, 0 to ``num_samples`` - 1 for training. The augmentation of a batch is a function of seed, epoch, batch
-    number and process, so resumed runs continue exactly.
+    indexed there; larger sets are streamed, that is, decoded by worker processes, each distinct sample of a batch once
+    for all views. The model receives a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the
+    position in the split, 0 to ``num_samples`` - 1 for training. The augmentation of a batch is a function of seed,
+    epoch, batch number and process, so resumed runs continue exactly.
 
     The module in training may choose the samples of an epoch (``epoch_batches``) and the views of its batches
     (``views``), as the methods of this package do; for other modules, batches are shuffled and have one view, ``weak``.
@@ -54,8 +54,8 @@ class NoisyDataModule(ServedBatches):
         resident_bytes: splits whose images take more bytes are streamed by workers.
         num_workers: number of worker processes that decode images.
         policies: augmentation policies by name, which extend or override those of this package. A callable with a
-            parameter ``generator`` receives all images of a batch, uint8 (B, 3, H, W), on their device; any other callable
-            is a torchvision-style transform of one image, uint8 (3, H, W), and runs in the workers.
+            parameter ``generator`` receives all images of a batch, uint8 (B, 3, H, W), on their device; any other
+            callable is a torchvision-style transform of one image, uint8 (3, H, W), and runs in the workers.
         mean: channel means of the training images, in [0, 1], used by networks without configured statistics.
         std: channel standard deviations of the training images, used likewise.
         seed: seed of subset, noise, split, order and augmentation. Default: torch's initial seed (``seed_everything``).
@@ -226,8 +226,8 @@ class NoisyDataModule(ServedBatches):
 
         The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``true_labels`` (N,)
         if known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan if there is none) and
-        ``seed``. Without a subset and a validation split, ``Noise(kind="file", path=..., key="labels")`` reads the file.
-        With several processes, call it in one of them.
+        ``seed``. Without a subset and a validation split, ``Noise(kind="file", path=..., key="labels")`` reads the
+        file. With several processes, call it in one of them.
 
         Args:
             path: output file with extension ``.npz``; missing folders are created.
@@ -284,20 +284,20 @@ class NoisyDataModule(ServedBatches):
         if state_dict["seed"] != self.seed:
             if self._seed_is_given:
                 raise ValueError(
-                    f"expected the data seed of the resumed run, {state_dict['seed']}, got {self.seed}; use the same seed, or "
-                    "omit it"
+                    f"expected the data seed of the resumed run, {state_dict['seed']}, got {self.seed}; use the same "
+                    "seed, or omit it"
                 )
             self._restart_from_seed(state_dict["seed"])
         if state_dict["labels"] not in (None, self.table("train").check_sum()):
             if state_dict.get("draws") != DRAWS:
                 raise ValueError(
-                    "expected the training labels of the resumed run, got different labels from a checkpoint of an earlier "
-                    "version, which used other random streams for noise, subset and split; resume with that version, or "
-                    "start a new run from its weights"
+                    "expected the training labels of the resumed run, got different labels from a checkpoint of an "
+                    "earlier version, which used other random streams for noise, subset and split; resume with that "
+                    "version, or start a new run from its weights"
                 )
             raise ValueError(
-                "expected the training labels of the resumed run, got different labels; use the same data, noise, subset and "
-                f"split, and seed {state_dict['seed']}"
+                "expected the training labels of the resumed run, got different labels; use the same data, noise, "
+                f"subset and split, and seed {state_dict['seed']}"
             )
 
     def _share_seed(self) -> None:
@@ -381,7 +381,7 @@ class NoisyDataModule(ServedBatches):
         return self.test_dataloader()
 
     def pass_dataloader(self, split: str = "train") -> IndexLoader:
-        """Return a loader of every sample of a split (of ``train``: the epoch's pool) once over all processes, in order."""
+        """Return an ordered loader of a split (of ``train``: the epoch's pool), each sample once over all processes."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         pool = (lambda _: self.epoch_pool(epoch)) if split == "train" else None
         return self._loader(split, self.eval_batch_size, pool=pool)

@@ -16,9 +16,9 @@ TEST_SAMPLES = 500
 class Digits(NoisyDataModule):
     """The 1,797 handwritten digits of scikit-learn, 10 classes: 1,297 for training and 500 for testing.
 
-    The 8 x 8 gray images are resized with bilinear interpolation and repeated in three channels. The split into training
-    and test set is random but fixed, that is, independent of the seed. Flips change the digit, and digits fill the image,
-    so flips and crops are disabled by default.
+    The 8 x 8 gray images are resized with bilinear interpolation and repeated in three channels. The split into
+    training and test set is random but fixed, that is, independent of the seed. Flips change the digit, and digits fill
+    the image, so flips and crops are disabled by default.
 
     Args:
         root: unused; no files are read.
@@ -44,8 +44,8 @@ class Digits(NoisyDataModule):
         super().__init__(root=root, batch_size=batch_size, crop_padding=crop_padding, flip=flip, **kwargs)
         if image_size < 8:
             raise ValueError(
-                f"expected image_size of 8 pixels, the size of the original images, or more, got {image_size}; choose a larger "
-                "one, such as 32"
+                f"expected image_size of 8 pixels, the size of the original images, or more, got {image_size}; choose "
+                "a larger one, such as 32"
             )
         self._side = image_size
 

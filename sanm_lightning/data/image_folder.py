@@ -14,7 +14,7 @@ from sanm_lightning.data.datamodule import NoisyDataModule, Source
 __all__ = ["ImageFolder", "read_image"]
 
 MAX_PIXELS = 2**26
-"""Largest number of pixels of a decoded image; the header of a small file can declare any size (decompression bombs)."""
+"""Largest number of pixels of a decoded image, because a small file can declare any size (decompression bombs)."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """Exceptions raised by Pillow; the last one if warnings are errors."""
@@ -24,9 +24,10 @@ class ImageFolder(NoisyDataModule):
     """Images in ``root/train/<class>/`` and ``root/test/<class>/``, in any format and mode supported by Pillow.
 
     Classes are the subfolders of ``root/train``, sorted by name; files with extensions unknown to Pillow are ignored.
-    Images are rotated according to EXIF, composited on white if transparent, resized to a short side of ``decode_size``,
-    and center-cropped to a square. Views of ``image_size`` are random crops of that square in training and center crops in
-    evaluation. The labels are those of the folders; the true labels are unknown, unless this data module injects noise.
+    Images are rotated according to EXIF, composited on white if transparent, resized to a short side of
+    ``decode_size``, and center-cropped to a square. Views of ``image_size`` are random crops of that square in training
+    and center crops in evaluation. The labels are those of the folders; the true labels are unknown, unless this data
+    module injects noise.
 
     Args:
         root: folder that contains ``train`` and ``test``.
@@ -112,8 +113,8 @@ class ImageFolder(NoisyDataModule):
             folder = Path(self.root) / part / name
             if name not in label_of:
                 raise ValueError(
-                    f"expected {part} classes among the {len(label_of)} training classes, got {name!r}; rename or remove "
-                    f"{str(folder)!r}"
+                    f"expected {part} classes among the {len(label_of)} training classes, got {name!r}; rename or "
+                    f"remove {str(folder)!r}"
                 )
             files = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and not p.name.startswith("."))
             if not files:
@@ -140,9 +141,9 @@ class _Files:
 def read_image(path: str | Path, side: int) -> Tensor:
     """Decode an image file, or the first frame of an animation, to a square RGB image.
 
-    Gray values of more than 8 bits are scaled to 8 bits. The assumed range of integers is 65,535, or their maximum if it is
-    larger; that of floating-point values is the smallest of 1, 255 and 65,535 that is not exceeded, or their maximum.
-    Negative values and NaN become black.
+    Gray values of more than 8 bits are scaled to 8 bits. The assumed range of integers is 65,535, or their maximum if
+    it is larger; that of floating-point values is the smallest of 1, 255 and 65,535 that is not exceeded, or their
+    maximum. Negative values and NaN become black.
 
     Args:
         path: path of the file.
@@ -152,7 +153,8 @@ def read_image(path: str | Path, side: int) -> Tensor:
         The image, shape (3, S, S), uint8.
 
     Raises:
-        ValueError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; the message contains the path.
+        ValueError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; the message contains the
+            path.
     """
     try:
         with Image.open(path) as image:
@@ -163,8 +165,8 @@ def read_image(path: str | Path, side: int) -> Tensor:
             rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UNREADABLE as error:
         raise ValueError(
-            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace or remove "
-            "the file"
+            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace "
+            "or remove the file"
         ) from error
     resized = TF.resize(rgb, [side], interpolation=TF.InterpolationMode.BILINEAR, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])

@@ -81,14 +81,14 @@ class _Rows(Dataset[Row]):
             if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.ndim != 3:
                 what = f"{tuple(view.shape)} of {view.dtype}" if isinstance(view, Tensor) else type(view).__name__
                 raise ValueError(
-                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; remove "
-                    "conversions to float and normalization, which the network applies"
+                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; "
+                    "remove conversions to float and normalization, which the network applies"
                 )
             made.append(view)
         if len({view.shape for view in made}) > 1:
             raise ValueError(
-                f"expected views of one size from {type(transform).__name__}, got {tuple(made[0].shape)} and others; add a "
-                "crop as the last transform"
+                f"expected views of one size from {type(transform).__name__}, got {tuple(made[0].shape)} and others; "
+                "add a crop as the last transform"
             )
         return torch.stack(made)
 
@@ -163,7 +163,7 @@ class ImageStore:
         return self._on_device[device]
 
     def look_up(self, index: Tensor) -> Tensor:
-        """Return the images at positions (B,) of the split, uint8, on the index's device; streamed ones are decoded here."""
+        """Return images by position (B,), uint8, on the device of ``index``; streamed images are decoded here."""
         resident = self.on_device(index.device)
         if resident is not None:
             return select_rows(resident, index)

@@ -19,8 +19,8 @@ def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str |
     - ``.npy``: one array of shape (N,);
     - ``.npz``: the array named ``key``, which is optional for files with a single array;
     - ``.csv``: one column of labels, with or without a header; or two columns, position and label, with rows in any
-      order; or any number of columns with a header, where ``key`` is the name of the label column and an optional column
-      ``index`` contains the positions.
+      order; or any number of columns with a header, where ``key`` is the name of the label column and an optional
+      column ``index`` contains the positions.
 
     Args:
         path: path of the file.
@@ -52,7 +52,8 @@ def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str |
     except Exception as error:  # numpy and csv raise various exceptions for damaged files
         reason = str(error).split(".")[0]
         raise ValueError(
-            f"expected a readable label file, got {str(path)!r}, which cannot be read ({reason}); save it as plain numbers"
+            f"expected a readable label file, got {str(path)!r}, which cannot be read ({reason}); save it as plain "
+            "numbers"
         ) from error
     return _as_labels(path, values, num_samples, num_classes)
 
@@ -71,7 +72,8 @@ def _read_npz(path: Path, key: str | None) -> np.ndarray[Any, Any]:
         names = list(arrays.files)
         if key is None and len(names) != 1:
             raise _ClearError(
-                f"expected one array or a key for the label file {str(path)!r}, got arrays {names}; set key to one of them"
+                f"expected one array or a key for the label file {str(path)!r}, got arrays {names}; set key to one of "
+                "them"
             )
         name = names[0] if key is None else key
         if name not in names:
@@ -101,7 +103,8 @@ def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
     if key is not None and header is not None:
         if key not in header:
             raise _ClearError(
-                f"expected a column {key!r} in the label file {str(path)!r}, got columns {header}; set key to one of them"
+                f"expected a column {key!r} in the label file {str(path)!r}, got columns {header}; set key to one of "
+                "them"
             )
         column = header.index(key)
         position = header.index("index") if "index" in header and key != "index" else None
@@ -111,8 +114,8 @@ def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
         position, column = 0, 1
     else:
         raise _ClearError(
-            f"expected 1 or 2 columns or a key for the label file {str(path)!r}, got {width} columns {header or ''}; set "
-            "key to the name of the label column"
+            f"expected 1 or 2 columns or a key for the label file {str(path)!r}, got {width} columns {header or ''}; "
+            "set key to the name of the label column"
         )
     bad = next((row[column] for row in rows if not _is_number(row[column])), None)
     if bad is not None:
@@ -123,8 +126,8 @@ def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
     places = np.array([float(row[position]) if _is_number(row[position]) else np.nan for row in rows])
     if not np.array_equal(np.sort(places), np.arange(len(rows))):
         raise _ClearError(
-            f"expected positions 0 to {len(rows) - 1}, each once, in the label file {str(path)!r}, got missing, repeated or "
-            "other positions; write one row per sample"
+            f"expected positions 0 to {len(rows) - 1}, each once, in the label file {str(path)!r}, got missing, "
+            "repeated or other positions; write one row per sample"
         )
     return labels[np.argsort(places)]
 
@@ -142,13 +145,13 @@ def _as_labels(path: Path, values: np.ndarray[Any, Any], num_samples: int, num_c
         values = values[:, 0]
     if values.shape != (num_samples,):
         raise ValueError(
-            f"expected {num_samples} labels in the label file {str(path)!r}, one per training image in the order of the "
-            f"set, got shape {values.shape}; check that the file belongs to this data set"
+            f"expected {num_samples} labels in the label file {str(path)!r}, one per training image in the order of "
+            f"the set, got shape {values.shape}; check that the file belongs to this data set"
         )
     if values.dtype.kind not in "iuf" or not np.all(np.isfinite(values)) or not np.array_equal(values, values.round()):
         raise ValueError(
-            f"expected whole numbers in the label file {str(path)!r}, got other values of type {values.dtype}; use class "
-            "indices"
+            f"expected whole numbers in the label file {str(path)!r}, got other values of type {values.dtype}; use "
+            "class indices"
         )
     if len(values) and (values.min() < 0 or values.max() >= num_classes):
         raise ValueError(

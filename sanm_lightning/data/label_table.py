@@ -59,8 +59,8 @@ def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> T
     """
     if not num_classes <= size <= len(labels):
         raise ValueError(
-            f"expected max_train_samples from {num_classes}, the number of classes, to {len(labels)}, the size of the training "
-            f"set, got {size}; choose a number in this range, or null for the whole set"
+            f"expected max_train_samples from {num_classes}, the number of classes, to {len(labels)}, the size of the "
+            f"training set, got {size}; choose a number in this range, or null for the whole set"
         )
     order = torch.randperm(len(labels), generator=named_generator("subset", seed))
     # Rank the samples of each class in random order, and take all samples of rank 0, then of rank 1, and so on.
@@ -112,8 +112,8 @@ def label_tables(
     held_out = round(val_fraction * len(kept))
     if val_fraction > 0 and not 0 < held_out < len(kept):
         raise ValueError(
-            f"expected a val_fraction with samples in both splits, got {val_fraction}, which gives {held_out} samples for "
-            f"validation and {len(kept) - held_out} for training; choose another val_fraction"
+            f"expected a val_fraction with samples in both splits, got {val_fraction}, which gives {held_out} samples "
+            f"for validation and {len(kept) - held_out} for training; choose another val_fraction"
         )
     # Sorted: without a subset and a validation split, index i is image i of the data set.
     rows = {"train": order[held_out:].sort().values}

@@ -17,14 +17,14 @@ class IndexLoader:
     """Loader of batches of sample indices, shuffled by seed and epoch, sharded over processes, resumable in mid-epoch.
 
     With ``shuffle`` (training), the order of an epoch is a permutation from (seed, epoch), the same in every process;
-    process r of R takes every R-th sample from position r. If N is not a multiple of R, the permutation is extended from its
-    beginning, so that all processes have the same number of batches. A last batch of a single sample is dropped, because
-    batch normalization cannot train on it, and the last partial batch is dropped with ``drop_last``; a set smaller than one
-    batch is never dropped.
+    process r of R takes every R-th sample from position r. If N is not a multiple of R, the permutation is extended
+    from its beginning, so that all processes have the same number of batches. A last batch of a single sample is
+    dropped, because batch normalization cannot train on it, and the last partial batch is dropped with ``drop_last``; a
+    set smaller than one batch is never dropped.
 
     Without ``shuffle`` (evaluation), every sample is served exactly once over all processes, in order. The numbers of
-    samples per process may differ by one; every process has the same number of batches (some one sample smaller, or, for
-    batches of one sample, larger), because a process with an additional batch would deadlock.
+    samples per process may differ by one; every process has the same number of batches (some one sample smaller, or,
+    for batches of one sample, larger), because a process with an additional batch would deadlock.
 
     As in Lightning's protocol for stateful loaders, ``state_dict`` contains the epoch and the number of batches served;
     after ``load_state_dict``, the next iteration serves the rest of that epoch, and later iterations whole epochs. The
@@ -130,20 +130,20 @@ class IndexLoader:
         """Restore the position: the next iteration serves the rest of the epoch.
 
         Raises:
-            ValueError: if the state is not that of an IndexLoader, or is from mid-epoch with another batch size or number
-                of processes, for which no position has the same preceding samples.
+            ValueError: if the state is not that of an IndexLoader, or is from mid-epoch with another batch size or
+                number of processes, for which no position has the same preceding samples.
         """
         if not {"epoch", "batches"} <= state.keys():
             raise ValueError(
-                f"expected a loader state with 'epoch' and 'batches', got {sorted(state)}; resume from a checkpoint written "
-                "with this loader"
+                f"expected a loader state with 'epoch' and 'batches', got {sorted(state)}; resume from a checkpoint "
+                "written with this loader"
             )
         before = state.get("batch_size", self.batch_size), state.get("processes", self.world_size)
         if 0 < state["batches"] < state.get("of", len(self)) and before != (self.batch_size, self.world_size):
             raise ValueError(
                 "expected the values of the checkpoint from the middle of an epoch, a batch size of "
-                f"{before[0]} on {before[1]} processes, got {self.batch_size} on {self.world_size}; use the same values, or "
-                "a checkpoint from the end of an epoch"
+                f"{before[0]} on {before[1]} processes, got {self.batch_size} on {self.world_size}; use the same "
+                "values, or a checkpoint from the end of an epoch"
             )
         self._epoch, self._served = int(state["epoch"]), int(state["batches"])
         self._skip = self._served

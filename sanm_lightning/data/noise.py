@@ -1,9 +1,9 @@
 """Label noise for training sets, generated from a seed or read from a file.
 
 Every function takes labels of shape (N,), int64, and returns a new tensor of the same shape; the input is not modified.
-All functions select **exactly** ``round(rate * N)`` samples, so the rate is exact and not an expectation. Published methods
-use different kinds, and the two symmetric kinds differ by a factor (C - 1) / C in the fraction of wrong labels: report the
-kind together with the rate.
+All functions select **exactly** ``round(rate * N)`` samples, so the rate is exact and not an expectation. Published
+methods use different kinds, and the two symmetric kinds differ by a factor (C - 1) / C in the fraction of wrong labels:
+report the kind together with the rate.
 """
 
 from collections.abc import Callable, Mapping
@@ -88,16 +88,17 @@ def class_map(name: str) -> dict[int, int]:
     """
     if name not in _MAPS:
         raise ValueError(
-            f"expected a noise mapping among {sorted(_MAPS)}, got {name!r}; choose one of them, or use a map of class ids"
+            f"expected a noise mapping among {sorted(_MAPS)}, got {name!r}; choose one of them, or use a map of class "
+            "ids"
         )
     return _MAPS[name]()
 
 
 def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Apply symmetric noise that **may keep** the label: ``round(rate * N)`` labels are sampled uniformly from all C classes.
+    """Apply symmetric noise that **may keep** the label: ``round(rate * N)`` labels are sampled from all C classes.
 
-    This is the definition of DivideMix (Li et al., ICLR 2020) and the methods based on it. The fraction of wrong labels is
-    about ``rate * (C - 1) / C``, lower than the requested rate.
+    This is the definition of DivideMix (Li et al., ICLR 2020) and the methods based on it. The fraction of wrong labels
+    is about ``rate * (C - 1) / C``, lower than the requested rate.
 
     Args:
         labels: shape (N,), int64, in [0, C).
@@ -119,8 +120,8 @@ def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Ge
 def symmetric_exclusive(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
     """Apply symmetric noise that **always flips**: ``round(rate * N)`` labels are sampled from the other C - 1 classes.
 
-    This is the definition of Co-teaching (Han et al., NeurIPS 2018). The fraction of wrong labels is the requested rate.
-    Arguments, return value and errors as for `symmetric`; fewer than two classes raise ValueError.
+    This is the definition of Co-teaching (Han et al., NeurIPS 2018). The fraction of wrong labels is the requested
+    rate. Arguments, return value and errors as for `symmetric`; fewer than two classes raise ValueError.
     """
     chosen = _choose(labels, rate, num_classes, generator)
     if num_classes < 2:
@@ -155,8 +156,8 @@ def asymmetric(
     outside = sorted(c for c in {*mapping.keys(), *mapping.values()} if not 0 <= c < num_classes)
     if outside:
         raise ValueError(
-            f"expected a noise mapping of classes in 0 to {num_classes - 1}, got classes {outside[:5]}; choose a mapping "
-            "for this data set"
+            f"expected a noise mapping of classes in 0 to {num_classes - 1}, got classes {outside[:5]}; choose a "
+            "mapping for this data set"
         )
     table = torch.arange(num_classes, device=labels.device)
     table[list(mapping.keys())] = torch.tensor(list(mapping.values()), dtype=torch.int64, device=labels.device)
@@ -164,7 +165,7 @@ def asymmetric(
 
 
 def pair_flip(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Apply pair noise: ``round(rate * N)`` labels change from class i to class (i + 1) mod C (Han et al., NeurIPS 2018).
+    """Apply pair noise: ``round(rate * N)`` labels change from i to (i + 1) mod C (Han et al., NeurIPS 2018).
 
     Arguments, return value and errors as for `symmetric_exclusive`; the fraction of wrong labels is the rate.
     """
@@ -196,8 +197,8 @@ def _check_rate(rate: float) -> None:
 def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(
-            f"expected {what} of shape (N,) and type int64, got shape {tuple(labels.shape)} and type {labels.dtype}; use "
-            "one class index per sample"
+            f"expected {what} of shape (N,) and type int64, got shape {tuple(labels.shape)} and type {labels.dtype}; "
+            "use one class index per sample"
         )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ValueError(
@@ -238,13 +239,13 @@ class Noise:
         _check_rate(self.rate)
         if self.kind in ("none", "file") and self.rate:
             raise ValueError(
-                f"expected no rate for noise of kind {self.kind!r}, got {self.rate}; omit the rate, or choose a kind with "
-                "a rate, such as 'symmetric'"
+                f"expected no rate for noise of kind {self.kind!r}, got {self.rate}; omit the rate, or choose a kind "
+                "with a rate, such as 'symmetric'"
             )
         if self.kind == "asymmetric" and not self.mapping:
             raise ValueError(
-                f"expected a mapping for noise of kind 'asymmetric', got {self.mapping!r}; choose one of {sorted(_MAPS)}, "
-                "or use a map of class ids"
+                f"expected a mapping for noise of kind 'asymmetric', got {self.mapping!r}; choose one of "
+                f"{sorted(_MAPS)}, or use a map of class ids"
             )
         if self.kind == "file" and not self.path:
             raise ValueError(

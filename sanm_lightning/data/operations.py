@@ -1,12 +1,13 @@
 """Image operations on batches of uint8 images with one strength per image, on any device.
 
-Each operation equals the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image, with
-the same rounding, and nearest-neighbor interpolation for geometric operations. Strengths are float32 tensors (B,). No
-function synchronizes with the device.
+Each operation equals the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image,
+with the same rounding, and nearest-neighbor interpolation for geometric operations. Strengths are float32 tensors (B,).
+No function synchronizes with the device.
 
-There are three kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel; one
-look-up applies all pointwise operations of a batch. Geometric operations (:data:`MOVES`) return a matrix for each image;
-one resampling applies all of them. The others (:data:`NEIGHBORS`) depend on neighboring pixels or other channels.
+There are three kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel;
+one look-up applies all pointwise operations of a batch. Geometric operations (:data:`MOVES`) return a matrix for each
+image; one resampling applies all of them. The others (:data:`NEIGHBORS`) depend on neighboring pixels or other
+channels.
 """
 
 import math
@@ -184,7 +185,8 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     turned = sixths + 6 * shift.view(-1, 1, 1)
-    # Fraction of the spread by which each channel is below the value, from the hue's distance to the channel's opposite.
+    # Fraction of the spread by which each channel is below the value, from the hue's distance to the channel's
+    # opposite.
     away = torch.stack([turned + 3, turned + 1, turned - 1], dim=1)
     fraction = (2 - (away - 6 * (away / 6).round_()).abs_()).clamp_(0, 1)
     out = value.unsqueeze(1) - spread.unsqueeze(1) * fraction
@@ -226,7 +228,8 @@ def affine_matrix(
 ) -> Tensor:
     """Return affine matrices from output to input coordinates: (B, 2, 3), float32, from (x, y, 1) to (x, y).
 
-    Coordinates are in pixels from the center of the image. Arguments are those of :func:`affine`, each a number or (B,).
+    Coordinates are in pixels from the center of the image. Arguments are those of :func:`affine`, each a number or
+    (B,).
     """
     given = (angle, scale, shear_x, shear_y, translate_x, translate_y)
     device = next((part.device for part in given if isinstance(part, Tensor)), torch.device("cpu"))
@@ -259,7 +262,8 @@ def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, paddi
     rows = (torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2).view(-1, 1)
     columns = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
 
-    # No matrix product, which autocast would run in bf16. Scaling to [-1, 1] and back reproduces torchvision's rounding.
+    # No matrix product, which autocast would run in bf16. Scaling to [-1, 1] and back reproduces torchvision's
+    # rounding.
     def place(which: int, size: int) -> Tensor:
         across, down, offset = (part.view(-1, 1, 1) for part in (matrix[:, which] * (2 / size)).unbind(1))
         return ((across * columns + (down * rows + offset) + 1) * (size / 2) - 0.5).round_().to(torch.int32)
@@ -397,5 +401,5 @@ OPERATIONS: dict[str, Operation] = {
     **NEIGHBORS,
 }
 """Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold,
-degrees, a slope or pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner fixed, as
-there. The order is: identity, :data:`TABLES`, :data:`MOVES`, :data:`NEIGHBORS`."""
+degrees, a slope or pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner fixed,
+as there. The order is: identity, :data:`TABLES`, :data:`MOVES`, :data:`NEIGHBORS`."""

@@ -114,7 +114,7 @@ POOL: tuple[tuple[str, Callable[[Tensor, Tensor, int, int], Tensor]], ...] = (
     ("translate_x", lambda m, sign, height, width: (0.3 * m * width).round() * sign),
     ("translate_y", lambda m, sign, height, width: (0.3 * m * height).round() * sign),
 )
-"""FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12): name, and its amount at strength m = level / 10."""
+"""FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12): name, and amount at strength m = level / 10."""
 
 
 def draw_rand_augment(
@@ -164,7 +164,7 @@ CIFAR10_POLICY = tuple(
     )
     for sub in _SUB_POLICIES
 )
-"""AutoAugment's policy for CIFAR-10 (Cubuk et al., CVPR 2019, Table 7): 25 pairs of (operation, probability, level 0 to 9)."""
+"""AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019, Table 7): 25 pairs of (operation, probability, level 0-9)."""
 
 
 def _auto_augment_amount(name: str, level: int, sign: Tensor, height: int, width: int) -> Tensor:
@@ -233,7 +233,7 @@ def draw_color_jitter(
 def draw_resized_crop(
     batch: int, height: int, width: int, smallest: float, generator: torch.Generator, tries: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample windows of a fraction U(smallest, 1) of the area and a log-uniform aspect in [3/4, 4/3], as torchvision does.
+    """Sample windows with area fraction U(smallest, 1) and log-uniform aspect in [3/4, 4/3], as torchvision does.
 
     Windows that do not fit are resampled; after ``tries``, the largest centered window is used.
 
@@ -328,9 +328,9 @@ POLICIES: dict[str, Callable[[Tensor, torch.Generator, int, bool], Tensor]] = {
     "jitter_affine": _jitter_affine,
     "simclr": _simclr,
 }
-"""Name -> function (images, generator, padding, flip). Sources: AutoAugment (Cubuk et al., CVPR 2019, the CIFAR-10 policy)
-and RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 2020); the warm-up views of C2D's code:
-color jitter before crop and flip, an affine transform after them."""
+"""Name -> function (images, generator, padding, flip). Sources: AutoAugment (Cubuk et al., CVPR 2019, CIFAR-10 policy)
+and RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 2020); the warm-up views of C2D's
+code: color jitter before crop and flip, an affine transform after them."""
 
 
 def augment(
@@ -396,7 +396,7 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def takes_batches(policy: Callable[..., Any]) -> bool:
-    """Return whether a policy takes (uint8 images, generator); other policies transform one image, as in torchvision."""
+    """Return whether a policy takes (uint8 images, generator); others transform one image, as in torchvision."""
     try:
         return "generator" in inspect.signature(policy).parameters
     except (TypeError, ValueError):

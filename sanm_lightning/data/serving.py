@@ -64,7 +64,8 @@ class ServedBatches(L.LightningDataModule):
     def store(self, split: str) -> ImageStore:
         """Return the images of a split."""
 
-    # Samples and views of the module in training ------------------------------------------------------------------------
+    # Samples and views of the module in training
+    # ------------------------------------------------------------------------
 
     def _choose(self, epoch: int) -> Tensor | None:
         """Prepare the epoch of the module and return its batches."""
@@ -203,8 +204,8 @@ class ServedBatches(L.LightningDataModule):
             )
         if not takes_batches(policy):
             raise ValueError(
-                f"expected a batch policy outside of training views, got {name!r}, a transform of one image; add a parameter "
-                "'generator' and process whole batches"
+                f"expected a batch policy outside of training views, got {name!r}, a transform of one image; add a "
+                "parameter 'generator' and process whole batches"
             )
         return cast(Tensor, policy(images, generator=generator))
 

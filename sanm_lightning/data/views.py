@@ -60,7 +60,7 @@ def draw_crop_flip(
 
 
 def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Pad each image with zeros, crop a window (default: of the original size), and flip it according to ``parameters``.
+    """Pad each image with zeros, crop a window (default: the original size), and flip it as in ``parameters``.
 
     Equal to ``pad``, ``crop`` and ``hflip`` of torchvision, applied to each image, on any device and for any dtype.
 
@@ -79,8 +79,8 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
     _check_padding(padding)
     if images.dim() != 4 or len(parameters.top) != len(images):
         raise ValueError(
-            f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; sample "
-            "one view per image"
+            f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; "
+            "sample one view per image"
         )
     height, width = images.shape[2:] if size is None else size
     padded = F.pad(images, (padding,) * 4) if padding else images

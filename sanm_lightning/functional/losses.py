@@ -69,7 +69,8 @@ def masked_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
 def label_margin(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the largest other logit minus that of the label, logits (B, C), targets (B, C) -> (B,) float32.
 
-    Source: Pleiss et al., NeurIPS 2020, "area under the margin", with the opposite sign, so that it is ordered like a loss.
+    Source: Pleiss et al., NeurIPS 2020, "area under the margin", with the opposite sign, so that it is ordered like a
+        loss.
     """
     logits = logits.float()
     label = targets.argmax(1, keepdim=True)
@@ -108,12 +109,12 @@ def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Te
 
 
 def clamped_probs(logits: Tensor) -> Tensor:
-    """Return probabilities (B, C), float32, in [1e-4, 1 - 1e-4], of logits (B, C), so that log(1 - <t, p>) is finite."""
+    """Return probabilities (B, C), float32, clamped to [1e-4, 1 - 1e-4], so that log(1 - <t, p>) is finite."""
     return logits.float().softmax(1).clamp(1e-4, 1 - 1e-4)
 
 
 def early_learning_regularization(probs: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean of log(1 - <t, p>), probabilities p (B, C) with gradient, targets t (B, C) without: a scalar <= 0.
+    """Return the mean of log(1 - <t, p>), p (B, C) with gradient, targets t (B, C) without: a scalar <= 0.
 
     Source: Liu et al., NeurIPS 2020, Eq. 6. The value is negative and unbounded as p approaches t.
     """

@@ -29,7 +29,8 @@ class Mixture(NamedTuple):
 def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
     """Fit two Gaussians to min-max normalized losses.
 
-    Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The k-means
+    Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The
+        k-means
     initialization has a fixed seed, so the fit is deterministic.
 
     Args:
@@ -37,8 +38,8 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
         max_iter: maximum number of iterations; published: 10 (C2D: 200).
 
     Returns:
-        The mixture, on the device of ``losses``. If all losses are equal, or N < 2, it has one component, whose posterior
-        is 1.
+        The mixture, on the device of ``losses``. If all losses are equal, or N < 2, it has one component, whose
+        posterior is 1.
 
     Raises:
         ValueError: if ``losses`` is not (N,), or contains NaN or infinity.

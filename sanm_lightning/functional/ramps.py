@@ -29,8 +29,8 @@ def ema_decay(step: int, decay: float, ramp_steps: int | None) -> float:
 def forget_rate(epoch: int, noise_rate: float, num_gradual: int, exponent: float = 1.0) -> float:
     """Return R(e), the fraction of a batch that Co-teaching excludes in an epoch.
 
-    It increases linearly from 0 to ``noise_rate ** exponent`` over the first ``num_gradual`` epochs, and is ``noise_rate``
-    afterwards. Source: the code of Han et al., NeurIPS 2018.
+    It increases linearly from 0 to ``noise_rate ** exponent`` over the first ``num_gradual`` epochs, and is
+    ``noise_rate`` afterwards. Source: the code of Han et al., NeurIPS 2018.
     """
     if epoch >= num_gradual:
         return noise_rate
@@ -40,7 +40,8 @@ def forget_rate(epoch: int, noise_rate: float, num_gradual: int, exponent: float
 def critical_fraction(epoch: int, noise_rate: float, schedule: str, num_gradual: int) -> float:
     """Return the fraction of critical weights in an epoch of CDR, which is also the factor of their gradient.
 
-    ``"constant"`` is 1 - noise rate; ``"gradual"`` decreases linearly from 1 to it over the first ``num_gradual`` epochs.
+    ``"constant"`` is 1 - noise rate; ``"gradual"`` decreases linearly from 1 to it over the first ``num_gradual``
+    epochs.
     """
     if schedule == "gradual" and epoch < num_gradual:
         return 1 - noise_rate * epoch / max(1, num_gradual - 1)

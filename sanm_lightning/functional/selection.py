@@ -30,8 +30,9 @@ def threshold_split(quality: Tensor, threshold: float, clip: bool = False) -> tu
         clip: whether to clip the threshold to the range of ``quality``, as C2D does.
 
     Returns:
-        Whether each sample is labeled, shape (N,), bool; and whether a set was empty with the given threshold. In that case,
-        the threshold is clipped to the range; if all probabilities are equal, the first half of the samples is labeled.
+        Whether each sample is labeled, shape (N,), bool; and whether a set was empty with the given threshold. In that
+        case, the threshold is clipped to the range; if all probabilities are equal, the first half of the samples is
+        labeled.
     """
     labelled = quality > threshold
     empty = bool(labelled.all()) or not bool(labelled.any())

@@ -41,21 +41,22 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         image_size: H, W of the images in pixels; linked to the data module on the command line.
         network: timm model name, or a network with timm's interface for images in [0, 1].
         network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``.
-        mean: channel means for input normalization; None uses those of the pre-trained weights, those of the data, or .5.
+        mean: channel means for input normalization; None uses those of the pre-trained weights, those of the data, or
+            .5.
         std: channel standard deviations; None uses those of the pre-trained weights, those of the data, or .25.
         sanm: SANM applied to the method; None is the published method without SANM.
         warmup_epochs: length of the method's warm-up stage, if it has one, and epochs before SANM's first mask.
         optimizer: function that creates the optimizer from the parameters.
-        scheduler: function that creates the learning-rate schedule. A schedule with an argument ``total_steps`` receives the
-            number of steps from the trainer and is stepped per batch, others are stepped per epoch. None keeps the rate
-            constant.
-        compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name of
-            a backend. Weights, checkpoints and exports are those of the uncompiled network.
+        scheduler: function that creates the learning-rate schedule. A schedule with an argument ``total_steps``
+            receives the number of steps from the trainer and is stepped per batch, others are stepped per epoch. None
+            keeps the rate constant.
+        compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name
+            of a backend. Weights, checkpoints and exports are those of the uncompiled network.
 
     A checkpoint contains all of these except a network given as a module, the optimizer and the scheduler (those of the
-    command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two networks, both are
-    trained in one step with the sum of their losses and one optimizer, which is equivalent to two optimizers. A network
-    given as a module is copied for the second network, and the copy is reinitialized.
+    command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two networks, both
+    are trained in one step with the sum of their losses and one optimizer, which is equivalent to two optimizers. A
+    network given as a module is copied for the second network, and the copy is reinitialized.
 
     Raises:
         ValueError: if an argument is out of its range, or the network does not support SANM.
@@ -122,7 +123,8 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
     ) -> Learned:
         """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
 
-        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label quality.
+        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label
+            quality.
 
         Args:
             batch: B samples with the training ``images``.
@@ -131,8 +133,8 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
             quality: the method's estimate of label quality, shape (B,), in [0, 1]; an estimator configured by the user
                 overrides it.
             features: features of the unmasked images, shape (B, D, h, w), if the method has computed them.
-            mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder then
-                uses a separate forward pass on the unmixed views.
+            mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
+                then uses a separate forward pass on the unmixed views.
             extra: additional images (k B, 3, H, W) and targets that are not masked; they precede the views.
 
         Returns:
@@ -169,7 +171,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         return judge.source_of_quality(targets, batch.index, batch.true_labels)
 
     def predict_train(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
-        """Predict the training set, see :func:`~sanm_lightning.methods.passes.predict_split`. A collective operation."""
+        """Predict the training set, see :func:`~sanm_lightning.methods.passes.predict_split`. Collective."""
         return predict_split(self, "train", quantities, network, view)
 
     def predict_val(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
@@ -177,7 +179,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         return predict_split(self, "val", quantities, network, view)
 
     def reset(self, head_only: bool = False) -> list[nn.Parameter]:
-        """Reinitialize the networks (with decoders and averaged copies), or their classifiers; return the parameters."""
+        """Reinitialize the networks, decoders and averaged copies, or the classifiers; return the parameters."""
         return reset_networks(self, self._create, head_only)
 
     def prepare_epoch(self) -> None:
@@ -208,6 +210,6 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
             reasons = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             raise ValueError(
-                f"expected the weights of {type(self).__name__} as configured, got other weights: {reasons[0][:200]}{more}; "
-                "use the method, the network and the SANM options of the checkpoint"
+                f"expected the weights of {type(self).__name__} as configured, got other weights: "
+                f"{reasons[0][:200]}{more}; use the method, the network and the SANM options of the checkpoint"
             ) from error

@@ -15,15 +15,15 @@ class C2D(DivideMix):
     """DivideMix after self-supervised pre-training: both networks have the same initial weights and different heads.
 
     Source: Zheltonozhskii et al., "Contrast to Divide", WACV 2022, and its code. It differs from DivideMix in a short
-    warm-up (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold clipped to the
-    range of the probabilities. Departures: as for :class:`DivideMix`; and losses are kept from the end of the warm-up on,
-    where the code also keeps those of the warm-up.
+    warm-up (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold clipped to
+    the range of the probabilities. Departures: as for :class:`DivideMix`; and losses are kept from the end of the
+    warm-up on, where the code also keeps those of the warm-up.
 
     Args:
         num_classes: C, number of classes.
         pretrained: file of the pre-trained encoder: a checkpoint of ``SimCLR``, or a third-party checkpoint (see
-            :func:`sanm_lightning.models.load_weights`). Required to start training, but not to resume a run or to load a
-            checkpoint.
+            :func:`sanm_lightning.models.load_weights`). Required to start training, but not to resume a run or to load
+            a checkpoint.
         warmup_epochs: epochs of cross-entropy.
         clip_threshold: as for DivideMix.
         mixture_iterations: as for DivideMix.
@@ -62,7 +62,8 @@ class C2D(DivideMix):
         if self.pretrained is None:
             raise ValueError(
                 "expected a pre-trained encoder for C2D, got pretrained: null; run first 'sanm fit --config "
-                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then set --model.pretrained to its checkpoint"
+                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then set --model.pretrained to its "
+                "checkpoint"
             )
         for network in self.networks:
             report = load_weights(network, self.pretrained)

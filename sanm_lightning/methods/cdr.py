@@ -14,27 +14,28 @@ __all__ = ["CDR"]
 class CDR(CrossEntropy):
     """Cross-entropy with gradient updates of the critical weights only: those with the largest |weight * gradient|.
 
-    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. The weights of all convolutions and linear
-    layers are ranked together; the gradient of the critical ones is multiplied by their fraction, that of the others set
-    to 0. All weights decay, and momentum still updates previously critical weights. Batch norm and biases use their full
-    gradient. CDR is active from the first epoch on.
+    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. The weights of all convolutions and
+        linear
+    layers are ranked together; the gradient of the critical ones is multiplied by their fraction, that of the others
+    set to 0. All weights decay, and momentum still updates previously critical weights. Batch norm and biases use their
+    full gradient. CDR is active from the first epoch on.
 
     Where paper and code differ, the defaults follow the code, which produced the published results: the fraction is
-    constant (the code overwrites its gradual list), and weight decay is the optimizer's squared norm (the paper: absolute
-    values). The published results are those of the best epoch on a noisy validation split: ``data.val_fraction: 0.1`` and
-    a ``ModelCheckpoint`` that monitors ``val/acc``.
+    constant (the code overwrites its gradual list), and weight decay is the optimizer's squared norm (the paper:
+    absolute values). The published results are those of the best epoch on a noisy validation split:
+    ``data.val_fraction: 0.1`` and a ``ModelCheckpoint`` that monitors ``val/acc``.
 
-    Under SANM, the loss is that of :class:`CrossEntropy` under SANM, and the gradient of the reconstruction is masked as
-    well, in the same backward pass. The decoder is not part of the network: its weights are not ranked and use their full
-    gradient.
+    Under SANM, the loss is that of :class:`CrossEntropy` under SANM, and the gradient of the reconstruction is masked
+    as well, in the same backward pass. The decoder is not part of the network: its weights are not ranked and use their
+    full gradient.
 
     Args:
         num_classes: C, number of classes.
         noise_rate: fraction of wrong labels, known or estimated, in [0, 1); required, and never read from the data.
         schedule: ``"constant"`` (released code) or ``"gradual"``.
         num_gradual: epochs of the gradual schedule.
-        decay: ``"l2"`` uses the optimizer's weight decay; ``"l1"`` adds ``l1_decay`` sign(w) to the gradient of the ranked
-            weights (as in the paper) and requires an optimizer without weight decay.
+        decay: ``"l2"`` uses the optimizer's weight decay; ``"l1"`` adds ``l1_decay`` sign(w) to the gradient of the
+            ranked weights (as in the paper) and requires an optimizer without weight decay.
         l1_decay: factor of the L1 decay, >= 0.
 
     All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
@@ -55,7 +56,8 @@ class CDR(CrossEntropy):
     ) -> None:
         if noise_rate is None or not 0 <= noise_rate < 1:
             raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
+                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
+                "labels"
             )
         if schedule not in ("constant", "gradual") or num_gradual < 0:
             raise ValueError(

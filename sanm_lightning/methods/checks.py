@@ -20,5 +20,6 @@ def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epoc
         raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
     if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(
-            f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got {backend!r}"
+            f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got "
+            f"{backend!r}"
         )

@@ -19,24 +19,25 @@ class CoTeaching(NoisyLabelModule):
     Source: Han et al., NeurIPS 2018, Algorithm 1, and the authors' code. The code starts at the second entry of its
     schedule; here, the first epoch keeps all samples.
 
-    Prediction: each network separately, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2`` is
+    Prediction: each network separately, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2``
+        is
     network 2.
 
-    Under SANM, each network is masked according to the other network's estimate of label quality. Samples are selected by
-    the losses of unmasked images, because those of masked images depend on the size of the mask. The reconstruction uses
-    the whole batch.
+    Under SANM, each network is masked according to the other network's estimate of label quality. Samples are selected
+    by the losses of unmasked images, because those of masked images depend on the size of the mask. The reconstruction
+    uses the whole batch.
 
     Args:
         num_classes: C, number of classes.
         network: timm model name, or a network with timm's interface; published: ``cnn9``.
-        noise_rate: final fraction of a batch that is excluded, in [0, 1); published: the noise rate, known or estimated.
-            Required, and never read from the data.
+        noise_rate: final fraction of a batch that is excluded, in [0, 1); published: the noise rate, known or
+            estimated. Required, and never read from the data.
         num_gradual: epochs over which the fraction increases from 0. Classes that are not learned by then may never be
-            selected again: with 5 on 5,000 images of CIFAR-10 and half of the labels wrong, two of ten classes were lost
-            (on both examined seeds).
+            selected again: with 5 on 5,000 images of CIFAR-10 and half of the labels wrong, two of ten classes were
+            lost (on both examined seeds).
         exponent: exponent of the noise rate during the increase.
-        released_scale: whether to divide each network's mean loss by the number of selected samples once more, as in the
-            authors' code; with Adam, the effect is negligible.
+        released_scale: whether to divide each network's mean loss by the number of selected samples once more, as in
+            the authors' code; with Adam, the effect is negligible.
         warmup_epochs: epochs before SANM's first mask; the method has no warm-up.
         forget_rate: earlier name of ``noise_rate``.
 
@@ -63,7 +64,8 @@ class CoTeaching(NoisyLabelModule):
         noise_rate = forget_rate if noise_rate is None else noise_rate
         if noise_rate is None or not 0 <= noise_rate < 1:
             raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
+                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
+                "labels"
             )
         if num_gradual < 0 or exponent <= 0:
             raise ValueError(f"expected num_gradual >= 0 and exponent > 0, got {num_gradual} and {exponent}")

@@ -1,4 +1,4 @@
-"""DivideMix (Li, Socher and Hoi, ICLR 2020): two networks divide the data for each other and are trained with MixMatch."""
+"""DivideMix (Li, Socher and Hoi, ICLR 2020): two networks divide the data for each other, with MixMatch."""
 
 from functools import partial
 from typing import Any, Literal
@@ -69,21 +69,22 @@ class DivideMix(NoisyLabelModule):
 
     Source: Li et al., ICLR 2020, Algorithm 1, and the authors' code.
 
-    Departures. Both networks are trained in every step, each on the division of the other, where the code trains network 1
-    for an epoch and then network 2 (``alternate`` trains one network per epoch). An epoch has as many steps as the training
-    loader, each with half a batch of labeled and half a batch of unlabeled samples per network; the code's epoch is as long
-    as the labeled set (the same with half of the labels wrong). The passes that refine and guess labels do not update batch
-    norm. Samples of each set are served in random rounds, so small sets are repeated.
+    Departures. Both networks are trained in every step, each on the division of the other, where the code trains
+    network 1 for an epoch and then network 2 (``alternate`` trains one network per epoch). An epoch has as many steps
+    as the training loader, each with half a batch of labeled and half a batch of unlabeled samples per network; the
+    code's epoch is as long as the labeled set (the same with half of the labels wrong). The passes that refine and
+    guess labels do not update batch norm. Samples of each set are served in random rounds, so small sets are repeated.
 
     Predictions: the mean of both networks' logits (the code's sum gives the same classes).
 
-    Under SANM, the views that MixMatch mixes are masked and their refined or guessed targets regularized; label quality is
-    the other network's clean probability; the reconstruction uses a separate forward pass on the masked, unmixed views.
+    Under SANM, the views that MixMatch mixes are masked and their refined or guessed targets regularized; label quality
+    is the other network's clean probability; the reconstruction uses a separate forward pass on the masked, unmixed
+    views.
 
     Args:
         num_classes: C, number of classes.
-        lambda_u: weight of the squared error of the unlabeled samples. Published: CIFAR-10 0 / 25 / 25 / 50 at 20 / 50 /
-            80 / 90 % symmetric noise, 0 at 40 % asymmetric noise.
+        lambda_u: weight of the squared error of the unlabeled samples. Published: CIFAR-10 0 / 25 / 25 / 50 at 20 / 50
+            / 80 / 90 % symmetric noise, 0 at 40 % asymmetric noise.
         p_threshold: clean probability above which a sample is labeled, in [0, 1].
         temperature: temperature of the sharpening, positive.
         alpha: parameter of mixup's Beta distribution, >= 0.
@@ -95,17 +96,17 @@ class DivideMix(NoisyLabelModule):
         mixture_iterations: maximum number of iterations of the mixture fit.
         target_views: data-module policies of the views for refined and guessed labels.
         train_views: policies of the mixed views; None uses the target views.
-        sanm_views: ``"all"``: SANM masks all mixed views (Algorithm 1 of SANM); ``"first"``: it masks the first target view,
-            and the masked copies are added to the mixed views (released code).
+        sanm_views: ``"all"``: SANM masks all mixed views (Algorithm 1 of SANM); ``"first"``: it masks the first target
+            view, and the masked copies are added to the mixed views (released code).
         unlabelled_quality: quality of unlabeled samples for SANM: ``"given"``, the clean probability of the given label
             (as in the released code); ``"guess"``, the largest probability of the guessed target that replaces the
-            label. On digits with 80 % of the labels wrong (last accuracy, means of three seeds), SANM reduced C2D from .733
-            to .595 with the former and to .708 with the latter; DivideMix, whose guesses are worse there, rose from .501 to
-            .591 with the former and fell to .385 with the latter.
+            label. On digits with 80 % of the labels wrong (last accuracy, means of three seeds), SANM reduced C2D from
+            .733 to .595 with the former and to .708 with the latter; DivideMix, whose guesses are worse there, rose
+            from .501 to .591 with the former and fell to .385 with the latter.
         warmup_view: policy of the warm-up's view.
         warmup_clip: gradient norm for clipping of each network in the warm-up; None uses the trainer's setting.
-        alternate: whether to train network 1 in even and network 2 in odd epochs after the warm-up, which requires twice
-            the epochs for the same budget. Under DDP, it requires a strategy that finds unused parameters.
+        alternate: whether to train network 1 in even and network 2 in odd epochs after the warm-up, which requires
+            twice the epochs for the same budget. Under DDP, it requires a strategy that finds unused parameters.
 
     All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is the length of the warm-up.
 
@@ -208,9 +209,10 @@ class DivideMix(NoisyLabelModule):
             labelled, empty = threshold_split(clean, self.p_threshold, self.clip_threshold)
             if empty and not self.clip_threshold:
                 rank_zero_warn(
-                    f"expected labeled and unlabeled samples for network {number + 1} of {type(self).__name__} in epoch "
-                    f"{plan.epoch}, got an empty set with p_threshold {self.p_threshold}; the threshold was clipped to the "
-                    f"range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are labeled)"
+                    f"expected labeled and unlabeled samples for network {number + 1} of {type(self).__name__} in "
+                    f"epoch {plan.epoch}, got an empty set with p_threshold {self.p_threshold}; the threshold was "
+                    f"clipped to the range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are "
+                    "labeled)"
                 )
             generator = named_generator("draw", self.sanm.seed, plan.epoch, number)
             for part in (pool[labelled], pool[~labelled]):

@@ -27,17 +27,19 @@ __all__ = ["ELRPlus"]
 class ELRPlus(NoisyLabelModule):
     """Two networks trained on mixed images, each with targets from the averaged teacher of the other network.
 
-    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial weights,
+    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial
+        weights,
     average parameters only (their batch norm statistics are those of their inputs), and process unmixed images.
 
-    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set, where
+    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set,
+        where
     the code uses a separate split and separate noise for each.
 
     Predictions: the mean of both networks' logits, without the teachers.
 
     Under SANM, masked views and regularized targets are computed before mixup; teachers process unmasked images. The
-    reconstruction uses a separate forward pass on the masked, unmixed views. In SANM's warm-up, label quality requires a
-    pass over unmixed images.
+    reconstruction uses a separate forward pass on the masked, unmixed views. In SANM's warm-up, label quality requires
+    a pass over unmixed images.
 
     Args:
         num_classes: C, number of classes.

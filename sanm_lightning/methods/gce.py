@@ -12,7 +12,7 @@ __all__ = ["GCE"]
 
 
 class GCE(NoisyLabelModule):
-    """Generalized cross-entropy, between cross-entropy and mean absolute error, with smaller gradients for wrong labels.
+    """Generalized cross-entropy, between cross-entropy and mean absolute error, which is more robust to wrong labels.
 
     Source: Zhang and Sabuncu, NeurIPS 2018, Eq. 6. Not the truncated variant of their Section 3.3.
 

@@ -51,8 +51,8 @@ class MethodHooks(L.LightningModule):
 
         Returns:
             Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None uses the
-            loader's shuffled batches. The result must be a function of epoch, seed and saved state, because it is computed
-            again when a run is resumed in mid-epoch.
+            loader's shuffled batches. The result must be a function of epoch, seed and saved state, because it is
+            computed again when a run is resumed in mid-epoch.
         """
         return None
 

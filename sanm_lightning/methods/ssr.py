@@ -29,20 +29,20 @@ __all__ = ["SSR"]
 
 
 class SSR(NoisyLabelModule):
-    """Relabel and select samples once per epoch; train on the selected samples, and on the consistency of two views of all.
+    """Relabel and select samples once per epoch; train on selected samples and on the feature consistency of all.
 
     Source: Feng et al., BMVC 2022, and the authors' code. One network, no warm-up.
 
-    Departures. Features and predictions of the whole set are those of unaugmented images, where the code uses weak views.
-    Each sample of a step is sampled by class, then among the selected samples of that class; the code iterates over the
-    selected samples with every class repeated to the size of the largest. If the selection is empty, all samples are used,
-    with a warning.
+    Departures. Features and predictions of the whole set are those of unaugmented images, where the code uses weak
+    views. Each sample of a step is sampled by class, then among the selected samples of that class; the code iterates
+    over the selected samples with every class repeated to the size of the largest. If the selection is empty, all
+    samples are used, with a warning.
 
-    Under SANM, both strong views of the selected samples are masked and their labels regularized, then mixed. Label quality
-    is computed from the votes for the label; the selection score is 1 for every selected sample and would mask nothing. A
-    fraction of the votes ranks labels but is not a probability: where neighbors disagree, correct labels win with .4 of the
-    votes, wrong ones with .3, and SANM would mask and soften both almost equally. A mixture of two Gaussians on all
-    fractions, as DivideMix fits to losses, gives a probability.
+    Under SANM, both strong views of the selected samples are masked and their labels regularized, then mixed. Label
+    quality is computed from the votes for the label; the selection score is 1 for every selected sample and would mask
+    nothing. A fraction of the votes ranks labels but is not a probability: where neighbors disagree, correct labels win
+    with .4 of the votes, wrong ones with .3, and SANM would mask and soften both almost equally. A mixture of two
+    Gaussians on all fractions, as DivideMix fits to losses, gives a probability.
 
     Args:
         num_classes: C, number of classes.
@@ -53,8 +53,8 @@ class SSR(NoisyLabelModule):
         lambda_fc: weight of the feature consistency, >= 0; 1 is the authors' SSR+, 0 their SSR.
         hidden: hidden width of the two heads of the feature consistency.
         strong_view: data-module policy of the strong views.
-        vote_quality: label quality for SANM: ``"mixture"``, the probability that the label's fraction of the votes belongs
-            to the component of larger fractions; or ``"share"``, the fraction itself.
+        vote_quality: label quality for SANM: ``"mixture"``, the probability that the label's fraction of the votes
+            belongs to the component of larger fractions; or ``"share"``, the fraction itself.
         warmup_epochs: initial epochs of cross-entropy; published: none.
         chunk: number of samples whose neighbors are searched at once.
 
@@ -122,8 +122,8 @@ class SSR(NoisyLabelModule):
             )
         if self.lambda_fc > 0 and min(batch_size, -(-num_samples // world_size)) == 1:
             raise ValueError(
-                "expected at least 2 samples per step and process for the batch norm in the heads of the feature consistency, "
-                "got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
+                "expected at least 2 samples per step and process for the batch norm in the heads of the feature "
+                "consistency, got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
             )
 
     # Once per epoch: relabel, vote, select
@@ -140,14 +140,15 @@ class SSR(NoisyLabelModule):
         selected = agreeing / votes.max(1).values >= self.theta_s
         if not bool(selected.any()):
             rank_zero_warn(
-                f"expected a selection with samples in epoch {self.current_epoch} of SSR, got none; training on all samples"
+                f"expected a selection with samples in epoch {self.current_epoch} of SSR, got none; training on all "
+                "samples"
             )
             selected = torch.ones_like(selected)
         quality, given_quality = self._judge(agreeing, given_agreeing)
         self.selection.update(labels=labels, selected=selected, quality=quality, given_quality=given_quality)
 
     def _judge(self, agreeing: Tensor, given_agreeing: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the quality of the current and of the given labels from their fractions of the votes, (N,), in [0, 1]."""
+        """Return the quality of current and given labels from their fractions of the votes, (N,), in [0, 1]."""
         if self.vote_quality == "share":
             return agreeing, given_agreeing
         mixture = fit_mixture(1 - agreeing)  # the component of lower mean has the larger fractions

@@ -24,9 +24,9 @@ class LoadReport(NamedTuple):
 def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     """Load the backbone of a network from a file; the classifier is unchanged.
 
-    The file is a state dict, or a checkpoint with a state dict under ``state_dict``, ``model``, ``encoder`` or ``network``.
-    Name prefixes (``module.``, ``encoder.``, ``network.`` and others) are removed such that most names and shapes match.
-    The file is read without executing pickled code.
+    The file is a state dict, or a checkpoint with a state dict under ``state_dict``, ``model``, ``encoder`` or
+    ``network``. Name prefixes (``module.``, ``encoder.``, ``network.`` and others) are removed such that most names and
+    shapes match. The file is read without executing pickled code.
 
     Args:
         network: network to load into; mean and standard deviation of a normalizing network are unchanged.
@@ -36,8 +36,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
         Names of matched, missing and unexpected tensors.
 
     Raises:
-        ValueError: if the file is missing, cannot be opened safely, contains no weights, or matches less than half of the
-            backbone.
+        ValueError: if the file is missing, cannot be opened safely, contains no weights, or matches less than half of
+            the backbone.
     """
     path = Path(path)
     if not path.is_file():
@@ -49,8 +49,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"expected a file of tensors and built-in types, got {str(path)!r}, which cannot be loaded as such ({reason}); if "
-            "the file is trusted, load it and save its state dict with torch.save"
+            f"expected a file of tensors and built-in types, got {str(path)!r}, which cannot be loaded as such "
+            f"({reason}); if the file is trusted, load it and save its state dict with torch.save"
         ) from error
     weights = _state_dict(held)
     own = {
@@ -65,9 +65,9 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     if not fitting or len(missing) >= len(fitting):
         held_names = ", ".join(list(weights)[:3]) or "none"
         raise ValueError(
-            f"expected weights of {type(network).__name__} in {str(path)!r}, got {len(fitting)} of {len(own)} tensors that "
-            f"match in name and shape (first names in the file: {held_names}; in the network: {', '.join(list(own)[:3])}); "
-            "use the network and the width of the pre-training"
+            f"expected weights of {type(network).__name__} in {str(path)!r}, got {len(fitting)} of {len(own)} tensors "
+            f"that match in name and shape (first names in the file: {held_names}; in the network: "
+            f"{', '.join(list(own)[:3])}); use the network and the width of the pre-training"
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
@@ -97,6 +97,6 @@ def _prefixes(names: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], prefix: str, inner: str) -> dict[str, str]:
-    """Map names of ``own`` with prefix ``inner`` to names of ``weights`` with prefix ``prefix``, where shapes are equal."""
+    """Map names of ``own`` with prefix ``inner`` to names of ``weights`` with ``prefix`` and the same shape."""
     pairs = {name: prefix + name.removeprefix(inner) for name in own if name.startswith(inner)}
     return {name: key for name, key in pairs.items() if key in weights and weights[key].shape == own[name].shape}

@@ -13,7 +13,8 @@ __all__ = ["CNN9", "cnn9"]
 class CNN9(PooledClassifier):
     """Nine 3 x 3 convolutions, each with batch norm and leaky ReLU, in three groups.
 
-    Source: Co-teaching (Han et al., NeurIPS 2018), Table 2, and its code: 3 x 128, pool, 3 x 256, pool, then 512, 256, 128
+    Source: Co-teaching (Han et al., NeurIPS 2018), Table 2, and its code: 3 x 128, pool, 3 x 256, pool, then 512, 256,
+        128
     without padding; leaky slope .01, dropout .25 after each pool. On 32 x 32 images the last map is 2 x 2.
     Departure: dropout is a module and disabled in evaluation; the functional call of the released code is not.
 

@@ -17,8 +17,8 @@ NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 class Normalized(nn.Module):
     """Wrapper of a network with timm's interface that normalizes images in [0, 1].
 
-    The fill U(0, 1) and the reconstruction target of SANM are then in the range of the paper, and the state dict contains
-    the statistics.
+    The fill U(0, 1) and the reconstruction target of SANM are then in the range of the paper, and the state dict
+    contains the statistics.
 
     Args:
         network: a network with timm's interface.
@@ -26,7 +26,8 @@ class Normalized(nn.Module):
         std: standard deviation of each channel, positive.
 
     Raises:
-        ValueError: if there are not three values of each, a value is not finite, or a standard deviation is not positive.
+        ValueError: if there are not three values of each, a value is not finite, or a standard deviation is not
+            positive.
     """
 
     mean: Tensor

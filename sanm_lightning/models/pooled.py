@@ -1,4 +1,4 @@
-"""Base class of the networks of this package: global average pooling and one linear classifier, with timm's interface."""
+"""Base class of networks with global average pooling and one linear classifier, with timm's interface."""
 
 from typing import Any
 

@@ -37,7 +37,8 @@ class PreActBlock(nn.Module):
 class PreActResNet(PooledClassifier):
     """Four stages of two pre-activation blocks on a 3 x 3 stem without pooling.
 
-    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem, none
+    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem,
+        none
     after the last stage, so the last feature map can be negative.
 
     Args:
@@ -71,7 +72,7 @@ class PreActResNet(PooledClassifier):
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last feature map (B, D, h, w) of images (B, 3, H, W): (B, 8 width, H / 8, W / 8) with four stages."""
+        """Return the feature map (B, D, h, w) of images (B, 3, H, W): (B, 8 width, H / 8, W / 8) with four stages."""
         out: Tensor = self.stages(self.stem(x))
         return out
 

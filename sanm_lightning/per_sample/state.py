@@ -1,8 +1,8 @@
 """State with one row per training sample, declared like the metric states of torchmetrics.
 
-A callback finds every :class:`SampleState` in a module, resizes it before training, synchronizes it over processes at the
-end of every epoch, and saves the values of all processes. The tables are tensors saved as extra state, not buffers, because
-DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
+A callback finds every :class:`SampleState` in a module, resizes it before training, synchronizes it over processes at
+the end of every epoch, and saves the values of all processes. The tables are tensors saved as extra state, not buffers,
+because DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
 """
 
 from collections.abc import Callable
@@ -51,10 +51,10 @@ class SampleState(nn.Module):
             shape: shape of one row.
             dtype: dtype of the table, independent of the precision of the module.
             default: initial value of every row.
-            dist_reduce_fx: how :meth:`sync` merges the rows that the processes wrote since the last sync. ``"mean"``: the
-                mean over the processes that wrote the row; for integers and booleans, the row of the lowest rank that
-                wrote it. ``"sum"``: the sum of the added values. None: all processes write the same values, and nothing
-                is exchanged.
+            dist_reduce_fx: how :meth:`sync` merges the rows that the processes wrote since the last sync. ``"mean"``:
+                the mean over the processes that wrote the row; for integers and booleans, the row of the lowest rank
+                that wrote it. ``"sum"``: the sum of the added values. None: all processes write the same values, and
+                nothing is exchanged.
         """
         self._states[name] = (tuple(shape), dtype, default, dist_reduce_fx)
         setattr(self, name, torch.full((self.num_samples, *shape), default, dtype=dtype))
@@ -112,8 +112,8 @@ class SampleState(nn.Module):
         """Raise ValueError if a position on the CPU is outside [0, N)."""
         if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise ValueError(
-                f"expected sample indices in [0, {len(self)}), got {int(index.min())} to {int(index.max())}; number the "
-                "training samples from 0"
+                f"expected sample indices in [0, {len(self)}), got {int(index.min())} to {int(index.max())}; number "
+                "the training samples from 0"
             )
 
     def _keep_start(self, name: str) -> None:
@@ -130,7 +130,7 @@ class SampleState(nn.Module):
         self._start.clear()
 
     def _merged(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return the merged rows of each exchanged table, and the number of processes that wrote each row. Collective."""
+        """Return merged rows of each exchanged table, and the number of processes that wrote them. Collective."""
         merged = {}
         for name, (_, dtype, _, reduction) in self._states.items():
             if reduction is None:

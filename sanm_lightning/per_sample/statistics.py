@@ -50,7 +50,7 @@ class EpochMean(SampleState):
         """Do nothing: :meth:`compute` synchronizes the sums of an epoch."""
 
     def compute(self) -> Tensor:
-        """Update the values with the sums of all processes and return them, (N,). Collective; call it once per epoch."""
+        """Update and return the values (N,) with the sums of all processes. Collective; call it once per epoch."""
         super().sync()
         seen = self.count > 0
         new = self.sum / self.count.clamp(min=1)

@@ -36,7 +36,7 @@ class Backbone(Protocol):
 
 
 def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """Return class activation maps: the channels of each feature map, weighted by the classifier's weights of one class.
+    """Return class activation maps: feature maps weighted by the classifier's weights of one class.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 1; class activation mapping is Zhou et al., CVPR 2016.
 
@@ -150,8 +150,8 @@ def classifier_weight(network: Backbone, channels: int) -> Tensor:
     if isinstance(weight, Tensor) and weight.numel() == weight.shape[0] * channels:  # nn.Linear, or a 1 x 1 convolution
         return weight.flatten(1)
     raise ValueError(
-        f"expected one linear classifier on the {channels} pooled features of {type(network).__name__} for a class activation "
-        f"map, got {network.get_classifier()}; choose place: energy, which requires no classifier"
+        f"expected one linear classifier on the {channels} pooled features of {type(network).__name__} for a class "
+        f"activation map, got {network.get_classifier()}; choose place: energy, which requires no classifier"
     )
 
 
@@ -167,6 +167,6 @@ def require_pooled_linear(network: Backbone, maps: Tensor, logits: Tensor) -> No
     pooled = F.linear(maps.float().mean((2, 3)), weight.float(), None if bias is None else bias.float())
     if float((pooled - logits.float()).abs().max()) > 0.02 * float(logits.abs().max()) + 1e-3:
         raise ValueError(
-            "expected logits that are one linear map of the averaged features for a class activation map, got other layers "
-            f"between the last feature map and the logits of {type(network).__name__}; choose place: energy"
+            "expected logits that are one linear map of the averaged features for a class activation map, got other "
+            f"layers between the last feature map and the logits of {type(network).__name__}; choose place: energy"
         )

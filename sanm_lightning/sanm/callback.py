@@ -30,19 +30,20 @@ SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 class SANMCallback(L.Callback):
     """Apply SANM to a module with a standard ``training_step`` on ``(x, y)`` batches, without modifying the module.
 
-    The step receives masked images and regularized labels as class probabilities (B, C). The reconstruction term, computed
-    from the features of the last forward pass of the step, is added to its loss. The loss must accept probabilities, as
-    ``F.cross_entropy`` does; steps that use ``y`` as class indices are detected before the first update by a run on a copy
-    of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images should be in [0, 1] in the batch. Label quality
-    is estimated by sample index if the batch has one (``batch.index``) and the data module has ``num_samples``, otherwise
-    from a window of recent losses. Further elements of a batch are passed on.
+    The step receives masked images and regularized labels as class probabilities (B, C). The reconstruction term,
+    computed from the features of the last forward pass of the step, is added to its loss. The loss must accept
+    probabilities, as ``F.cross_entropy`` does; steps that use ``y`` as class indices are detected before the first
+    update by a run on a copy of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images should be in [0,
+    1] in the batch. Label quality is estimated by sample index if the batch has one (``batch.index``) and the data
+    module has ``num_samples``, otherwise from a window of recent losses. Further elements of a batch are passed on.
 
-    It supports modules of ``lightning`` and ``pytorch_lightning``, with any optimizer and scheduler: decoder parameters that
-    are missing in the optimizer are added to its first parameter group. The decoder is saved in the callback's state, so
-    the module's state dict is unchanged. The first mask is applied after ``SANM(warmup_epochs=)`` epochs (default: 1).
+    It supports modules of ``lightning`` and ``pytorch_lightning``, with any optimizer and scheduler: decoder parameters
+    that are missing in the optimizer are added to its first parameter group. The decoder is saved in the callback's
+    state, so the module's state dict is unchanged. The first mask is applied after ``SANM(warmup_epochs=)`` epochs
+    (default: 1).
 
-    Logged per epoch, as means over steps: ``train/quality``, ``train/masked_fraction``, ``train/reconstruction_loss`` (L_r),
-    each averaged over the active SANMs, and ``train/classification_loss`` (the loss without the terms beta L_r).
+    Logged per epoch, as means over steps: ``train/quality``, ``train/masked_fraction``, ``train/reconstruction_loss``
+    (L_r), each averaged over the active SANMs, and ``train/classification_loss`` (the loss without the terms beta L_r).
 
     Args:
         sanm: SANM with its options; None means ``SANM()``.
@@ -50,14 +51,14 @@ class SANMCallback(L.Callback):
             classifier), then the module itself.
         layer: name of the network's submodule whose output is the last feature map; None detects it.
         image_size: H, W of the training images; None uses that of the data module, or of a batch.
-        wrap: whether to wrap the training step; False, for methods that call SANM, only fits label quality once per epoch
-            and logs metrics.
-        rehearse: whether to run the step on a copy of the module before the first update, to detect steps that use labels
-            as class indices.
+        wrap: whether to wrap the training step; False, for methods that call SANM, only fits label quality once per
+            epoch and logs metrics.
+        rehearse: whether to run the step on a copy of the module before the first update, to detect steps that use
+            labels as class indices.
 
     Raises:
-        MisconfigurationException: before the first update, if the module is not supported. Strategies that shard weights
-            (FSDP, DeepSpeed, tensor parallelism) are not supported; DDP is.
+        MisconfigurationException: before the first update, if the module is not supported. Strategies that shard
+            weights (FSDP, DeepSpeed, tensor parallelism) are not supported; DDP is.
     """
 
     def __init__(
@@ -100,8 +101,8 @@ class SANMCallback(L.Callback):
             return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"expected automatic optimization in {type(pl_module).__name__}, got manual optimization; call SANM in the "
-                "training step (see the two calls of SANM)"
+                f"expected automatic optimization in {type(pl_module).__name__}, got manual optimization; call SANM in "
+                "the training step (see the two calls of SANM)"
             )
         height, width = self.image_size or getattr(data, "image_size", None) or _size_of_a_batch(trainer)
         tap = self.tap = self._find_network(pl_module, (height, width))
@@ -117,7 +118,7 @@ class SANMCallback(L.Callback):
         self._wrap_step(pl_module, tap)
 
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
-        """Return the feature extractor of the given network, or of the first common name that is a complete classifier."""
+        """Return the feature extractor of the given network, or of the first common name that is a classifier."""
         owner = type(pl_module).__name__
         children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
         if self.network is None:
@@ -199,9 +200,9 @@ class SANMCallback(L.Callback):
                 misread = misread_labels(pl_module, tap, step, batch, args, kwargs)
                 if misread:
                     raise MisconfigurationException(
-                        f"expected a training step of {type(pl_module).__name__} that accepts class probabilities (B, C), got "
-                        f"one that reads its labels as class indices ({misread}); use y.argmax(1) for such metrics, or "
-                        "SANM(labels=False), which keeps the labels unchanged"
+                        f"expected a training step of {type(pl_module).__name__} that accepts class probabilities (B, "
+                        f"C), got one that reads its labels as class indices ({misread}); use y.argmax(1) for such "
+                        "metrics, or SANM(labels=False), which keeps the labels unchanged"
                     )
             return self._masked_step(pl_module, tap, step, batch, args, kwargs)
 
@@ -336,8 +337,8 @@ class SANMCallback(L.Callback):
 def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Raise an error for strategies that shard weights.
 
-    Activation maps read the classifier's weights outside of the wrapped forward, submodules run separately, and methods rank
-    or average single weights, which fails late or silently with sharded weights.
+    Activation maps read the classifier's weights outside of the wrapped forward, submodules run separately, and methods
+    rank or average single weights, which fails late or silently with sharded weights.
     """
     if SHARING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
@@ -352,8 +353,8 @@ def _size_of_a_batch(trainer: L.Trainer) -> Sequence[int]:
             batch = next(iter(trainer.fit_loop._data_source.dataloader()))
     except Exception as error:
         raise MisconfigurationException(
-            f"expected a batch before training to determine the image size for SANM, got {type(error).__name__}: {error}; pass "
-            "image_size="
+            f"expected a batch before training to determine the image size for SANM, got {type(error).__name__}: "
+            f"{error}; pass image_size="
         ) from error
     size: Sequence[int] = images_and_labels(batch)[0].shape[-2:]
     return size

@@ -15,9 +15,9 @@ __all__ = ["FeatureExtractor", "FeatureTap", "shadow"]
 class FeatureExtractor(nn.Module):
     """Wrapper of a convolutional classifier with timm's interface that stores the features of its last forward pass.
 
-    The features of a timm model are those of ``forward_features``. For other networks (torchvision, custom), they are the
-    input of the last average pooling, or the output of a given layer; ``forward_features`` then runs the whole network and
-    stores the logits for ``forward_head``. The constructor runs the network once, on two black images.
+    The features of a timm model are those of ``forward_features``. For other networks (torchvision, custom), they are
+    the input of the last average pooling, or the output of a given layer; ``forward_features`` then runs the whole
+    network and stores the logits for ``forward_head``. The constructor runs the network once, on two black images.
 
     Args:
         network: classifier of images (B, 3, H, W) with logits (B, C).
@@ -81,8 +81,8 @@ class FeatureExtractor(nn.Module):
             pools = [m for m in network.modules() if isinstance(m, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))]
             if not pools:
                 raise ValueError(
-                    f"expected average pooling in {type(network).__name__} after the last feature map, got none; set the "
-                    "submodule whose output is the last feature map with layer="
+                    f"expected average pooling in {type(network).__name__} after the last feature map, got none; set "
+                    "the submodule whose output is the last feature map with layer="
                 )
             self._undo.append(pools[-1].register_forward_pre_hook(self._see_input).remove)
         self._undo.append(network.register_forward_hook(self._see_logits).remove)
@@ -112,13 +112,13 @@ class FeatureExtractor(nn.Module):
         self.network(images)
         if self.features is None:
             raise ValueError(
-                f"expected {type(self.network).__name__} to run the layer of its last feature map, got no output of it; set "
-                "another submodule with layer="
+                f"expected {type(self.network).__name__} to run the layer of its last feature map, got no output of "
+                "it; set another submodule with layer="
             )
         return self.features
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Return the logits (B, C) of a feature map (B, D, h, w); for networks other than timm's, of the last one only."""
+        """Return the logits (B, C) of a feature map (B, D, h, w); without timm's interface, of the last one only."""
         logits = self.network.forward_head(features) if self._timm else self.logits
         assert logits is not None
         return logits
@@ -132,8 +132,9 @@ class FeatureExtractor(nn.Module):
         linear = [m for m in self.network.modules() if isinstance(m, nn.Linear) and tuple(m.weight.shape) == shape]
         if not linear:
             raise ValueError(
-                f"expected a linear classifier from the {shape[1]} channels of the last feature map to {shape[0]} classes in "
-                f"{type(self.network).__name__} for a class activation map, got none; use SANM(place='energy')"
+                f"expected a linear classifier from the {shape[1]} channels of the last feature map to {shape[0]} "
+                f"classes in {type(self.network).__name__} for a class activation map, got none; use "
+                "SANM(place='energy')"
             )
         return linear[-1]
 

@@ -19,8 +19,8 @@ def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
     raise MisconfigurationException(
-        f"expected batches (images, labels, ...) of tensors for SANM, got {type(batch).__name__}; for other batches, call "
-        "SANM in the training step"
+        f"expected batches (images, labels, ...) of tensors for SANM, got {type(batch).__name__}; for other batches, "
+        "call SANM in the training step"
     )
 
 
@@ -47,7 +47,7 @@ def probabilities(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def rebuilt(batch: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Any:
-    """Return a batch of the same type with other images and labels; further per-sample elements are indexed by ``rows``."""
+    """Return a batch of the same type with other images and labels, and ``rows`` of further per-sample elements."""
     size = len(batch[0])
     rest = [part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == size else part for part in batch[2:]]
     parts = [images, labels, *rest]

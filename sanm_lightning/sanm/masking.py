@@ -141,9 +141,10 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
 def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
     """Return a box with the given area and aspect at the first maximum of each map.
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so that
-    it is smaller than ``ratio`` near a border. In the released code (``anchor="corner"``), the maximum is the box's top left
-    pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside.
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so
+        that
+    it is smaller than ``ratio`` near a border. In the released code (``anchor="corner"``), the maximum is the box's top
+    left pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside.
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
@@ -156,8 +157,8 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
         A corner box of h rows ends at up + h - 1/2, between its last row and the next.
 
     Raises:
-        ValueError: if the shapes do not match, ``anchor`` is unknown, or (on CPU) a ratio is outside [0, 1] or an aspect is
-            not positive.
+        ValueError: if the shapes do not match, ``anchor`` is unknown, or (on CPU) a ratio is outside [0, 1] or an
+            aspect is not positive.
     """
     if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
         raise ValueError(
@@ -261,7 +262,7 @@ def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: t
 
 
 def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Sample U(0, 1), float32; on the CPU, four values of 16 bits per word, because sampling dominates the cost there."""
+    """Sample U(0, 1), float32; on the CPU, four 16-bit values per word, because sampling dominates the cost."""
     if device.type != "cpu":
         return torch.rand(shape, generator=generator, device=device)
     count = math.prod(shape)

@@ -21,9 +21,9 @@ class SANMMixin:
         class Mine(SANMMixin, L.LightningModule):
             ...
 
-    The mixin must be the first base class. The module contains ``self.sanm``, whose parameters, state and options are saved
-    in its checkpoints. The mixin attaches a :class:`SANMCallback`; its documentation of losses, labels, images, label
-    quality, metrics and errors applies.
+    The mixin must be the first base class. The module contains ``self.sanm``, whose parameters, state and options are
+    saved in its checkpoints. The mixin attaches a :class:`SANMCallback`; its documentation of losses, labels, images,
+    label quality, metrics and errors applies.
 
     Args:
         sanm: SANM with its options, or a dictionary of options, as in checkpoints; None means ``SANM()``.
@@ -64,8 +64,8 @@ class SANMMixin:
         bases = cls.__mro__
         if L.LightningModule in bases and bases.index(L.LightningModule) < bases.index(SANMMixin):
             raise TypeError(
-                f"expected SANMMixin before LightningModule among the bases of {cls.__name__}, got it after LightningModule, "
-                f"where it has no effect; write class {cls.__name__}(SANMMixin, L.LightningModule)"
+                f"expected SANMMixin before LightningModule among the bases of {cls.__name__}, got it after "
+                f"LightningModule, where it has no effect; write class {cls.__name__}(SANMMixin, L.LightningModule)"
             )
         if "configure_callbacks" in cls.__dict__:
             own = cls.configure_callbacks

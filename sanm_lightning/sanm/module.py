@@ -53,24 +53,26 @@ class SANM(nn.Module):
             ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
             callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
         ratio_range: low, high of the last three; None uses the published values: (.2, .4), (.2, .3), (.02, .07).
-        quality: None or ``"estimated"``: the method's estimate if it has one, else :class:`LabelQuality` on the network's
-            losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`, which
-            overrides the method's estimate. The estimator is copied.
+        quality: None or ``"estimated"``: the method's estimate if it has one, else :class:`LabelQuality` on the
+            network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`,
+            which overrides the method's estimate. The estimator is copied.
         evidence: evidence of :class:`LabelQuality`.
         history: history of :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
         anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see
             :func:`mask_box`.
-        regions: ``"peak"`` masks the map's maximum; ``"peak_and_trough"`` (released code) creates two copies of each image
-            with the same ratio, aspect and targets, one masked at the maximum and one at the minimum. The reconstruction
-            loss is the mean over copies, where the released code uses their sum: double ``beta`` for its weight.
-        area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code: 1/2.
+        regions: ``"peak"`` masks the map's maximum; ``"peak_and_trough"`` (released code) creates two copies of each
+            image with the same ratio, aspect and targets, one masked at the maximum and one at the minimum. The
+            reconstruction loss is the mean over copies, where the released code uses their sum: double ``beta`` for its
+            weight.
+        area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code:
+            1/2.
         spread: classes that receive the label's probability: ``"all"`` (Eq. 7) or ``"others"`` (released code).
-        batch_statistics: whether batch norm uses batch statistics in the pass over the unmasked images, as in the released
-            code, whose network is in training mode; False uses running statistics, which are those of masked images and
-            lag behind: on digits with half of the labels wrong, the test accuracy in mid-training of a first version of
-            the PreAct ResNet was .25 with running statistics and .76 with statistics of unmasked images (one run). The
-            pass never updates running statistics.
+        batch_statistics: whether batch norm uses batch statistics in the pass over the unmasked images, as in the
+            released code, whose network is in training mode; False uses running statistics, which are those of masked
+            images and lag behind: on digits with half of the labels wrong, the test accuracy in mid-training of a first
+            version of the PreAct ResNet was .25 with running statistics and .76 with statistics of unmasked images (one
+            run). The pass never updates running statistics.
         keep_unmasked: whether to train on the unmasked images and their given labels in addition to the masked images.
             Departure: the paper trains on masked images only.
         warmup_epochs: epochs before the first mask; None uses the method's warm-up. In the first epoch, every label has
@@ -155,7 +157,8 @@ class SANM(nn.Module):
         kind = found_by_path(options["class_path"])
         if not (isinstance(kind, type) and issubclass(kind, SANM)):
             raise ValueError(
-                f"expected the class path of a subclass of SANM, got {options['class_path']!r}; derive the class from SANM"
+                f"expected the class path of a subclass of SANM, got {options['class_path']!r}; derive the class from "
+                "SANM"
             )
         return kind(**(options.get("init_args") or {}))
 
@@ -197,7 +200,8 @@ class SANM(nn.Module):
             image_size: H, W of the training images in pixels.
 
         Raises:
-            ValueError: if the network has no feature map, a map of one position, or (place cam) no class activation map.
+            ValueError: if the network has no feature map, a map of one position, or (place cam) no class activation
+                map.
         """
         if not self.enabled:
             return
@@ -234,8 +238,8 @@ class SANM(nn.Module):
         if self.quality == "oracle":
             if true_labels is None:
                 raise ValueError(
-                    "expected batches with true_labels for quality: oracle, got none; use quality: estimated, or data with "
-                    "known true labels"
+                    "expected batches with true_labels for quality: oracle, got none; use quality: estimated, or data "
+                    "with known true labels"
                 )
             return (targets.argmax(1) == true_labels).float()
         return lambda logits: self.label_quality(logits, targets, index)
@@ -257,12 +261,12 @@ class SANM(nn.Module):
             network: the trained network, with timm's interface.
             images: shape (B, 3, H, W), floating, in [0, 1].
             targets: class probabilities, shape (B, C).
-            quality: label quality G, shape (B,), in [0, 1]; or a function that computes it from the logits (B, C) of the
-                unmasked images; or None before the first mask.
+            quality: label quality G, shape (B,), in [0, 1]; or a function that computes it from the logits (B, C) of
+                the unmasked images; or None before the first mask.
             features: features of the unmasked images, shape (B, D, h, w), if available; this saves a pass over the
                 backbone.
-            generator: random generator of boxes and fills, on the device of the images; None uses a stream named by seed,
-                process and number of the call.
+            generator: random generator of boxes and fills, on the device of the images; None uses a stream named by
+                seed, process and number of the call.
 
         Returns:
             The views.
@@ -311,7 +315,8 @@ class SANM(nn.Module):
     def reconstruction(self, features: Tensor, images: Tensor, views: Views | None = None) -> Tensor:
         """Return beta times the reconstruction loss of the images from the features of their masked views.
 
-        Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask, the decoder is used with weight 0,
+        Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask, the decoder is used with weight
+            0,
         because DistributedDataParallel does not support unused parameters.
 
         Args:
@@ -332,7 +337,8 @@ class SANM(nn.Module):
             return features.new_zeros(())
         if self.decoder is None:
             raise RuntimeError(
-                "expected a decoder of SANM, got none; call sanm.build(network, image_size) before the optimizer is created"
+                "expected a decoder of SANM, got none; call sanm.build(network, image_size) before the optimizer is "
+                "created"
             )
         if views is None or not views.masked:
             return 0.0 * torch.stack([parameter.sum() for parameter in self.decoder.parameters()]).sum()
@@ -356,8 +362,8 @@ class SANM(nn.Module):
         wrong, self._out_of_range = self._out_of_range, None
         if wrong is not None and bool(wrong):
             raise ValueError(
-                "expected label quality in [0, 1], got values outside of it (or NaN) in the last epoch; return the probability "
-                "that the given label is correct"
+                "expected label quality in [0, 1], got values outside of it (or NaN) in the last epoch; return the "
+                "probability that the given label is correct"
             )
         self.label_quality.fit(module)
 

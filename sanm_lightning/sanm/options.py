@@ -99,7 +99,8 @@ def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL and value:
             raise TypeError(
-                "expected arguments by name, got arguments without a name; use keyword arguments, which checkpoints can save"
+                "expected arguments by name, got arguments without a name; use keyword arguments, which checkpoints "
+                "can save"
             )
         if place and kind is inspect.Parameter.VAR_KEYWORD:
             given.update(value)

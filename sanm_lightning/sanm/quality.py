@@ -1,7 +1,7 @@
 """Estimators of label quality, the probability that a given label is correct (G in SANM's Eq. 2).
 
-The paper does not specify the estimator. That of DivideMix (Li et al., ICLR 2020), used in SANM's released code, fits two
-Gaussians to the losses: networks learn correct labels first, so a small loss is evidence for a correct label.
+The paper does not specify the estimator. That of DivideMix (Li et al., ICLR 2020), used in SANM's released code, fits
+two Gaussians to the losses: networks learn correct labels first, so a small loss is evidence for a correct label.
 """
 
 import copy
@@ -29,10 +29,10 @@ __all__ = ["LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
 class QualityEstimator(nn.Module):
     """Base class of estimators of label quality, for ``SANM(quality=...)``.
 
-    An estimator passed to SANM replaces a method's estimate of label quality. The second network of a method uses a deep
-    copy. The constructor must not read files, which may be missing when a checkpoint is loaded. Store per-sample values in
-    a :class:`~sanm_lightning.per_sample.SampleState`. The arguments of the constructor are saved in checkpoints and should
-    be built-in types or importable functions.
+    An estimator passed to SANM replaces a method's estimate of label quality. The second network of a method uses a
+    deep copy. The constructor must not read files, which may be missing when a checkpoint is loaded. Store per-sample
+    values in a :class:`~sanm_lightning.per_sample.SampleState`. The arguments of the constructor are saved in
+    checkpoints and should be built-in types or importable functions.
     """
 
     init_args: dict[str, Any]
@@ -90,9 +90,9 @@ class QualityEstimator(nn.Module):
 class LabelQuality(QualityEstimator):
     """Label quality as the posterior of a mixture of two Gaussians on the losses of the samples.
 
-    With sample indices, a mixture is fitted once per epoch (:meth:`fit`) to a table of N values, the mean evidence of each
-    sample in an epoch; its posterior is the quality of each sample in the next epoch. Without indices, a mixture is fitted
-    once per epoch to a window of recent evidence, and each batch is scored with that mixture.
+    With sample indices, a mixture is fitted once per epoch (:meth:`fit`) to a table of N values, the mean evidence of
+    each sample in an epoch; its posterior is the quality of each sample in the next epoch. Without indices, a mixture
+    is fitted once per epoch to a window of recent evidence, and each batch is scored with that mixture.
 
     Args:
         evidence: ``"loss"`` is the cross-entropy (DivideMix); ``"margin"`` is the largest other logit minus that of the
@@ -215,8 +215,8 @@ class QualityFile(QualityEstimator):
     The file is read at the start of training, not in the constructor; checkpoints contain the values.
 
     Args:
-        path: a ``.npy`` file of shape (N,), a ``.npz`` file, or a ``.csv`` file with a header, with one value in [0, 1] per
-            training sample, in the order of the training set.
+        path: a ``.npy`` file of shape (N,), a ``.npz`` file, or a ``.csv`` file with a header, with one value in [0, 1]
+            per training sample, in the order of the training set.
         key: name of the array or column.
     """
 
@@ -262,16 +262,16 @@ class QualityFile(QualityEstimator):
             return torch.from_numpy(np.asarray(held if path.suffix == ".npy" else held[self.key], dtype=np.float32))
         except (ValueError, KeyError, OSError, IndexError) as error:
             raise ValueError(
-                f"expected label quality under {self.key!r} in {self.path!r}, got {type(error).__name__}: {error}; use a .npy, "
-                ".npz or .csv file, and set key to the name of the array or column"
+                f"expected label quality under {self.key!r} in {self.path!r}, got {type(error).__name__}: {error}; use "
+                "a .npy, .npz or .csv file, and set key to the name of the array or column"
             ) from error
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the values of the samples, (B,); 1 before the file is read."""
         if index is None:
             raise ValueError(
-                "expected batches with an index for quality from a file, got none; use a data module of this package, or "
-                "batches NoisyBatch(images, labels, index)"
+                "expected batches with an index for quality from a file, got none; use a data module of this package, "
+                "or batches NoisyBatch(images, labels, index)"
             )
         quality: Tensor = self.table.quality[index]
         return quality

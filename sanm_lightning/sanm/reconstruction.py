@@ -14,7 +14,8 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Return the mean squared error over all elements, in float32 or better.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 10.
-    Departure: the equation sums over the elements of an image; here, as in the released code, it is the mean, so that the
+    Departure: the equation sums over the elements of an image; here, as in the released code, it is the mean, so that
+        the
     weight beta does not depend on the image size.
 
     Args:
@@ -39,16 +40,16 @@ class Decoder(nn.Module):
     """Linear decoder from a feature map to an image: transposed convolutions that each double height and width.
 
     Source: the decoder of the released code has three transposed convolutions without activation or normalization
-    (512-256-128-3 from 4 x 4 to 32 x 32). Departure: every stage has kernel 4, stride 2 and padding 1, which doubles the
-    size exactly and supports any feature map and image size; remaining differences are resized with bilinear
+    (512-256-128-3 from 4 x 4 to 32 x 32). Departure: every stage has kernel 4, stride 2 and padding 1, which doubles
+    the size exactly and supports any feature map and image size; remaining differences are resized with bilinear
     interpolation. On CIFAR, it requires 69 million multiplications per image instead of 153.
 
     Args:
         channels: D, number of channels of the feature map.
         map_size: h, w of the feature map.
         image_size: H, W of the images in pixels.
-        seed: seed of the initial weights, which use a separate stream: the weights of networks created afterwards do not
-            depend on the decoder.
+        seed: seed of the initial weights, which use a separate stream: the weights of networks created afterwards do
+            not depend on the decoder.
 
     Raises:
         ValueError: if a size is not positive.

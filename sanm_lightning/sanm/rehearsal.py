@@ -49,10 +49,10 @@ def misread_labels(
 ) -> str | None:
     """Describe the difference of a training step with one-hot rows instead of class indices; None if there is none.
 
-    The step runs on copies of the module, with the predicted labels (so that no accuracy is zero by chance) and a batch size
-    that is neither 1 nor the number of classes (so that wrong broadcasts raise an error). Logged values and metrics must be
-    the same with indices and with rows. Values that change with the loss (cross-entropy with class weights normalizes rows
-    differently), or between two runs (times), are ignored.
+    The step runs on copies of the module, with the predicted labels (so that no accuracy is zero by chance) and a batch
+    size that is neither 1 nor the number of classes (so that wrong broadcasts raise an error). Logged values and
+    metrics must be the same with indices and with rows. Values that change with the loss (cross-entropy with class
+    weights normalizes rows differently), or between two runs (times), are ignored.
     """
     images, labels = images_and_labels(batch)
     if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:

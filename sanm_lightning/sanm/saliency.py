@@ -127,7 +127,8 @@ def check_saliency(saliency: Saliency, output: NetworkOutput) -> None:
         output: output of :func:`probe`.
 
     Raises:
-        ValueError: if the logits are not a linear map of the pooled features (``cam``), or the map has one position only.
+        ValueError: if the logits are not a linear map of the pooled features (``cam``), or the map has one position
+            only.
     """
     if saliency not in (cam, energy):
         return
@@ -137,8 +138,8 @@ def check_saliency(saliency: Saliency, output: NetworkOutput) -> None:
     if maps.shape[2] * maps.shape[3] == 1:
         height, width = output.images.shape[2:]
         raise ValueError(
-            f"expected a feature map of more than one position, got 1 x 1 ({type(output.network).__name__} on images of "
-            f"{height} x {width}); use a larger image_size, a network of smaller stride, or place: random"
+            f"expected a feature map of more than one position, got 1 x 1 ({type(output.network).__name__} on images "
+            f"of {height} x {width}); use a larger image_size, a network of smaller stride, or place: random"
         )
 
 
@@ -147,8 +148,8 @@ class FrozenNetwork:
 
     Source: SANM, Table 4 ("masks from pre-trained backbones").
 
-    Images are resized to the model's input size and normalized with its statistics. The model is not a submodule: it has no
-    trained parameters and is not saved in checkpoints.
+    Images are resized to the model's input size and normalized with its statistics. The model is not a submodule: it
+    has no trained parameters and is not saved in checkpoints.
 
     Args:
         name: name of a timm model with a linear head after global pooling, such as ``resnet50``.

@@ -39,11 +39,11 @@ class Views(NamedTuple):
         return self.ratio is not None
 
     def unmasked(self, logits: Tensor) -> Tensor:
-        """Return the logits of the unmasked images: those of the extra pass, or the rows of ``logits`` without masks."""
+        """Return the logits of the unmasked images, from the extra pass or from ``logits`` if nothing was masked."""
         if self.logits is not None:
             return self.logits
         return logits if self.ratio is None else logits[: len(self.ratio)]  # kept unmasked images come first
 
     def rows(self, chosen: Tensor, batch_size: int) -> Tensor:
-        """Return the rows of all views of images ``chosen`` (K,), positions in a batch of ``batch_size``: (K V / B,)."""
+        """Return the rows (K V / B,) of all views of images ``chosen`` (K,), positions in a batch."""
         return torch.cat([chosen + first for first in range(0, len(self.images), batch_size)])
