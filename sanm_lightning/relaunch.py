@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 __all__ = ["resolve_ckpt_path"]
 
 
-def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool = True) -> str | None:
+def resolve_ckpt_path(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
     """Resolve ``last`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
 
     ``last`` is the newest checkpoint among the directories that this trainer writes to: those of every
@@ -26,7 +26,7 @@ def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool =
 
     Args:
         trainer: a trainer that has not run yet.
-        ckpt_path: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under
+        asked: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under
             SLURM means ``hpc`` if such a file exists, as in Lightning.
         fitting: whether the run is a fit; an evaluation writes to a new run directory.
 
@@ -38,17 +38,17 @@ def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool =
     """
     root = Path(trainer.default_root_dir)
     signalled = sorted(root.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
-    if ckpt_path is None and signalled and SLURMEnvironment.detect():
-        ckpt_path = "hpc"
-    if ckpt_path not in ("last", "hpc"):
-        return ckpt_path
+    if asked is None and signalled and SLURMEnvironment.detect():
+        asked = "hpc"
+    if asked not in ("last", "hpc"):
+        return asked
     runs = _runs(trainer)
     given = [
         Path(part.dirpath)
         for part in trainer.checkpoint_callbacks
         if isinstance(part, ModelCheckpoint) and part.dirpath
     ]
-    if ckpt_path == "hpc":
+    if asked == "hpc":
         searched, found = [root], signalled[-1:]
     else:
         searched = [*given, *(run / "checkpoints" for run in runs or [_folder(trainer) / "*"]), root]
@@ -56,7 +56,7 @@ def resolve_ckpt_path(trainer: L.Trainer, ckpt_path: str | None, fitting: bool =
     if not found:
         places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
         raise MisconfigurationException(
-            f"expected a checkpoint for --ckpt_path {ckpt_path}, got none in {places}; set the directory of the run "
+            f"expected a checkpoint for --ckpt_path {asked}, got none in {places}; set the directory of the run "
             "with --trainer.default_root_dir, or omit --ckpt_path to start at epoch 0"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
