@@ -1,4 +1,4 @@
-"""Look at what SANM does: images, activation maps, masked views, reconstructions."""
+"""Visualize SANM: images, activation maps, masked views and reconstructions."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ __all__ = ["SANMPictures", "draw_views"]
 
 
 def draw_views(path: Path, images: Tensor, views: Views, reconstruction: Tensor | None, titles: list[str]) -> None:
-    """Write one PNG: a column per image; rows of image, activation map, masked view and, where there is one, reconstruction.
+    """Write a PNG with one column per image and rows of image, activation map, masked view and optional reconstruction.
 
     Args:
-        path: the file to write; its folder is made.
-        images: shape (B, 3, H, W), in [0, 1].
-        views: what SANM made of them, with activation maps.
-        reconstruction: shape (B, 3, H, W), or None.
-        titles: one line over each column, B of them.
+        path: output file; its folder is created.
+        images: images, shape (B, 3, H, W), in [0, 1].
+        views: masked views of the images, with activation maps.
+        reconstruction: reconstructed images, shape (B, 3, H, W), or None.
+        titles: B column titles.
 
     Raises:
-        ValueError: if nothing was masked, so that there is nothing to see.
+        ValueError: if nothing was masked.
     """
-    import matplotlib  # slow to import, and needed here only
+    import matplotlib  # slow to import and used here only
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -55,12 +55,12 @@ def draw_views(path: Path, images: Tensor, views: Views, reconstruction: Tensor 
 
 
 class SANMPictures(L.Callback):
-    """Write ``pictures.png`` into the run directory when a fit ends: what SANM does to the first training batch.
+    """Write ``pictures.png`` to the run directory at the end of a fit, with SANM's views of the first training batch.
 
-    For methods of this package, whose ``network`` and ``sanm`` it asks.
+    Requires a method of this package, with ``network`` and ``sanm``.
 
     Args:
-        num_images: number of columns.
+        num_images: number of images, one per column.
     """
 
     def __init__(self, num_images: int = 10) -> None:
@@ -70,12 +70,12 @@ class SANMPictures(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Keep a few samples of the first batch of each epoch."""
+        """Store ``num_images`` samples of the first batch of each epoch."""
         if batch_idx == 0 and isinstance(batch, tuple):
             self._batch = tuple(part[: self.num_images] if isinstance(part, Tensor) else part for part in batch)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw them as the network sees them now."""
+        """Draw the stored samples with the final network."""
         directory = Path(trainer.log_dir or trainer.default_root_dir)
         sanm = getattr(pl_module, "sanm", None)
         if sanm is None or not sanm.mask or self._batch is None or not trainer.is_global_zero:
@@ -86,7 +86,7 @@ class SANMPictures(L.Callback):
         targets = torch.nn.functional.one_hot(labels, pl_module.num_classes).float()  # type: ignore[arg-type]
         state = sanm.get_extra_state()
         views = sanm(network, images, targets, sanm.source_of_quality(targets, index, true))
-        sanm.set_extra_state(state)  # a look is no step
+        sanm.set_extra_state(state)  # drawing does not count as a step
         masked = views.images[-len(images) :]
         with inference_context(network, masked, sanm.batch_statistics):
             features = network.forward_features(masked)  # type: ignore[operator, union-attr]

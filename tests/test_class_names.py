@@ -45,9 +45,9 @@ class TestCompare:
                 ["bee", "cat", "yellow"],
                 "expected the 3 classes of the checkpoint, got 'yellow' only in the data and 'ant' only in",
             ),
-            (["ant", "bee"], "got 'cat' only in the checkpoint; give"),
-            (["ant", "bee", "cat", *"defghi"], "got 'd', 'e', 'f', 'g', 'h' and 1 more only in the data; give"),
-            (["bee", "ant", "cat"], "the same names in another order, class 0 being 'bee' and not 'ant'"),
+            (["ant", "bee"], "got 'cat' only in the checkpoint; use"),
+            (["ant", "bee", "cat", *"defghi"], "got 'd', 'e', 'f', 'g', 'h' and 1 more only in the data; use"),
+            (["bee", "ant", "cat"], "the same names in another order, with class 0 'bee' instead of 'ant'"),
         ],
     )
     def test_other_classes_are_named(self, now: list[str], match: str) -> None:

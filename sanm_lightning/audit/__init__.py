@@ -1,4 +1,4 @@
-"""The list of wrong labels: found with a frozen network and without training, looked at, and corrected."""
+"""Find likely wrong labels with a frozen network and without training, review and correct them."""
 
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues, write_label_issues
 from sanm_lightning.audit.report import write_report

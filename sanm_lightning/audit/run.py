@@ -1,4 +1,4 @@
-"""The audit: from images and their labels to the files of a run folder."""
+"""Audit images and labels, and write the results to a run folder."""
 
 import hashlib
 import json
@@ -30,24 +30,24 @@ __all__ = ["AuditResult", "AuditSet", "audit_set", "default_cache", "write_audit
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
 SHOWN_NEIGHBORS = 10
-"""Neighbors whose labels are listed."""
+"""Number of neighbors in the table."""
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
 class AuditSet:
-    """N labelled images to be audited.
+    """N labeled images to audit.
 
     Attributes:
         images: paths of the files, or a map-style data set of uint8 tensors (3, H, W).
         labels: given labels, shape (N,), int64, in [0, C).
-        class_names: C names.
+        class_names: C class names.
         splits: name of the split of each image, N of them.
-        paths: paths relative to ``root`` with ``/``; None where there are no files.
-        index: position of each image in its original set, shape (N,), where there are no files.
+        paths: paths relative to ``root`` with ``/``; None without files.
+        index: position of each image in its original set, shape (N,), for data without files.
         root: folder that the paths are relative to.
-        notes: sentences for the reader, such as which files were passed over.
+        notes: sentences for the summary, such as the number of skipped files.
     """
 
     images: Any
@@ -61,15 +61,15 @@ class AuditSet:
 
 
 class AuditResult(NamedTuple):
-    """What an audit found; row i of every part is image i of the set.
+    """Results of an audit; row i of every attribute is image i of the set.
 
     Attributes:
         issues: the table of label issues.
         probs: out-of-fold probabilities of the given labels, shape (N, C), float32; uniform for unreadable images.
         features: pooled features, shape (N, D), float32; 0 for unreadable images.
-        noise: the noise model, over the readable images that the probe was fitted to.
+        noise: the noise model of the readable images used to fit the probe.
         duplicates: copies among the readable images, as positions in the set.
-        summary: what ``audit.json`` holds.
+        summary: content of ``audit.json``.
     """
 
     issues: LabelIssues
@@ -81,7 +81,7 @@ class AuditResult(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Return the folder of cached features: ``sanm_lightning/features`` in ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the default feature cache, ``sanm_lightning/features`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sanm_lightning" / "features"
 
 
@@ -99,35 +99,37 @@ def audit_set(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditResult:
-    """Find the samples whose labels are likely to be wrong, without training a network.
+    """Find samples with likely wrong labels, without training a network.
 
-    Features of a frozen network; from these the class probabilities of each sample by a linear probe that was not fitted to it
-    (its weight decay, and the weight of a vote among the nearest neighbors, are those of the lowest log-loss on the given
-    labels); from these a noise model. The quality of a label is its probability of being right under that model. Where there
-    is a split ``train``, probe, votes and noise model are fitted to it alone: labels of other splits are judged, never learned.
+    A frozen network computes features. A linear probe, fitted to other folds, predicts the class probabilities of each
+    sample; its weight decay, and the weight of a nearest-neighbor vote, minimize the log-loss on the given labels. A
+    noise model is fitted to these probabilities; the quality of a label is its probability of being correct under this
+    model. If there is a split ``train``, probe, vote and noise model are fitted to this split only, and applied to the
+    labels of other splits.
 
     Args:
         data: the images.
-        features_file: ``.npy`` file that the features are written to, and mapped from; None keeps them in memory.
-        network: timm model name; None is ``tf_efficientnet_lite0``, or the network of the checkpoint.
+        features_file: ``.npy`` file that the features are written to as a memory map; None keeps them in memory.
+        network: timm model name; None uses ``tf_efficientnet_lite0``, or the network of the checkpoint.
         checkpoint: see :func:`~sanm_lightning.models.load_pretrained`.
-        image_size: side in pixels at which the network sees the images; None chooses by the size of the images.
-        cache: folder of cached features; None is :func:`default_cache`.
-        batch_size: images per forward of the network.
-        num_workers: processes that decode.
+        image_size: input size of the network in pixels; None selects it from the size of the images.
+        cache: folder of cached features; None uses :func:`default_cache`.
+        batch_size: number of images per forward pass.
+        num_workers: number of worker processes that decode images.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        seed: of folds and of what the weight decay is chosen on.
-        say: called with one line at the beginning of each step.
-        progress: called with (images done, images that the network was run on).
+        seed: random seed of the folds and of the subset used to select the weight decay.
+        say: function called with one line at the start of each step.
+        progress: function called with the number of processed images and the number of images passed to the network.
 
     Raises:
-        ValueError: if there are fewer than two classes or ten readable images, or the network yields no pooled features.
+        ValueError: if there are fewer than two classes or ten readable images, or the network returns no pooled
+            features.
         OSError: if a file cannot be written.
     """
     started = time.monotonic()
     labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; a label needs a rival")
+        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; add classes")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
     size = image_size or default_image_size(frozen, _some_sides(data.images))
@@ -148,7 +150,7 @@ def audit_set(
     if len(rows) < 2 * NUM_FOLDS or len(np.unique(labels[rows])) < 2:
         raise ValueError(
             f"expected ten readable images of two classes or more, got {len(rows)} of {len(np.unique(labels[rows]))}; "
-            f"{_unreadable_words(data, table.unreadable) or 'give more images'}"
+            f"{_unreadable_words(data, table.unreadable) or 'add images'}"
         )
     given, splits = labels[rows], [data.splits[row] for row in rows]
     learn = np.array([split in ("train", "all") for split in splits])
@@ -206,14 +208,14 @@ def audit_set(
 
 
 def _some_sides(images: Any) -> list[int]:
-    """Return the shorter sides of up to 100 images in pixels."""
+    """Return the short sides of up to 100 images in pixels."""
     sides = []
     for row in range(0, len(images), max(1, len(images) // 100)):
         if isinstance(images[row], Tensor):
             sides.append(min(images[row].shape[1:]))
             continue
         try:
-            with Image.open(images[row]) as image:  # reads the head of the file only
+            with Image.open(images[row]) as image:  # reads only the header of the file
                 sides.append(min(image.size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue
@@ -221,7 +223,7 @@ def _some_sides(images: Any) -> list[int]:
 
 
 def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
-    """Find the nearest neighbors; say beforehand how long that takes."""
+    """Find the nearest neighbors, and log the expected time in advance."""
     k = min(NUM_NEIGHBORS, len(features) - 1)
     begun = time.monotonic()
     sample = features[:512]
@@ -232,7 +234,7 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
 
 
 def _scatter(rows: Array, size: int) -> Callable[..., Array]:
-    """Return a function that puts values of the readable rows into an array over all rows."""
+    """Return a function that expands values of the readable rows to an array over all rows."""
 
     def full(values: Array, fill: Any = 0) -> Array:
         out = np.full((size, *values.shape[1:]), fill, values.dtype)
@@ -251,10 +253,10 @@ def _unreadable_words(data: AuditSet, unreadable: dict[int, str]) -> str:
 
 
 def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Duplicates) -> dict[str, Any]:
-    """Collect what ``audit.json`` and the report say."""
+    """Create the content of ``audit.json``, which the report also uses."""
     names, labels = data.class_names, issues.given
     counts = np.bincount(labels, minlength=len(names))
-    given_given = noise.joint / np.maximum(noise.joint.sum(1, keepdims=True), 1e-12)  # right label, for each given one
+    given_given = noise.joint / np.maximum(noise.joint.sum(1, keepdims=True), 1e-12)  # true label for each given label
     off = noise.joint - np.diag(np.diag(noise.joint))
     pairs = [
         {"given": names[i], "suggested": names[j], "fraction": round(float(off[i, j]), 5)}
@@ -277,7 +279,7 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
         notes.append(f"{_unreadable_words(data, issues.unreadable)}: listed at the end of the table.")
     few = [f"{names[c]!r} ({counts[c]})" for c in np.flatnonzero((counts > 0) & (counts < NUM_FOLDS))]
     if few:
-        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be judged: {', '.join(few)}.")
+        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be assessed: {', '.join(few)}.")
     empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
     if empty:
         notes.append(f"Classes without images: {', '.join(empty)}.")
@@ -307,12 +309,13 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
 def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None:
     """Write the files of an audit.
 
-    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (what its rows are), ``audit.json`` and ``report.html``.
+    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (the samples of its rows), ``audit.json`` and
+    ``report.html``.
 
     Args:
-        folder: where to; made if need be.
-        data: what was audited.
-        result: what was found.
+        folder: output folder; created if missing.
+        data: the audited set.
+        result: the results.
 
     Raises:
         OSError: if a file cannot be written.

@@ -1,15 +1,18 @@
-"""Commands of ``sanm`` beside those of LightningCLI. Each module has ``main(words)``, which returns an exit status."""
+"""Commands of ``sanm`` in addition to those of LightningCLI.
+
+Each module defines ``main(words)``, which returns an exit status.
+"""
 
 import importlib
 
 __all__ = ["COMMANDS", "run"]
 
 COMMANDS = {"audit": "sanm_lightning.commands.audit"}
-"""Modules by the first word of the command line."""
+"""Modules by command name, the first argument of the command line."""
 
 
 def run(words: list[str]) -> int | None:
-    """Run the command that the first word names, and return its exit status; None where it names none of these."""
+    """Run the command named by the first argument and return its exit status; return None for other arguments."""
     if not words or words[0] not in COMMANDS:
         return None
     status: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])

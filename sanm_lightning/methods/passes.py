@@ -1,4 +1,4 @@
-"""One pass over a data set: every sample once over all processes, the same answer in all of them."""
+"""Prediction of a whole split, sharded over processes, with the same result in every process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,18 +19,18 @@ Quantity = Literal["logits", "features", "loss", "labels"]
 def predict_split(
     module: Any, split: str, quantities: tuple[Quantity, ...], network: int | None = 0, view: str = "none"
 ) -> dict[str, Tensor]:
-    """Run networks over a whole split, in evaluation mode and without gradient. A collective.
+    """Run networks on a whole split, in evaluation mode and without gradient. A collective operation.
 
     Args:
-        module: whose networks and trainer are used; the trainer has a data module of this package.
+        module: method whose networks and trainer are used; the trainer must have a data module of this package.
         split: ``"train"`` or ``"val"``.
-        quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the cross-entropy
-            of the given label; ``"labels"`` (N,) int64, the given ones.
-        network: number of the network; None runs all of them and adds a leading dimension, as in (2, N, C).
-        view: policy of the view; ``"none"`` is the image itself.
+        quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the
+            cross-entropy of the given label; ``"labels"`` (N,) int64, the given labels.
+        network: number of the network; None runs all networks and adds a leading dimension, as in (2, N, C).
+        view: policy of the view; ``"none"`` is the image without augmentation.
 
     Returns:
-        The quantities by name, on the module's device, float32 but for labels, indexed by position in the split.
+        The quantities by name, on the module's device, indexed by position in the split; float32, except labels.
     """
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
@@ -66,7 +66,7 @@ def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quan
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while, and every part of it back into the mode it was in."""
+    """Context manager for evaluation mode that restores the mode of every submodule at exit."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
