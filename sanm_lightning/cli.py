@@ -17,7 +17,7 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
-from sanm_lightning import config_paths
+from sanm_lightning import commands, config_paths
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -172,10 +172,11 @@ def main(args: list[str] | None = None) -> SANMCLI:
 def entry_point() -> None:
     """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
 
-    ``SANM_TRACEBACK=1`` shows the traceback.
+    The first word may name one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
-        main()
+        if not commands.run(sys.argv[1:]):
+            main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise
