@@ -342,7 +342,8 @@ class TestManyRows:
             draw.integers(0, 100, n), np.linspace(0, 1, n), draw.random(n), draw.random(n), classes,
             draw.integers(0, 100, (n, 10)),
         )  # fmt: skip
-        write_report(tmp_path, issues, {}, lambda i: draw.integers(0, 255, (96, 96, 3), dtype=np.uint8))
+        noise = draw.integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        write_report(tmp_path, issues, {}, lambda i: noise, root=tmp_path)
         browser.errors.clear()
         browser.resize(1366, 860)
         browser.open(tmp_path / "report.html")
@@ -369,6 +370,7 @@ class TestManyRows:
         assert "2 ticked (1 right, 1 drop)" in status(browser)
         search(browser, "00049999")
         assert status(browser).startswith("1 of 50,000 shown")
+        assert browser.errors  # the files are not there, which shows that complaints arrive here
         complaints = [error for error in browser.errors if "ERR_FILE_NOT_FOUND" not in error]
         assert complaints == []
 
