@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
 def entry_point() -> None:
     """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
 
-    ``SANM_TRACEBACK=1`` shows the traceback.
+    The first word may name one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
         status = commands.run(sys.argv[1:])

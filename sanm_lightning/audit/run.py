@@ -288,6 +288,7 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
     for name, label in zip(told, labels.tolist(), strict=True):
         content.update(f"{name}\0{names[label]}\0".encode())
     return {
+        "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
         "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
         "noise_rate": round(noise.noise_rate, 4),
