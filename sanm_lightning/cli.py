@@ -18,6 +18,7 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
 from sanm_lightning import commands, config_paths
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -37,6 +38,12 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
         self._parsers.append(parser)
+        parser.add_argument(
+            "--audit",
+            type=bool,
+            default=True,
+            help="after a fit, write label_issues.csv and report.html to the run directory",
+        )
         for name in ("num_classes", "image_size"):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
@@ -117,7 +124,8 @@ class SANMCLI(LightningCLI):
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
-        callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
+        audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
+        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody asked for another one
@@ -176,9 +184,10 @@ def entry_point() -> None:
     """
     try:
         status = commands.run(sys.argv[1:])
-        if status is not None:
+        if status is None:
+            main()
+        elif status:
             sys.exit(status)
-        main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise
