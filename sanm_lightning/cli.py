@@ -18,6 +18,7 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -37,6 +38,12 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link properties of the data module to arguments of the method; classes without these names are unaffected."""
         self._parsers.append(parser)
+        parser.add_argument(
+            "--audit",
+            type=bool,
+            default=True,
+            help="after a fit, write label_issues.csv and report.html to the run directory",
+        )
         for name in ("num_classes", "image_size"):
             # None for data modules without the property; models that require it raise an error, others ignore it.
             read = functools.partial(_read, name=name)
@@ -117,7 +124,8 @@ class SANMCLI(LightningCLI):
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
-        callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
+        audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
+        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not configured by the user
@@ -172,13 +180,15 @@ def main(args: list[str] | None = None) -> SANMCLI:
 def entry_point() -> None:
     """Run the command line; invalid input prints a one-sentence error and exits with status 2.
 
-    ``SANM_TRACEBACK=1`` shows the traceback instead.
+    The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
+    instead.
     """
     try:
         status = commands.run(sys.argv[1:])
-        if status is not None:
+        if status is None:
+            main()
+        elif status:
             sys.exit(status)
-        main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise

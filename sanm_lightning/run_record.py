@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.functional.classification import binary_auroc
 
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import atomic_write, require_folder
@@ -52,7 +53,8 @@ class RunRecord(L.Callback):
     evaluations: selected on the test set, as in published protocols), test_accuracy_last (final epoch),
     test_accuracy_last10 (mean over the evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (on
     the split ``val``, given or held out, whose labels may be wrong), quality_auc (see :func:`label_quality_auc`),
-    stages (epochs of each stage), masked_steps (training steps with at least one masked image). Null where unknown.
+    stages (epochs of each stage), label_issues (see :func:`sanm_lightning.audit.callback.detection_metrics`),
+    masked_steps (training steps with at least one masked image). Null where unknown.
     """
 
     def __init__(self) -> None:
@@ -129,6 +131,7 @@ class RunRecord(L.Callback):
             "val_accuracy_last": self.val_accuracies.get(epochs - 1),
             "quality_auc": label_quality_auc(trainer, pl_module),
             "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
+            "label_issues": next((part.metrics for part in trainer.callbacks if isinstance(part, LabelAudit)), None),
             "masked_steps": next(
                 (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),
                 None,

@@ -1,19 +1,30 @@
 """Commands of ``sanm`` in addition to those of LightningCLI.
 
-Each module defines ``main(words)``, which returns an exit status.
+Each is a module with ``main(words)``, which returns an exit status.
 """
 
 import importlib
+from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "run"]
 
-COMMANDS = {"audit": "sanm_lightning.commands.audit"}
+COMMANDS = {
+    "audit": "sanm_lightning.commands.audit",
+    "relabel": "sanm_lightning.commands.relabel",
+}
 """Modules by command name, the first argument of the command line."""
 
 
-def run(words: list[str]) -> int | None:
-    """Run the command named by the first argument and return its exit status; return None for other arguments."""
+def run(words: Sequence[str]) -> int | None:
+    """Run the command named by the first argument.
+
+    Args:
+        words: the arguments of the command line.
+
+    Returns:
+        The exit status of the command; None if the first argument is not in :data:`COMMANDS`.
+    """
     if not words or words[0] not in COMMANDS:
         return None
-    status: int = importlib.import_module(COMMANDS[words[0]]).main(words[1:])
+    status: int = importlib.import_module(COMMANDS[words[0]]).main(list(words[1:]))
     return status

@@ -1,0 +1,109 @@
+"""Sets to audit: labeled images of a folder or a data module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sanm_lightning.data.image_files import count_passed_over, list_images
+
+__all__ = ["AuditSet", "audit_set_of", "folder_audit_set"]
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class AuditSet:
+    """N labeled images to audit.
+
+    Attributes:
+        images: paths of the files, or a map-style data set of uint8 tensors (3, H, W).
+        labels: given labels, shape (N,), int64, in [0, C).
+        class_names: C class names.
+        splits: name of the split of each image, N of them.
+        paths: paths relative to ``root`` with ``/``; None without files.
+        index: position of each image in its original set, shape (N,), for data without files.
+        root: folder that the paths are relative to.
+        notes: sentences for the summary, such as the number of skipped files.
+    """
+
+    images: Any
+    labels: Array
+    class_names: list[str]
+    splits: list[str]
+    paths: list[str] | None = None
+    index: Array | None = None
+    root: Path | None = None
+    notes: Sequence[str] = ()
+
+
+def folder_audit_set(root: str | Path) -> AuditSet:
+    """Return the images of class folders, or of ``train/`` (``val/``, ``test/``) with class folders.
+
+    Args:
+        root: path of the folder.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if there are no images, or only one class.
+    """
+    root = Path(root)
+    listing = list_images(root)
+    passed_over = count_passed_over(listing.passed_over)
+    return AuditSet(
+        images=[root / path for path in listing.paths],
+        labels=listing.labels.numpy(),
+        class_names=listing.class_names,
+        splits=listing.splits,
+        paths=[path.as_posix() for path in listing.paths],
+        root=root,
+        notes=[f"{passed_over}."] if passed_over else [],
+    )
+
+
+class _SplitImages:
+    """Decoded images of a split of a data module."""
+
+    def __init__(self, images: Any, origin: Tensor) -> None:
+        self.images, self.origin = images, origin.tolist()
+
+    def __len__(self) -> int:
+        return len(self.origin)
+
+    def __getitem__(self, row: int) -> Tensor:
+        image: Tensor = self.images[self.origin[row]]
+        return image
+
+
+def audit_set_of(data: Any, split: str = "train") -> AuditSet:
+    """Return a split of a data module of this package, with the labels of a training run.
+
+    Args:
+        data: the data module.
+        split: ``train``, ``val`` or ``test``.
+
+    Raises:
+        ValueError: if the split does not exist, or the data module is not a subclass of `NoisyDataModule`.
+    """
+    if not all(hasattr(data, name) for name in ("table", "store", "class_names")):
+        raise ValueError(
+            f"expected a data module with labels by index, got {type(data).__name__}; use a subclass of "
+            "NoisyDataModule, or a folder"
+        )
+    if split not in ("train", "val", "test"):
+        raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; use one of these")
+    data.prepare_data()
+    table, store = data.table(split), data.store(split)
+    paths = data.sample_paths(split)
+    return AuditSet(
+        images=_SplitImages(store.rows.images, table.origin),
+        labels=table.labels.numpy(),
+        class_names=list(data.class_names),
+        splits=[split] * len(table.labels),
+        paths=paths,
+        index=None if paths is not None else table.origin.numpy(),
+        root=Path(data.root) if paths is not None else None,
+    )
