@@ -25,7 +25,7 @@ from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, l
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["AuditResult", "audit_set", "default_cache", "summarize", "verdict", "write_audit"]
+__all__ = ["AuditResult", "audit_set", "default_cache", "read_noise_rate", "summarize", "verdict", "write_audit"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
@@ -347,6 +347,31 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
         root=data.root,
         transition=np.array(summary["transition"]),
     )
+
+
+def read_noise_rate(path: str | Path) -> float:
+    """Return the estimated fraction of wrong labels of an audit.
+
+    Args:
+        path: run folder of the audit, or its ``audit.json``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not that of an audit.
+    """
+    path = Path(path)
+    path = path / "audit.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a number or the audit.json of an audit, got {str(path)!r}; run sanm audit first"
+        )
+    try:
+        rate = float(json.loads(path.read_text(encoding="utf-8"))["noise_rate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected audit.json of an audit in {str(path)!r}, got another file ({error}); give the one of sanm audit"
+        ) from error
+    return rate
 
 
 def verdict(summary: dict[str, Any]) -> str:
