@@ -21,7 +21,7 @@ from sanm_lightning.audit.sets import AuditSet
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
-from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, label_posterior, transition_of
+from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, judge_labels, transition_of
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
@@ -145,7 +145,7 @@ def audit_set(
     weight = weights[int(np.argmin(losses))]
     probs = weight * probe.probs + (1 - weight) * votes
     noise = fit_noise_model(probs[learn], given[learn])
-    posterior = noise.posterior if learn.all() else label_posterior(probs, given, noise.transition)
+    posterior = _posterior(probs, given, splits, learn, noise)
     seconds["probe"] = time.monotonic() - begun
 
     place = np.arange(len(rows))
@@ -204,6 +204,17 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
     expected = (time.monotonic() - begun) * len(features) / len(sample)
     say(f"nearest neighbors: exact, among {len(features)} images, about {max(1, round(expected))} s")
     return nearest_neighbors(features, k).cpu().numpy()
+
+
+def _posterior(probs: Array, given: Array, splits: list[str], learn: Array, noise: NoiseModel) -> Array:
+    """Return the posterior of every sample; the labels of each other split are judged by a transition matrix of their own."""
+    posterior = np.empty(probs.shape, np.float32)
+    posterior[learn] = noise.posterior
+    for split in dict.fromkeys(splits):
+        rows = np.array([name == split for name in splits]) & ~learn
+        if rows.any():
+            posterior[rows] = judge_labels(probs[rows], given[rows], noise.transition)
+    return posterior
 
 
 def _scatter(rows: Array, size: int) -> Callable[..., Array]:
@@ -280,7 +291,7 @@ def summarize(
     return {
         "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
-        "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
+        "splits": _split_rates(issues),
         "noise_rate": round(float(off.sum()), 4),
         "interval": None if interval is None else [round(end, 4) for end in interval],
         "worst_pair": pairs[0] if pairs else None,
@@ -293,6 +304,17 @@ def summarize(
         "notes": notes,
         "data_id": content.hexdigest(),
     }
+
+
+def _split_rates(issues: LabelIssues) -> dict[str, dict[str, Any]]:
+    """Return size and estimated noise rate of each split."""
+    found = {}
+    names = np.array(issues.splits)
+    for split in dict.fromkeys(issues.splits):
+        rows = (names == split) & issues.readable
+        rate = round(1 - float(issues.quality[rows].mean(dtype=np.float64)), 4) if rows.any() else None
+        found[split] = {"count": int((names == split).sum()), "noise_rate": rate}
+    return found
 
 
 def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: Array, summary: dict[str, Any]) -> None:
@@ -376,11 +398,13 @@ def read_noise_rate(path: str | Path) -> float:
 
 def verdict(summary: dict[str, Any]) -> str:
     """Return the result in one line."""
-    span = summary["interval"]
+    span, pair, splits = summary["interval"], summary["worst_pair"], dict(summary["splits"])
+    first = "train" if "train" in splits else next(iter(splits))
+    where = f"{splits[first]['count']:,} labels" + (f" of {first}" if len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
-    pair = summary["worst_pair"]
+    others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
-    return f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong{known}{worst}"
+    return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"
 
 
 def _picture(image: Any) -> Array:

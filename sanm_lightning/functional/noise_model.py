@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior", "transition_of"]
+__all__ = [
+    "NoiseModel",
+    "confident_joint",
+    "deconvolve",
+    "fit_noise_model",
+    "judge_labels",
+    "label_posterior",
+    "transition_of",
+]
 
 ITERATIONS = 10
 """Of the deconvolution: few, since more of them amplify what is random in the probabilities."""
@@ -96,6 +104,32 @@ def label_posterior(probs: Array, labels: Array, transition: Array, iterations: 
         weighted = prior * transition[:, labels[part]].T
         out[part] = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
     return out
+
+
+def judge_labels(probs: Array, labels: Array, transition: Array, iterations: int = 5) -> Array:
+    """Return the probability of each class being the right one for samples that the probabilities were not fitted to.
+
+    The labels of another split, such as a test set, have a transition matrix of their own. It is estimated from these labels
+    and the deconvolved probabilities of the images by expectation maximization, starting from that of the training labels.
+
+    Args:
+        probs: probabilities of the training labels, shape (N, C).
+        labels: given labels of the other split, shape (N,).
+        transition: of the training labels, given labels (columns) for each right one (rows), shape (C, C).
+        iterations: of the estimate.
+
+    Returns:
+        Shape (N, C), float32, rows sum to 1.
+    """
+    prior = np.concatenate(
+        [deconvolve(probs[i : i + CHUNK].astype(np.float64), transition) for i in range(0, len(probs), CHUNK)]
+    )
+    own = transition
+    for _ in range(iterations + 1):
+        weighted = prior * own[:, labels].T
+        posterior: Array = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
+        own = transition_of(_joint_of(posterior, labels))
+    return posterior.astype(np.float32)
 
 
 def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
