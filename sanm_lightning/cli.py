@@ -18,7 +18,7 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
-from sanm_lightning.audit import LabelAudit
+from sanm_lightning.audit import LabelAudit, read_noise_rate
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -145,6 +145,34 @@ def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
 
+def _read_noise_rate(words: list[str]) -> list[str]:
+    """Replace the audit file given for ``--model.noise_rate`` by its estimated noise rate."""
+    names = ("--model.noise_rate", "--model.init_args.noise_rate")
+    found = list(words)
+    for place, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if name not in names or not (given or place + 1 < len(words)):
+            continue
+        value = value if given else words[place + 1]
+        if value == "null" or _is_number(value):
+            continue
+        rate = str(read_noise_rate(value))
+        rank_zero_info(f"noise rate {rate}, estimated in {value!r}")
+        if given:
+            found[place] = f"{name}={rate}"
+        else:
+            found[place + 1] = rate
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def main(args: list[str] | None = None) -> SANMCLI:
     """Run the command line.
 
@@ -155,7 +183,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
     """
     sys.path.insert(0, os.getcwd())  # a console script cannot import modules of the working directory otherwise
-    words = config_paths.resolve(sys.argv[1:] if args is None else args)
+    words = _read_noise_rate(config_paths.resolve(sys.argv[1:] if args is None else args))
     config_paths.check_order(words)
     setting = config_paths.unused_setting(words) if "fit" in words else None
     if setting:

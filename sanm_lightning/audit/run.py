@@ -21,11 +21,11 @@ from sanm_lightning.audit.sets import AuditSet
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
-from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, label_posterior, transition_of
+from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, judge_labels, transition_of
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["AuditResult", "audit_set", "default_cache", "summarize", "verdict", "write_audit"]
+__all__ = ["AuditResult", "audit_set", "default_cache", "read_noise_rate", "summarize", "verdict", "write_audit"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
@@ -147,7 +147,7 @@ def audit_set(
     weight = weights[int(np.argmin(losses))]
     probs = weight * probe.probs + (1 - weight) * votes
     noise = fit_noise_model(probs[learn], given[learn])
-    posterior = noise.posterior if learn.all() else label_posterior(probs, given, noise.transition)
+    posterior = _posterior(probs, given, splits, learn, noise)
     seconds["probe"] = time.monotonic() - begun
 
     place = np.arange(len(rows))
@@ -206,6 +206,17 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
     expected = (time.monotonic() - begun) * len(features) / len(sample)
     say(f"nearest neighbors: exact, among {len(features)} images, about {max(1, round(expected))} s")
     return nearest_neighbors(features, k).cpu().numpy()
+
+
+def _posterior(probs: Array, given: Array, splits: list[str], learn: Array, noise: NoiseModel) -> Array:
+    """Return the posterior of all samples; every other split has its own transition matrix."""
+    posterior = np.empty(probs.shape, np.float32)
+    posterior[learn] = noise.posterior
+    for split in dict.fromkeys(splits):
+        rows = np.array([name == split for name in splits]) & ~learn
+        if rows.any():
+            posterior[rows] = judge_labels(probs[rows], given[rows], noise.transition)
+    return posterior
 
 
 def _scatter(rows: Array, size: int) -> Callable[..., Array]:
@@ -282,7 +293,7 @@ def summarize(
     return {
         "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
-        "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
+        "splits": _split_rates(issues),
         "noise_rate": round(float(off.sum()), 4),
         "interval": None if interval is None else [round(end, 4) for end in interval],
         "worst_pair": pairs[0] if pairs else None,
@@ -295,6 +306,17 @@ def summarize(
         "notes": notes,
         "data_id": content.hexdigest(),
     }
+
+
+def _split_rates(issues: LabelIssues) -> dict[str, dict[str, Any]]:
+    """Return size and estimated noise rate of each split."""
+    found = {}
+    names = np.array(issues.splits)
+    for split in dict.fromkeys(issues.splits):
+        rows = (names == split) & issues.readable
+        rate = round(1 - float(issues.quality[rows].mean(dtype=np.float64)), 4) if rows.any() else None
+        found[split] = {"count": int((names == split).sum()), "noise_rate": rate}
+    return found
 
 
 def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: Array, summary: dict[str, Any]) -> None:
@@ -352,13 +374,40 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
     )
 
 
+def read_noise_rate(path: str | Path) -> float:
+    """Return the estimated fraction of wrong labels of an audit.
+
+    Args:
+        path: run folder of the audit, or its ``audit.json``.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file does not belong to an audit.
+    """
+    path = Path(path)
+    path = path / "audit.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a number or the audit.json of an audit, got {str(path)!r}; run sanm audit first"
+        )
+    try:
+        rate = float(json.loads(path.read_text(encoding="utf-8"))["noise_rate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected audit.json of an audit in {str(path)!r}, got an invalid file ({error}); use that of sanm audit"
+        ) from error
+    return rate
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """Return the result in one line."""
-    span = summary["interval"]
+    span, pair, splits = summary["interval"], summary["worst_pair"], dict(summary["splits"])
+    first = "train" if "train" in splits else next(iter(splits))
+    where = f"{splits[first]['count']:,} labels" + (f" of {first}" if len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
-    pair = summary["worst_pair"]
+    others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
-    return f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong{known}{worst}"
+    return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"
 
 
 def _picture(image: Any) -> Array:

@@ -5,7 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior", "transition_of"]
+__all__ = [
+    "NoiseModel",
+    "confident_joint",
+    "deconvolve",
+    "fit_noise_model",
+    "judge_labels",
+    "label_posterior",
+    "transition_of",
+]
 
 ITERATIONS = 10
 """Number of iterations of the deconvolution; more iterations amplify noise of the probabilities."""
@@ -97,6 +105,34 @@ def label_posterior(probs: Array, labels: Array, transition: Array, iterations: 
         weighted = prior * transition[:, labels[part]].T
         out[part] = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
     return out
+
+
+def judge_labels(probs: Array, labels: Array, transition: Array, iterations: int = 5) -> Array:
+    """Compute the probability that each class is the true class, for samples not used to fit the probabilities.
+
+    The labels of another split, such as a test set, have their own transition matrix. It is estimated from these labels
+    and the deconvolved probabilities of the images by expectation maximization, initialized with the transition matrix
+    of the training labels.
+
+    Args:
+        probs: probabilities of the training labels, shape (N, C).
+        labels: given labels of the other split, shape (N,).
+        transition: transition matrix of the training labels, given labels (columns) for each true label (rows), shape
+            (C, C).
+        iterations: number of iterations of the estimate.
+
+    Returns:
+        Shape (N, C), float32, rows sum to 1.
+    """
+    prior = np.concatenate(
+        [deconvolve(probs[i : i + CHUNK].astype(np.float64), transition) for i in range(0, len(probs), CHUNK)]
+    )
+    own = transition
+    for _ in range(iterations + 1):
+        weighted = prior * own[:, labels].T
+        posterior: Array = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
+        own = transition_of(_joint_of(posterior, labels))
+    return posterior.astype(np.float32)
 
 
 def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
