@@ -17,7 +17,8 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
-from sanm_lightning import config_paths
+from sanm_lightning import commands, config_paths
+from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -164,7 +165,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,  # a run that nobody seeded can still be repeated
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [RunRecord()]},
+        trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
         args=args,
     )
 
@@ -175,6 +176,9 @@ def entry_point() -> None:
     ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
+        status = commands.run(sys.argv[1:])
+        if status is not None:
+            sys.exit(status)
         main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
