@@ -105,7 +105,9 @@ class PredictionRecord(L.Callback):
         keys: dict[str, list[str]] = {}
         tables = []
         for loader in loaders:
-            index, rows = (np.concatenate(parts) for parts in zip(*(s[loader] for s in shares if loader in s), strict=True))
+            index, rows = (
+                np.concatenate(parts) for parts in zip(*(s[loader] for s in shares if loader in s), strict=True)
+            )
             index, first = np.unique(index, return_index=True)  # sorted; a sampler may have filled up with duplicates
             tables.append(rows[first])
             split = _loader_name(data, loader)

@@ -13,7 +13,7 @@ from sanm_lightning.class_names import class_names_of
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import read_checkpoint
 
-__all__ = ["Predictor", "TrainedMethod", "load_method", "load_predictor", "find_device"]
+__all__ = ["Predictor", "TrainedMethod", "find_device", "load_method", "load_predictor"]
 
 
 class TrainedMethod(NamedTuple):

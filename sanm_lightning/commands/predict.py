@@ -58,7 +58,8 @@ def predict(
     """
     if batch_size < 1 or (num_workers is not None and num_workers < 0):
         raise ValueError(
-            f"expected batch_size of 1 or more and num_workers of 0 or more, got {batch_size} and {num_workers}; use the defaults"
+            f"expected batch_size of 1 or more and num_workers of 0 or more, got {batch_size} and {num_workers}; choose larger "
+            "numbers"
         )
     require_new_file(out, overwrite)
     trained = load_method(ckpt_path, method)
@@ -97,7 +98,9 @@ def require_new_file(path: str | Path, overwrite: bool) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"expected a file name in {str(path)!r}, got a folder; name a file in it with --out")
     if path.exists() and not overwrite:
-        raise FileExistsError(f"expected a new file in {str(path)!r}, got one that exists; name another, or --overwrite true")
+        raise FileExistsError(
+            f"expected a new file in {str(path)!r}, got one that exists; name another, or --overwrite true"
+        )
     require_folder(path.absolute().parent)
 
 
@@ -114,7 +117,9 @@ def _list(given: Sequence[str], console: Console) -> tuple[list[Path], list[str]
         elif place.is_file():
             files[place.as_posix()] = place
         else:
-            raise FileNotFoundError(f"expected a folder or an image in {str(place)!r}, where there is none; check --images")
+            raise FileNotFoundError(
+                f"expected a folder or an image in {str(place)!r}, where there is none; check --images"
+            )
     if not files:
         raise ValueError(f"expected images in {', '.join(map(repr, given))}, got none; check --images")
     return list(files.values()), list(files)
@@ -143,7 +148,8 @@ class _Decoded(Dataset[_Item]):
         except ValueError as error:
             cause = error.__cause__ or error
             reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-            return _Item(row, None, reason.rstrip(".") or type(cause).__name__)
+            reason = reason.replace(f" {str(self.files[row])!r}", "").rstrip(".")  # Pillow repeats the path
+            return _Item(row, None, reason or type(cause).__name__)
         return _Item(row, center_crop(image[None], self.image_size)[0], "")
 
 
