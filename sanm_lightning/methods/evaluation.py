@@ -50,7 +50,7 @@ class EvaluationSteps(L.LightningModule):
         if read.images.ndim != 4:
             raise ValueError(
                 f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; give "
-                "the data module to the trainer, whose loaders serve positions alone, or return images from your loader"
+                "the data module to the trainer, whose loaders serve positions, or return images from your own"
             )
         out = {} if read.index is None else {"index": read.index}
         return {**out, "probabilities": self(read.images).float().softmax(1)}
