@@ -18,6 +18,7 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
 from sanm_lightning import commands, config_paths
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
@@ -38,6 +39,12 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
         self._parsers.append(parser)
+        parser.add_argument(
+            "--audit",
+            type=bool,
+            default=True,
+            help="after a fit, write label_issues.csv and report.html to the run directory",
+        )
         for name in ("num_classes", "image_size"):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
@@ -118,7 +125,8 @@ class SANMCLI(LightningCLI):
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
-        callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
+        audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
+        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody asked for another one
@@ -173,13 +181,14 @@ def main(args: list[str] | None = None) -> SANMCLI:
 def entry_point() -> None:
     """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
 
-    ``SANM_TRACEBACK=1`` shows the traceback.
+    The first word may name one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
         status = commands.run(sys.argv[1:])
-        if status is not None:
+        if status is None:
+            main()
+        elif status:
             sys.exit(status)
-        main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise

@@ -97,8 +97,8 @@ class FrozenFeatures:
 
 def _no_features(network: Normalized, image_size: int, got: str) -> str:
     return (
-        f"expected pooled features (B, D) from forward_head(..., pre_logits=True) of {type(network.network).__name__} on images "
-        f"of {image_size} pixels, got {got}; choose a network with global pooling, or another image_size"
+        f"expected pooled features (B, D) from forward_head(..., pre_logits=True) of {type(network.network).__name__} on "
+        f"images of {image_size} pixels, got {got}; choose a network with global pooling, or another image_size"
     )
 
 
@@ -115,11 +115,8 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.parts = sorted(folder.glob("part-*.npz")) if folder.is_dir() else []
-        others = (
-            [path.name for path in folder.iterdir() if not path.name.startswith("part-")]
-            if self.parts or folder.is_dir()
-            else []
-        )
+        found = folder.iterdir() if folder.is_dir() else ()
+        others = [path.name for path in found if not path.name.startswith("part-")]
         if others:
             raise ValueError(
                 f"expected a folder of cached features in {str(folder)!r}, got other files such as {others[0]!r}; name another "
@@ -202,7 +199,8 @@ class _Decoded(Dataset[_Item]):
         if not isinstance(content, Tensor):
             return read_image(content, self.image_size, InterpolationMode.BICUBIC)
         resized = TF.resize(content, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
-        return TF.center_crop(resized, [self.image_size, self.image_size])
+        square: Tensor = TF.center_crop(resized, [self.image_size, self.image_size])
+        return square
 
 
 def _digest(kind: Any, content: bytes) -> bytes:

@@ -76,8 +76,8 @@ def _from_run(name: str | None, checkpoint: str | Path) -> Normalized | None:
     named = settings.get("network")
     if not isinstance(named, str):
         raise ValueError(
-            f"expected a checkpoint whose network was given by name, got {str(checkpoint)!r} without one; save the state dict of "
-            "the network and give its timm name"
+            f"expected a checkpoint whose network was given by name, got {str(checkpoint)!r} without one; save the state dict "
+            "of the network and give its timm name"
         )
     if name not in (None, named):
         raise ValueError(f"expected the network of the checkpoint, {named!r}, got {name!r}; leave the name out")

@@ -131,7 +131,14 @@ class _Regressions:
     """
 
     def __init__(
-        self, features: Array, labels: Array, folds: Array, num_classes: int, learn: Array, device: Any, start: Any = None
+        self,
+        features: Array,
+        labels: Array,
+        folds: Array,
+        num_classes: int,
+        learn: Array,
+        device: Any,
+        start: Any = None,
     ) -> None:
         self.labels, self.folds = torch.from_numpy(labels).to(device), torch.from_numpy(folds).to(device)
         self.num_folds, self.num_classes = int(folds.max()) + 1, num_classes
@@ -198,7 +205,9 @@ class _Regressions:
         return found.numpy()
 
 
-def neighbor_probs(neighbors: Array, similarity: Array, labels: Array, num_classes: int, prior_weight: float = 1.0) -> Array:
+def neighbor_probs(
+    neighbors: Array, similarity: Array, labels: Array, num_classes: int, prior_weight: float = 1.0
+) -> Array:
     """Turn the given labels of neighbors into class probabilities, with the class frequencies as prior.
 
     Args:

@@ -1,0 +1,211 @@
+"""``sanm audit``: list the samples whose labels are likely to be wrong."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
+from sanm_lightning.audit.run import verdict
+from sanm_lightning.csv_tables import write_csv
+
+__all__ = ["audit", "main"]
+
+
+def audit(
+    root: str | None = None,
+    data: L.LightningDataModule | None = None,
+    split: str = "train",
+    out: str | None = None,
+    network: str | None = None,
+    checkpoint: str | None = None,
+    image_size: int | None = None,
+    cache: str | None = None,
+    baseline: str | None = None,
+    fail_over: float | None = None,
+    batch_size: int = 64,
+    num_workers: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+) -> int:
+    """List the samples whose labels are likely to be wrong, without training a network.
+
+    Args:
+        root: folder of class folders, or of ``train/`` (``val/``, ``test/``) of class folders.
+        data: data module, in place of a folder; labels are those that a training would be given.
+        split: of the data module: ``train``, ``val`` or ``test``.
+        out: folder that is made for the results; by default ``audits/version_<n>``.
+        network: timm model name whose pre-trained features are used; by default ``tf_efficientnet_lite0``.
+        checkpoint: file of weights for the network, or checkpoint of a ``sanm`` run, whose encoder is used.
+        image_size: side in pixels at which the network sees the images; by default chosen by the size of the images.
+        cache: folder of cached features; by default in the user's cache folder.
+        baseline: ``label_issues.csv`` of an earlier audit: only issues that it does not hold are reported.
+        fail_over: end with exit status 1 if a larger fraction of the labels, in [0, 1], is estimated to be wrong; with a
+            baseline, if a larger fraction of the images is a new issue.
+        batch_size: images per forward of the network.
+        num_workers: processes that read and decode images; by default one per processor, four at most, none on one.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        seed: of the folds.
+
+    Returns:
+        Exit status: 0, or 1 above ``fail_over``.
+
+    Raises:
+        ValueError: if an argument is out of its range, or there is nothing to audit.
+        OSError: if a file cannot be read or written, or ``out`` exists.
+    """
+    if (root is None) == (data is None):
+        got = "neither" if root is None else "both"
+        raise ValueError(
+            f"expected a folder or a data module, got {got}; use 'sanm audit ROOT' or 'sanm audit --data CLASS'"
+        )
+    if fail_over is not None and not 0 <= fail_over <= 1:
+        raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for five in a hundred")
+    old = read_label_issues(baseline) if baseline is not None else None
+    pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
+    folder = _new_folder(out)
+    console = Console(highlight=False)
+    processors = os.cpu_count() or 1
+    workers = num_workers if num_workers is not None else (0 if processors == 1 else min(4, processors))
+    draft = folder / "features.npy.tmp"
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), console=console, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("features", total=len(pool.labels), rate="")
+
+        def progress(done: int, run: int) -> None:
+            speed = bar.tasks[task].speed
+            bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
+
+        result = audit_set(
+            pool,
+            draft,
+            network,
+            checkpoint,
+            image_size,
+            cache,
+            batch_size,
+            workers,
+            device,
+            seed,
+            bar.console.print,
+            progress,
+        )
+    os.replace(draft, folder / "features.npy")
+    write_audit(folder, pool, result.issues, result.probs, result.summary)
+    console.print(_class_table(result.summary))
+    for note in result.summary["notes"]:
+        console.print(f"note: {note}", markup=False)
+    groups = result.summary["duplicates"]
+    counts = {
+        "exact": "exact copies",
+        "near": "near copies",
+        "contradicting": "with different labels",
+        "leaks": "across splits",
+    }
+    console.print("groups of copies: " + ", ".join(f"{len(groups[name])} {words}" for name, words in counts.items()))
+    console.print(verdict(result.summary), markup=False, style="bold")
+    share = result.summary["noise_rate"]
+    if old is not None:
+        new = _new_issues(result.issues, old)
+        _write_new(folder / "new_issues.csv", result.issues, new)
+        share = len(new) / len(pool.labels)
+        console.print(
+            f"{len(new)} issues that the baseline does not hold, in {folder / 'new_issues.csv'}", markup=False
+        )
+    console.print(f"results: {folder}; open {folder / 'report.html'} to look and to tick", markup=False)
+    if fail_over is not None and share > fail_over:
+        console.print(f"{share:.2%} is more than the {fail_over:.2%} of --fail_over", markup=False)
+        return 1
+    return 0
+
+
+def _new_folder(out: str | None) -> Path:
+    if out is None:
+        base = Path("audits")
+        taken = [int(path.name[8:]) for path in base.glob("version_*") if path.name[8:].isdigit()]
+        folder = base / f"version_{max(taken, default=-1) + 1}"
+    else:
+        folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; name another with --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"expected a folder to write to in {str(folder)!r}, got {error.strerror}; name another"
+        ) from error
+    return folder
+
+
+def _is_issue(issues: LabelIssues) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = issues.readable & (issues.suggested != issues.given) & (issues.quality < 0.5)
+    return found
+
+
+def _new_issues(now: LabelIssues, old: LabelIssues) -> list[int]:
+    """Return the rows that are issues now, and were none with this label in an earlier audit; worst first."""
+    known = {(old.names[row], old.class_names[old.given[row]]) for row in np.flatnonzero(_is_issue(old))}
+    issue = _is_issue(now)
+    return [int(r) for r in now.order() if issue[r] and (now.names[r], now.class_names[now.given[r]]) not in known]
+
+
+def _write_new(path: Path, issues: LabelIssues, rows: list[int]) -> None:
+    names = issues.class_names
+    header = ["path" if issues.paths is not None else "index", "split", "given_label", "suggested_label", "quality"]
+    write_csv(
+        path,
+        header,
+        (
+            [
+                issues.names[r],
+                issues.splits[r],
+                names[issues.given[r]],
+                names[issues.suggested[r]],
+                f"{issues.quality[r]:.6f}",
+            ]
+            for r in rows
+        ),
+    )
+
+
+def _class_table(summary: dict[str, Any]) -> Table:
+    table = Table(title="Classes")
+    for column in ("class", "images", "wrong labels, about", "most often should be"):
+        table.add_column(column, justify="left" if column in ("class", "most often should be") else "right")
+    shown = sorted(summary["classes"], key=lambda row: -(row["wrong"] or 0) * row["count"])[:30]
+    for row in shown:
+        wrong = "" if row["wrong"] is None else f"{row['wrong']:.1%}"
+        table.add_row(_plain(row["name"]), f"{row['count']:,}", wrong, _plain(row["confused_with"] or ""))
+    if len(summary["classes"]) > len(shown):
+        table.caption = f"30 of {len(summary['classes'])} classes; all are in audit.json"
+    return table
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def main(words: list[str]) -> int:
+    """Parse the words after ``sanm audit`` and run it; return the exit status."""
+    parser = ArgumentParser(prog="sanm audit", description="List the samples whose labels are likely to be wrong.")
+    parser.add_argument(
+        "root", nargs="?", type=str | None, default=None, help="folder of class folders, or of splits of them"
+    )
+    parser.add_function_arguments(audit, skip={"root", "data"}, sub_configs=True)
+    parser.add_subclass_arguments(
+        L.LightningDataModule, "data", required=False, help="data module in place of a folder"
+    )
+    parsed = parser.instantiate_classes(
+        parser.parse_args([word.replace("--fail-over", "--fail_over") for word in words])
+    )
+    torch.set_grad_enabled(True)
+    return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})
