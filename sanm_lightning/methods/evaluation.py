@@ -49,8 +49,8 @@ class EvaluationSteps(L.LightningModule):
         read = NoisyBatch.from_any(batch, need_labels=False)
         if read.images.ndim != 4:
             raise ValueError(
-                f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; give "
-                "the data module to the trainer, whose loaders serve positions, or return images from your own"
+                f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; "
+                "give the data module to the trainer, whose loaders serve positions, or return images from your own"
             )
         out = {} if read.index is None else {"index": read.index}
         return {**out, "probabilities": self(read.images).float().softmax(1)}
