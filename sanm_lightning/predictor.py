@@ -103,7 +103,8 @@ def load_method(path: str | Path, method: type[NoisyLabelModule] | None = None) 
         ValueError: it is no checkpoint, or one of another module.
     """
     checkpoint = read_checkpoint(path)
-    name = (checkpoint.get("method") or {}).get("name")
+    kept = checkpoint.get("method")
+    name = kept.get("name") if isinstance(kept, Mapping) else None
     if method is None:
         found = getattr(methods, name, None) if isinstance(name, str) else None
         if not (isinstance(found, type) and issubclass(found, NoisyLabelModule)):

@@ -107,7 +107,7 @@ def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> 
     state = (whole.network if of_timm else whole).state_dict()
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(
-        save({key: part.cpu().contiguous() for key, part in state.items()}, metadata={"format": "pt"})
+        save({key: part.clone().contiguous() for key, part in state.items()}, metadata={"format": "pt"})
     )
     (folder / "config.json").write_text(_text(_config(network, trained, of_timm)), encoding="utf-8")
 
@@ -185,7 +185,7 @@ def _require_onnx() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                f"expected the package {name} for the format onnx, got none; install sanm-lightning[onnx]"
+                f"expected the package {name} for the format onnx, got none; install the extra 'onnx'"
             ) from error
 
 

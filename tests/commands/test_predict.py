@@ -19,7 +19,7 @@ from sanm_lightning.csv_tables import unescape_cell
 from sanm_lightning.data import ImageFolder, Toy
 from sanm_lightning.models import SmallCNN
 from sanm_lightning.predictions import PredictionRecord
-from sanm_lightning.predictor import load_method, load_predictor
+from sanm_lightning.predictor import _decode_size, load_method, load_predictor
 from tests.commands.conftest import NamedToy, fitted
 from tests.methods.test_every_method import SMALL
 from tests.methods.toy import trainer
@@ -144,6 +144,13 @@ def test_a_predictor_in_python(trained):
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
+def test_where_the_decode_size_is_looked_for():
+    settings = {"settings": {"data": {"init_args": {"decode_size": 24}}}}
+    assert _decode_size({**settings, "Toy": {"draws": 3, "decode_size": [28, 28]}}, (16, 16)) == 28
+    assert _decode_size({**settings, "Toy": {"draws": 3}}, (16, 16)) == 24
+    assert _decode_size({"settings": {"data": None}}, (16, 20)) == 20
+
+
 class Foreign(SANMMixin, L.LightningModule):
     def __init__(self):
         super().__init__()
@@ -171,6 +178,9 @@ class TestBadInput:
         run = trainer(1)
         run.strategy.connect(Foreign())
         run.save_checkpoint("foreign.ckpt")
+        held = torch.load("foreign.ckpt", weights_only=True)
+        torch.save({**held, "method": "mine"}, "strange.ckpt")
+        self.refused(ValueError, "a method of this package", "strange.ckpt", [images])
         self.refused(ValueError, "a method of this package .* got one of another module", "foreign.ckpt", [images])
         fitted("CrossEntropy", "given.ckpt", network=SmallCNN(4, width=4), network_args=None)
         self.refused(ValueError, "expected a checkpoint whose network was given by name", "given.ckpt", [images])
