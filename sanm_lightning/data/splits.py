@@ -1,5 +1,6 @@
 """Which splits a data module has, and what a checkpoint says of them: seed, labels, class names."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,11 @@ class Splits(ServedBatches):
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
 
     @property
+    @abstractmethod
+    def decode_size(self) -> tuple[int, int]:
+        """(H, W) of a decoded image in pixels; known as soon as the object exists."""
+
+    @property
     def own_splits(self) -> tuple[str, ...]:
         """The splits that the data come with beside the training set: ``val``, ``test``, both or none."""
         return ("test",)
@@ -57,12 +63,13 @@ class Splits(ServedBatches):
         return ["test"] if "test" in self.own_splits else self.eval_names
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the class names, and a check sum of the training labels, so that a resumed run has the same."""
+        """Return what a later run is compared with (seed, labels, class names), and the size that images are decoded at."""
         return {
             "draws": DRAWS,
             "seed": self.seed,
             "labels": self.table("train").check_sum() if "train" in self._tables else None,
             "class_names": named_classes(self),
+            "decode_size": list(self.decode_size),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

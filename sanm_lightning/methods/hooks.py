@@ -25,6 +25,9 @@ class MethodHooks(L.LightningModule):
     estimates_quality = False
     """True in a method that judges labels itself, by :meth:`label_quality`."""
 
+    trains_classifier = True
+    """False in a method that trains an encoder alone, whose predictions mean nothing."""
+
     @property
     def networks(self) -> list[Any]:
         """All networks in training."""

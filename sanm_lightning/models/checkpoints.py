@@ -14,11 +14,16 @@ HEADS = ("fc.", "head.", "classifier.", "linear.", "projection.", "projector.", 
 
 
 class LoadReport(NamedTuple):
-    """Names of the network's tensors that were found, those that were not, and what the file holds beside them."""
+    """What became of the network's tensors, by name, and what the file holds beside them."""
 
     matched: list[str]
+    """Of the network: found, and loaded."""
     missing: list[str]
+    """Of the network without its classifier: not found."""
     unexpected: list[str]
+    """Of the file: not used."""
+    classifier: list[str]
+    """Of the network's classifier: never loaded, as they were before, so random in a new network."""
 
 
 def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
@@ -50,11 +55,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
             "trust it, load it yourself and save its state dict with torch.save"
         ) from error
     weights = _state_dict(held)
-    own = {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if isinstance(tensor, Tensor) and not _is_head(name) and name not in ("mean", "std")
-    }
+    held_by = {name: part for name, part in network.state_dict().items() if isinstance(part, Tensor)}
+    own = {name: part for name, part in held_by.items() if not _is_head(name) and name not in ("mean", "std")}
     fitting = max(
         (_fit(weights, own, prefix, inner) for prefix in _prefixes(weights) for inner in _prefixes(own)), key=len
     )
@@ -68,7 +70,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
-    return LoadReport(list(fitting), missing, [key for key in weights if key not in used])
+    unexpected = [key for key in weights if key not in used]
+    return LoadReport(list(fitting), missing, unexpected, [name for name in held_by if _is_head(name)])
 
 
 def _state_dict(held: Any) -> dict[str, Tensor]:
