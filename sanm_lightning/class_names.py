@@ -1,9 +1,9 @@
 """Compare the class names of a data set with those of a checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["named_classes", "real_names", "refuse_other_classes"]
+__all__ = ["class_names_of", "named_classes", "real_names", "refuse_other_classes"]
 
 SHOWN = 5
 """Maximum number of names in an error message."""
@@ -19,6 +19,32 @@ def real_names(names: Any) -> list[str] | None:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return None
     return None if list(names) == [str(number) for number in range(len(names))] else list(names)
+
+
+def class_names_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the names of the C classes of a checkpoint, in the order of the class indices.
+
+    They are read from ``class_names``, the hyper-parameters, or the state of the data module; otherwise, they are the
+    numbers 0 to C - 1.
+
+    Args:
+        checkpoint: checkpoint of a method of this package.
+
+    Raises:
+        ValueError: if the checkpoint does not contain the number of classes.
+    """
+    settings = checkpoint.get("hyper_parameters") or {}
+    number = settings.get("num_classes")
+    if not isinstance(number, int):
+        raise ValueError(
+            f"expected a checkpoint with a number of classes, got {number!r}; use a checkpoint of a method"
+        )
+    states = [part for part in checkpoint.values() if isinstance(part, Mapping) and "draws" in part]
+    for held in (checkpoint, settings, *states):
+        names = real_names(held.get("class_names"))
+        if names is not None and len(names) == number:
+            return names
+    return [str(label) for label in range(number)]
 
 
 def refuse_other_classes(now: Sequence[str] | None, then: Sequence[str] | None) -> None:

@@ -19,6 +19,7 @@ import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
 from sanm_lightning.audit import LabelAudit, read_noise_rate
+from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -200,7 +201,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,  # runs without a given seed are reproducible
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [RunRecord()]},
+        trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
         args=args,
     )
 

@@ -1,5 +1,6 @@
 """Splits of a data module, and their state in checkpoints: seed, labels and class names."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,11 @@ class Splits(ServedBatches):
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
 
     @property
+    @abstractmethod
+    def decode_size(self) -> tuple[int, int]:
+        """(H, W) of decoded images in pixels; available after construction."""
+
+    @property
     def own_splits(self) -> tuple[str, ...]:
         """Splits of the data besides the training set: ``val``, ``test``, both or none."""
         return ("test",)
@@ -60,12 +66,13 @@ class Splits(ServedBatches):
         return ["test"] if "test" in self.own_splits else self.eval_names
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the class names and a checksum of the training labels, which a resumed run compares."""
+        """Return seed, class names, a checksum of the training labels, which a resumed run compares, and the decoded size."""
         return {
             "draws": DRAWS,
             "seed": self.seed,
             "labels": self.table("train").check_sum() if "train" in self._tables else None,
             "class_names": named_classes(self),
+            "decode_size": list(self.decode_size),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -41,8 +41,17 @@ class EvaluationSteps(L.LightningModule):
         self._evaluate(batch, self._name("test_names", "test", dataloader_idx))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return class probabilities (B, C), and index (B,) if the batch has one."""
+        """Return class probabilities (B, C), and index (B,) if the batch has one.
+
+        Raises:
+            ValueError: if the batch has no images (B, 3, H, W).
+        """
         read = NoisyBatch.from_any(batch, need_labels=False)
+        if read.images.ndim != 4:
+            raise ValueError(
+                f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; "
+                "pass the data module to the trainer, because its loaders return indices, or use loaders of images"
+            )
         out = {} if read.index is None else {"index": read.index}
         return {**out, "probabilities": self(read.images).float().softmax(1)}
 

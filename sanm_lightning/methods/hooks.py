@@ -25,6 +25,9 @@ class MethodHooks(L.LightningModule):
     estimates_quality = False
     """Whether the method estimates label quality in :meth:`label_quality`."""
 
+    trains_classifier = True
+    """False for methods that train only an encoder, whose predictions are not meaningful."""
+
     @property
     def networks(self) -> list[Any]:
         """The trained networks."""

@@ -33,6 +33,7 @@ class SimCLR(NoisyLabelModule):
     """
 
     needs_data_module = True
+    trains_classifier = False
 
     def __init__(
         self,

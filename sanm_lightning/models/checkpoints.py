@@ -14,11 +14,16 @@ HEADS = ("fc.", "head.", "classifier.", "linear.", "projection.", "projector.", 
 
 
 class LoadReport(NamedTuple):
-    """Names of the network's tensors that were loaded and that are missing, and unused names of the file."""
+    """Names of the tensors of the network and of the file, by result of the loading."""
 
     matched: list[str]
+    """Tensors of the network that were loaded."""
     missing: list[str]
+    """Tensors of the network, without its classifier, that are not in the file."""
     unexpected: list[str]
+    """Tensors of the file that were not used."""
+    classifier: list[str]
+    """Tensors of the classifier of the network, which are not loaded and keep their values."""
 
 
 def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
@@ -53,11 +58,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
             f"({reason}); if the file is trusted, load it and save its state dict with torch.save"
         ) from error
     weights = _state_dict(held)
-    own = {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if isinstance(tensor, Tensor) and not _is_head(name) and name not in ("mean", "std")
-    }
+    held_by = {name: part for name, part in network.state_dict().items() if isinstance(part, Tensor)}
+    own = {name: part for name, part in held_by.items() if not _is_head(name) and name not in ("mean", "std")}
     fitting = max(
         (_fit(weights, own, prefix, inner) for prefix in _prefixes(weights) for inner in _prefixes(own)), key=len
     )
@@ -71,7 +73,8 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
-    return LoadReport(list(fitting), missing, [key for key in weights if key not in used])
+    unexpected = [key for key in weights if key not in used]
+    return LoadReport(list(fitting), missing, unexpected, [name for name in held_by if _is_head(name)])
 
 
 def _state_dict(held: Any) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ class PooledClassifier(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for ``num_classes``."""
+        """Replace the classifier by a new one for ``num_classes``; 0 removes it."""
         self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, 3, H, W)."""

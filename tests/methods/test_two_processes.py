@@ -241,3 +241,8 @@ class TestCommandLine:
             del result["seconds"]
         assert results[0] == results[1]
         assert results[0]["epochs"] == 3
+
+    def test_predictions_are_complete_and_without_duplicates(self, launched):
+        lines = (launched[0] / "predicted" / "predictions.csv").read_text().splitlines()
+        assert lines[0] == "index,predicted_label,confidence,p_0,p_1,p_2,p_3"
+        assert [line.split(",")[0] for line in lines[1:]] == [str(number) for number in range(9)]
