@@ -1,4 +1,5 @@
 # make quickstart: train on real images with wrong labels.  make test: the tests.  make test-all: every method in every variant.
+# make browser: the report of an audit in a real headless Chromium (Debian's package chromium; skipped where there is none).
 # make check: tests, ruff, types.
 # make bench: the speed of every part, as ratios (a quarter of an hour on 2 cores).
 # Each does all the set-up it needs: a virtual environment in .venv with everything installed.
@@ -6,16 +7,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all check lint bench clean
+.PHONY: quickstart test test-all browser check lint bench clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --ignore tests/browser
 
 test-all: $(VENV)/.test
-	SANM_TESTS=all $(BIN)/python -m pytest -n 2
+	SANM_TESTS=all $(BIN)/python -m pytest -n 2 --ignore tests/browser
+
+browser: $(VENV)/.test
+	$(BIN)/python -m pytest tests/browser
 
 check: test lint
 

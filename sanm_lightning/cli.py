@@ -18,6 +18,7 @@ import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
 from sanm_lightning import commands, config_paths
+from sanm_lightning.audit import LabelAudit, read_noise_rate
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -37,6 +38,12 @@ class SANMCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data know and the method needs. Data modules and models without these names are left alone."""
         self._parsers.append(parser)
+        parser.add_argument(
+            "--audit",
+            type=bool,
+            default=True,
+            help="after a fit, write label_issues.csv and report.html to the run directory",
+        )
         for name in ("num_classes", "image_size"):
             # Data without the property give None, which a model that needs it refuses and any other never sees.
             read = functools.partial(_read, name=name)
@@ -117,7 +124,8 @@ class SANMCLI(LightningCLI):
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
-        callbacks = [*self.trainer_defaults.get("callbacks", []), RunSettings(self._settings)]
+        audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
+        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody asked for another one
@@ -137,6 +145,34 @@ def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
 
+def _read_noise_rate(words: list[str]) -> list[str]:
+    """Replace the file of an audit after ``--model.noise_rate`` by the rate that it estimates."""
+    names = ("--model.noise_rate", "--model.init_args.noise_rate")
+    found = list(words)
+    for place, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if name not in names or not (given or place + 1 < len(words)):
+            continue
+        value = value if given else words[place + 1]
+        if value == "null" or _is_number(value):
+            continue
+        rate = str(read_noise_rate(value))
+        rank_zero_info(f"noise rate {rate}, as estimated in {value!r}")
+        if given:
+            found[place] = f"{name}={rate}"
+        else:
+            found[place + 1] = rate
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def main(args: list[str] | None = None) -> SANMCLI:
     """Run the command line.
 
@@ -147,7 +183,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
     """
     sys.path.insert(0, os.getcwd())  # a console script could not import the user's own modules otherwise
-    words = config_paths.resolve(sys.argv[1:] if args is None else args)
+    words = _read_noise_rate(config_paths.resolve(sys.argv[1:] if args is None else args))
     config_paths.check_order(words)
     setting = config_paths.unused_setting(words) if "fit" in words else None
     if setting:
@@ -172,13 +208,14 @@ def main(args: list[str] | None = None) -> SANMCLI:
 def entry_point() -> None:
     """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
 
-    ``SANM_TRACEBACK=1`` shows the traceback.
+    The first word may name one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback.
     """
     try:
         status = commands.run(sys.argv[1:])
-        if status is not None:
+        if status is None:
+            main()
+        elif status:
             sys.exit(status)
-        main()
     except (ValueError, OSError, MisconfigurationException) as error:
         if os.environ.get("SANM_TRACEBACK"):
             raise

@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.functional.classification import binary_auroc
 
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import atomic_write, require_folder
@@ -50,12 +51,15 @@ class RunRecord(L.Callback):
     The keys of the results: method, sanm (on or off), seed, epochs (finished), seconds (of fitting, over all resumes),
     noise_kind, noise_rate (asked), measured_noise_rate, test_accuracy_best (the highest of all evaluations: selected on
     the test set, as published protocols do), test_accuracy_last (final epoch), test_accuracy_last10 (mean over the
-    evaluations of the last ten epochs), quality_auc (see :func:`label_quality_auc`), stages (epochs of each stage),
-    masked_steps (training steps in which SANM hid something). Null where unknown.
+    evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (of the split ``val``, whose labels may be wrong,
+    held out or given), quality_auc (see :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
+    :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps in which SANM hid something). Null
+    where unknown.
     """
 
     def __init__(self) -> None:
         self.accuracies: dict[int, float] = {}
+        self.val_accuracies: dict[int, float] = {}
         self._seconds = 0.0
         self._started = 0.0
 
@@ -88,12 +92,13 @@ class RunRecord(L.Callback):
             rank_zero_info(f"label noise: {data.noise_kind}{asked}, {measured} of {data.num_samples} labels wrong")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the test accuracy of this epoch."""
+        """Note the accuracies of this epoch."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        accuracy = trainer.callback_metrics.get("test/acc")
-        if accuracy is not None:
-            self.accuracies[trainer.current_epoch] = float(accuracy)
+        for name, series in (("test/acc", self.accuracies), ("val/acc", self.val_accuracies)):
+            accuracy = trainer.callback_metrics.get(name)
+            if accuracy is not None:
+                series[trainer.current_epoch] = float(accuracy)
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -120,8 +125,11 @@ class RunRecord(L.Callback):
             "test_accuracy_best": max(series) if series else None,
             "test_accuracy_last": self.accuracies.get(epochs - 1),
             "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
+            "val_accuracy_best": max(self.val_accuracies.values(), default=None),
+            "val_accuracy_last": self.val_accuracies.get(epochs - 1),
             "quality_auc": label_quality_auc(trainer, pl_module),
             "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
+            "label_issues": next((part.metrics for part in trainer.callbacks if isinstance(part, LabelAudit)), None),
             "masked_steps": next(
                 (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),
                 None,
@@ -140,11 +148,16 @@ class RunRecord(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return accuracies and seconds so far, so that a resumed run reports the whole."""
         running = time.monotonic() - self._started if self._started else 0.0
-        return {"accuracies": dict(self.accuracies), "seconds": self._seconds + running}
+        return {
+            "accuracies": dict(self.accuracies),
+            "val_accuracies": dict(self.val_accuracies),
+            "seconds": self._seconds + running,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state."""
         self.accuracies, self._seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
+        self.val_accuracies = dict(state_dict.get("val_accuracies", {}))
 
 
 @rank_zero_only

@@ -15,9 +15,10 @@ ALLOWED = {
     "per_sample": {"per_sample", "random_streams"},
     "state_callback.py": {"per_sample"},
     "functional": {"functional"},
-    "sanm": {"functional", "random_streams", "per_sample", "sanm", "state_callback"},
+    "sanm": {"functional", "models", "random_streams", "per_sample", "sanm", "state_callback"},
     "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
-    "models": {"models"},
+    "models": {"models", "safe_files"},
+    "audit": {"audit", "csv_tables", "data", "functional", "models", "safe_files"},
     "callbacks": {"batch", "callbacks", "class_names", "compat", "random_streams"},
     "methods": {
         "batch",

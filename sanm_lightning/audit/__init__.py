@@ -1,15 +1,21 @@
 """The list of wrong labels: found with a frozen network and without training, looked at, and corrected."""
 
+from sanm_lightning.audit.callback import LabelAudit
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues, write_label_issues
 from sanm_lightning.audit.report import write_report
-from sanm_lightning.audit.run import AuditResult, AuditSet, audit_set, write_audit
+from sanm_lightning.audit.run import AuditResult, audit_set, read_noise_rate, write_audit
+from sanm_lightning.audit.sets import AuditSet, audit_set_of, folder_audit_set
 
 __all__ = [
     "AuditResult",
     "AuditSet",
+    "LabelAudit",
     "LabelIssues",
     "audit_set",
+    "audit_set_of",
+    "folder_audit_set",
     "read_label_issues",
+    "read_noise_rate",
     "write_audit",
     "write_label_issues",
     "write_report",

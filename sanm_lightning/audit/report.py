@@ -74,7 +74,7 @@ def write_report(
     if images is not None:
         for row in order[:embed].tolist():
             content = None if row in issues.unreadable else _jpeg(images, row, thumb_size)
-            embedded.append(content and "data:image/jpeg;base64," + base64.b64encode(content).decode())
+            embedded.append(None if content is None else _data_uri(content))
     absolute = issues.paths is not None and all(_is_absolute(path) for path in issues.paths)
     thumbs = images is not None and (issues.paths is None or (root is None and not absolute))
     if thumbs and images is not None:
@@ -196,6 +196,10 @@ def _jpeg(images: Images, row: int, side: int) -> bytes | None:
     content = io.BytesIO()
     picture.save(content, "JPEG", quality=85)
     return content.getvalue()
+
+
+def _data_uri(content: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(content).decode()
 
 
 def _write_thumbs(folder: Path, issues: LabelIssues, ranked: list[tuple[int, int]], images: Images, side: int) -> None:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +16,16 @@ from torch import Tensor
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
-from sanm_lightning.audit.noise_model import NoiseModel, fit_noise_model, label_posterior
-from sanm_lightning.audit.probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
 from sanm_lightning.audit.report import write_report
+from sanm_lightning.audit.sets import AuditSet
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.functional import nearest_neighbors
+from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
+from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, label_posterior, transition_of
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["AuditResult", "AuditSet", "audit_set", "default_cache", "write_audit"]
+__all__ = ["AuditResult", "audit_set", "default_cache", "read_noise_rate", "summarize", "verdict", "write_audit"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
@@ -33,31 +33,6 @@ SHOWN_NEIGHBORS = 10
 """Neighbors whose labels are listed."""
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class AuditSet:
-    """N labelled images to be audited.
-
-    Attributes:
-        images: paths of the files, or a map-style data set of uint8 tensors (3, H, W).
-        labels: given labels, shape (N,), int64, in [0, C).
-        class_names: C names.
-        splits: name of the split of each image, N of them.
-        paths: paths relative to ``root`` with ``/``; None where there are no files.
-        index: position of each image in its original set, shape (N,), where there are no files.
-        root: folder that the paths are relative to.
-        notes: sentences for the reader, such as which files were passed over.
-    """
-
-    images: Any
-    labels: Array
-    class_names: list[str]
-    splits: list[str]
-    paths: list[str] | None = None
-    index: Array | None = None
-    root: Path | None = None
-    notes: Sequence[str] = ()
 
 
 class AuditResult(NamedTuple):
@@ -192,7 +167,7 @@ def audit_set(
         index=data.index,
     )
     copies = Duplicates(copies.group, *([[int(rows[i]) for i in part] for part in parts] for parts in copies[1:]))
-    summary = _summary(data, issues, noise, copies)
+    summary = summarize(data, issues, noise.joint, noise.interval, copies)
     summary |= {
         "network": network or (str(checkpoint) if checkpoint else DEFAULT_NETWORK),
         "image_size": size,
@@ -250,12 +225,26 @@ def _unreadable_words(data: AuditSet, unreadable: dict[int, str]) -> str:
     return f"{len(unreadable)} unreadable, such as {name!r} ({reason})"
 
 
-def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Duplicates) -> dict[str, Any]:
-    """Collect what ``audit.json`` and the report say."""
+def summarize(
+    data: AuditSet,
+    issues: LabelIssues,
+    joint: Array,
+    interval: tuple[float, float] | None = None,
+    copies: Duplicates | None = None,
+) -> dict[str, Any]:
+    """Collect what ``audit.json`` and the report say.
+
+    Args:
+        data: what was audited.
+        issues: what was found.
+        joint: joint distribution of given (rows) and right labels (columns), shape (C, C), sums to 1.
+        interval: lowest and highest estimate of the fraction of wrong labels.
+        copies: duplicates.
+    """
     names, labels = data.class_names, issues.given
     counts = np.bincount(labels, minlength=len(names))
-    given_given = noise.joint / np.maximum(noise.joint.sum(1, keepdims=True), 1e-12)  # right label, for each given one
-    off = noise.joint - np.diag(np.diag(noise.joint))
+    given_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # right label, for each given one
+    off = joint - np.diag(np.diag(joint))
     pairs = [
         {"given": names[i], "suggested": names[j], "fraction": round(float(off[i, j]), 5)}
         for i, j in zip(*np.unravel_index(np.argsort(-off, axis=None)[:10], off.shape), strict=True)
@@ -271,7 +260,8 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
         for c, name in enumerate(names)
     ]
     told = issues.names
-    groups = {name: [[told[row] for row in part] for part in getattr(copies, name)] for name in copies._fields[1:]}
+    kinds = Duplicates._fields[1:]
+    groups = {name: [[told[row] for row in part] for part in getattr(copies, name, [])] for name in kinds}
     notes = list(data.notes)
     if issues.unreadable:
         notes.append(f"{_unreadable_words(data, issues.unreadable)}: listed at the end of the table.")
@@ -288,15 +278,16 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
     for name, label in zip(told, labels.tolist(), strict=True):
         content.update(f"{name}\0{names[label]}\0".encode())
     return {
+        "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
         "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
-        "noise_rate": round(noise.noise_rate, 4),
-        "interval": [round(end, 4) for end in noise.interval],
+        "noise_rate": round(float(off.sum()), 4),
+        "interval": None if interval is None else [round(end, 4) for end in interval],
         "worst_pair": pairs[0] if pairs else None,
         "pairs": pairs,
         "classes": classes,
         "class_names": list(names),
-        "transition": noise.transition.round(5).tolist(),
+        "transition": transition_of(joint).round(5).tolist(),
         "duplicates": groups,
         "unreadable": {told[row]: reason for row, reason in issues.unreadable.items()},
         "notes": notes,
@@ -304,7 +295,7 @@ def _summary(data: AuditSet, issues: LabelIssues, noise: NoiseModel, copies: Dup
     }
 
 
-def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None:
+def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: Array, summary: dict[str, Any]) -> None:
     """Write the files of an audit.
 
     These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (what its rows are), ``audit.json`` and ``report.html``.
@@ -312,15 +303,17 @@ def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None
     Args:
         folder: where to; made if need be.
         data: what was audited.
-        result: what was found.
+        issues: what was found.
+        probs: class probabilities, shape (N, C).
+        summary: from :func:`summarize`.
 
     Raises:
         OSError: if a file cannot be written.
     """
-    folder, issues = Path(folder), result.issues
+    folder = Path(folder)
     write_label_issues(folder / "label_issues.csv", issues)
     with atomic_write(folder / "pred_probs.npy") as file:
-        np.save(file, result.probs)
+        np.save(file, probs)
     names = {"paths": np.array(issues.paths, np.str_)} if issues.paths is not None else {"index": issues.index}
     with atomic_write(folder / "samples.npz") as file:
         np.savez_compressed(
@@ -328,43 +321,66 @@ def write_audit(folder: str | Path, data: AuditSet, result: AuditResult) -> None
             class_names=np.array(issues.class_names, np.str_), readable=issues.readable,
         )  # fmt: skip
     with atomic_write(folder / "audit.json") as file:
-        file.write((json.dumps(result.summary, indent=1, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
     titles = {
         "contradicting": "Copies with different labels (at least one of each group is wrong)",
         "leaks": "Copies in several splits",
         "exact": "Exact copies",
         "near": "Near copies",
     }
-    groups = result.summary["duplicates"]
+    groups = summary["duplicates"]
     write_report(
         folder,
         issues,
         {
             "title": f"Label audit of {data.root or 'a data set'}",
-            "verdict": verdict(result.summary),
-            "classes": result.summary["classes"],
+            "verdict": verdict(summary),
+            "classes": summary["classes"],
             "findings": [
                 {"title": title, "items": groups[name][:200], "count": len(groups[name])}
                 for name, title in titles.items()
                 if groups[name]
             ],
-            "notes": result.summary["notes"],
+            "notes": summary["notes"],
         },
         lambda row: _picture(data.images[row]),
         root=data.root,
-        transition=result.noise.transition,
+        transition=np.array(summary["transition"]),
     )
+
+
+def read_noise_rate(path: str | Path) -> float:
+    """Return the estimated fraction of wrong labels of an audit.
+
+    Args:
+        path: run folder of the audit, or its ``audit.json``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not that of an audit.
+    """
+    path = Path(path)
+    path = path / "audit.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a number or the audit.json of an audit, got {str(path)!r}; run sanm audit first"
+        )
+    try:
+        rate = float(json.loads(path.read_text(encoding="utf-8"))["noise_rate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected audit.json of an audit in {str(path)!r}, got another file ({error}); give the one of sanm audit"
+        ) from error
+    return rate
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """Return the result in one line."""
-    low, high = summary["interval"]
+    span = summary["interval"]
+    known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
     pair = summary["worst_pair"]
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
-    return (
-        f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong (estimates from {low:.1%} to "
-        f"{high:.1%}){worst}"
-    )
+    return f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong{known}{worst}"
 
 
 def _picture(image: Any) -> Array:

@@ -11,14 +11,12 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
-from sanm_lightning.audit import AuditSet, LabelIssues, audit_set, read_label_issues, write_audit
+from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
 from sanm_lightning.audit.run import verdict
 from sanm_lightning.csv_tables import write_csv
-from sanm_lightning.data.image_files import count_passed_over, list_images
 
-__all__ = ["audit", "audit_set_of", "main"]
+__all__ = ["audit", "main"]
 
 
 def audit(
@@ -71,7 +69,7 @@ def audit(
     if fail_over is not None and not 0 <= fail_over <= 1:
         raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for five in a hundred")
     old = read_label_issues(baseline) if baseline is not None else None
-    pool = _folder_set(Path(root)) if root is not None else audit_set_of(data, split)
+    pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     folder = _new_folder(out)
     console = Console(highlight=False)
     processors = os.cpu_count() or 1
@@ -102,7 +100,7 @@ def audit(
             progress,
         )
     os.replace(draft, folder / "features.npy")
-    write_audit(folder, pool, result)
+    write_audit(folder, pool, result.issues, result.probs, result.summary)
     console.print(_class_table(result.summary))
     for note in result.summary["notes"]:
         console.print(f"note: {note}", markup=False)
@@ -128,65 +126,6 @@ def audit(
         console.print(f"{share:.2%} is more than the {fail_over:.2%} of --fail_over", markup=False)
         return 1
     return 0
-
-
-def _folder_set(root: Path) -> AuditSet:
-    listing = list_images(root)
-    passed_over = count_passed_over(listing.passed_over)
-    return AuditSet(
-        images=[root / path for path in listing.paths],
-        labels=listing.labels.numpy(),
-        class_names=listing.class_names,
-        splits=listing.splits,
-        paths=[path.as_posix() for path in listing.paths],
-        root=root,
-        notes=[f"{passed_over}."] if passed_over else [],
-    )
-
-
-class _SplitImages:
-    """The decoded images of a split of a data module, as it serves them."""
-
-    def __init__(self, images: Any, origin: Tensor) -> None:
-        self.images, self.origin = images, origin.tolist()
-
-    def __len__(self) -> int:
-        return len(self.origin)
-
-    def __getitem__(self, row: int) -> Tensor:
-        image: Tensor = self.images[self.origin[row]]
-        return image
-
-
-def audit_set_of(data: Any, split: str = "train") -> AuditSet:
-    """Return a split of a data module of this package with the labels that a training is given.
-
-    Args:
-        data: the data module.
-        split: ``train``, ``val`` or ``test``.
-
-    Raises:
-        ValueError: if it has no such split, or is of another kind.
-    """
-    if not all(hasattr(data, name) for name in ("table", "store", "class_names")):
-        raise ValueError(
-            f"expected a data module with labels by index, got {type(data).__name__}; derive it from NoisyDataModule, or give "
-            "a folder"
-        )
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; choose one")
-    data.prepare_data()
-    table, store = data.table(split), data.store(split)
-    paths = data.sample_paths(split)
-    return AuditSet(
-        images=_SplitImages(store.rows.images, table.origin),
-        labels=table.labels.numpy(),
-        class_names=list(data.class_names),
-        splits=[split] * len(table.labels),
-        paths=paths,
-        index=None if paths is not None else table.origin.numpy(),
-        root=Path(data.root) if paths is not None else None,
-    )
 
 
 def _new_folder(out: str | None) -> Path:

@@ -46,7 +46,7 @@ class CSVImages(ImageFiles):
 
     def __init__(
         self,
-        file: str,
+        file: str = "images.csv",
         path_column: str = "path",
         label_column: str = "label",
         split_column: str | None = None,

@@ -1,6 +1,5 @@
 """Which files of a folder are images, and which are passed over and why. Nothing is decoded."""
 
-import functools
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -77,45 +76,54 @@ def list_class_folder(folder: str | Path) -> ClassFolder:
     """
     files: list[Path] = []
     passed_over: PassedOver = {}
-    _walk(Path(folder), False, files, passed_over, set())
-    by_path = functools.partial(_relative, base=Path(folder))
-    return ClassFolder(sorted(files, key=by_path), {why: sorted(passed_over[why], key=by_path) for why in passed_over})
+    _walk(str(folder), False, files, passed_over, set(), _endings())
+    return ClassFolder(
+        sorted(files, key=Path.as_posix), {why: sorted(paths, key=Path.as_posix) for why, paths in passed_over.items()}
+    )
 
 
-def _relative(path: Path, base: Path) -> str:
-    return path.relative_to(base).as_posix()
-
-
-def _walk(folder: Path, hidden: bool, files: list[Path], passed_over: PassedOver, seen: set[str]) -> None:
+def _walk(
+    folder: str, hidden: bool, files: list[Path], passed_over: PassedOver, seen: set[str], endings: set[str]
+) -> None:
     seen.add(os.path.realpath(folder))
-    # True folders before links to them, so that a file has the path of its own folder.
-    for path in sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        covered = hidden or path.name.startswith(".")
-        if not path.is_dir():
-            reason = "hidden" if covered else _reason(path)
-        elif os.path.realpath(path) in seen:
-            reason = "folder listed before"
-        else:
+    for entry in _entries(folder):
+        covered = hidden or entry.name.startswith(".")
+        reason = _reason(entry, endings)
+        if reason == "folder":
             try:
-                _walk(path, covered, files, passed_over, seen)
-                continue
+                if os.path.realpath(entry) not in seen:
+                    _walk(entry.path, covered, files, passed_over, seen, endings)
+                    continue
+                reason = "folder listed before"
             except OSError:
                 reason = "folder that cannot be read"
+        elif covered:
+            reason = "hidden"
         if reason is None:
-            files.append(path)
+            files.append(Path(entry.path))
         else:
-            passed_over.setdefault(reason, []).append(path)
+            passed_over.setdefault(reason, []).append(Path(entry.path))
 
 
-def _reason(path: Path) -> str | None:
-    """Say why a file is no image by its name and kind; None where it is one."""
-    if not path.exists():
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What a folder holds, by name; true folders before links to them, so that a file has the path of its own folder."""
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+
+
+def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
+    """Say why something is no image, by its kind and name: ``folder``, or another reason; None where it is one."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if not entry.is_file():
+            return "broken link" if entry.is_symlink() and not os.path.exists(entry) else "not a file"
+    except OSError:  # a link to itself
         return "broken link"
-    if not path.is_file():
-        return "not a file"
-    if not path.suffix:
+    ending = os.path.splitext(entry.name)[1].lower()
+    if not ending:
         return "no ending"
-    return None if path.suffix.lower() in _endings() else f"ending {path.suffix.lower()} unknown to Pillow"
+    return None if ending in endings else f"ending {ending} unknown to Pillow"
 
 
 def _endings() -> set[str]:
@@ -150,13 +158,14 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
             f"expected a folder of class folders in {str(folder)!r}, got none; check the path, {LAYOUT}"
         )
     names, loose = [], PassedOver()
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
-        if path.name.startswith("."):
-            loose.setdefault("hidden", []).append(path)
-        elif path.is_dir():
-            names.append(path.name)
+    endings = _endings()
+    for entry in _entries(folder):
+        reason = "hidden" if entry.name.startswith(".") else _reason(entry, endings)
+        if reason == "folder":
+            names.append(entry.name)
         else:
-            loose.setdefault(_reason(path) or "in no class folder", []).append(path)
+            loose.setdefault(reason or "in no class folder", []).append(Path(entry.path))
+    names.sort()
     if required and not names:
         raise ValueError(f"expected class folders in {str(folder)!r}, got none; {LAYOUT}")
     return names, loose
@@ -183,7 +192,10 @@ def split_folders(root: str | Path) -> tuple[dict[str, list[Path]], PassedOver]:
     others = [name for name in folders if name not in SPLIT_NAMES]
     if "train" not in folders and not others:
         raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got {', '.join(folders)} alone; {LAYOUT}")
-    if "train" not in folders or (others and any(_reason(path) is None for path in (root / "train").iterdir())):
+    endings = _endings()
+    if "train" not in folders or (
+        others and any(_reason(entry, endings) is None for entry in _entries(root / "train"))
+    ):
         return {"all": [root]}, {}
     parts: dict[str, list[Path]] = {}
     for split in SPLITS:

@@ -72,7 +72,7 @@ def read_label_file(
     rows = None
     if path.is_file() and path.suffix in READERS:
         try:
-            rows = READERS[path.suffix](path, key, paths is not None)
+            rows = READERS[path.suffix](path, key, paths is not None, real_names(class_names) is not None)
         except _ClearError:
             raise
         except Exception as error:  # numpy and csv fail in many ways on a damaged file
@@ -106,7 +106,7 @@ class _ClearError(ValueError):
     """A sentence meant for the user, not to be wrapped again."""
 
 
-def _csv_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
+def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     header = [cell.strip() for cell in table[0]] if table else []
@@ -126,7 +126,7 @@ def _csv_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
     return _Rows(by_path, [row[header.index(sample)] for row in rows], [row[column] for row in rows], drops)
 
 
-def _npz_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
+def _npz_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
     with np.load(path, allow_pickle=False) as arrays:
         names = list(arrays.files)
         by_path = "paths" in names and (files or "index" not in names)
@@ -142,9 +142,8 @@ def _npz_rows(path: Path, key: str | None, files: bool) -> _Rows | None:
         raise _ClearError(f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; mend it")
     if values.dtype.kind in "iuf" and np.array_equal(values, values.round()):
         values = values.astype(np.int64)
-        named = real_names(own)
-        if named and len(values) and values.min() >= 0 and values.max() < len(named):
-            values = np.array(named)[values]
+        if named and real_names(own) and len(values) and values.min() >= 0 and values.max() < len(own):
+            values = np.array(own)[values]
     return _Rows(by_path, samples.astype(str).tolist(), values.astype(str).tolist(), drops)
 
 
@@ -170,7 +169,7 @@ def _forms(cell: str) -> tuple[str, ...]:
     """A cell as it is, without the apostrophe that guards it in spreadsheets, without blanks, as a whole number."""
     guarded = cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
     bare = cell.strip()
-    return cell, guarded, bare, bare.removesuffix(".0")
+    return cell, guarded, bare, bare.removesuffix(".0") if re.fullmatch(r"\d+\.0", bare) else bare
 
 
 def _look_up(cell: str, known: Mapping[str, int]) -> int | None:

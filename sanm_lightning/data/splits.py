@@ -76,7 +76,8 @@ class Splits(ServedBatches):
                 it was begun with, or another seed was given: the split and the order of the samples depend on it.
         """
         refuse_other_classes(named_classes(self), state_dict.get("class_names"))
-        if self.trainer is not None and self.trainer.state.fn != "fit" and not self._evaluates_held_out():
+        evaluating = self.trainer is not None and self.trainer.state.fn != "fit"
+        if evaluating and not self._evaluates_held_out():
             return
         if state_dict["seed"] != self.seed:
             if self._seed_is_given:
@@ -91,6 +92,12 @@ class Splits(ServedBatches):
                     "expected the training labels of the run that is resumed, got others: the checkpoint is of an earlier "
                     "version, whose noise, subset and split it drew with its own random streams; go on with that version, or "
                     "begin a new run from its weights"
+                )
+            if evaluating:
+                raise ValueError(
+                    "expected the training labels of the checkpoint, from which the split 'val' is held out, got others; give "
+                    f"the data module the same data, noise, subset and split, and seed {state_dict['seed']}, or data with a "
+                    "test split"
                 )
             raise ValueError(
                 "expected the training labels of the run that is resumed, got others; give the data module the same data, "

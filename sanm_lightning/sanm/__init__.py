@@ -2,6 +2,7 @@
 
 from sanm_lightning.functional import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.sanm.activation import class_activation_map, energy_map
+from sanm_lightning.sanm.feature_quality import AuditQuality, CombinedQuality, FeatureQuality
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import apply_mask, mask_box, mask_ratio, masked_fraction
 from sanm_lightning.sanm.module import SANM, FrozenNetwork, Views
@@ -10,7 +11,10 @@ from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
 
 __all__ = [
     "SANM",
+    "AuditQuality",
+    "CombinedQuality",
     "Decoder",
+    "FeatureQuality",
     "FrozenNetwork",
     "LabelQuality",
     "Mixture",

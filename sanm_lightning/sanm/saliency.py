@@ -9,6 +9,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.models import load_pretrained
 from sanm_lightning.sanm.activation import (
     Backbone,
     class_activation_map,
@@ -146,15 +147,23 @@ class FrozenNetwork:
 
     Args:
         name: timm model name with a linear head after global pooling, as ``resnet50``.
-        pretrained: load timm's weights (a download on first use); False only makes sense with ``checkpoint``, or in tests.
-        checkpoint: a file of weights for ``name`` in place of timm's own.
+        pretrained: load pre-trained weights: those of an installed distribution where there is one for ``name``
+            (``tf_efficientnet_lite0``, the extra ``pretrained``), else timm's, which are downloaded on first use. False only
+            makes sense with ``checkpoint``, or in tests.
+        checkpoint: a file of weights for ``name``, see :func:`~sanm_lightning.models.load_pretrained`.
+
+    Raises:
+        ValueError: if the weights cannot be loaded, or the network has no linear head after global pooling.
     """
 
     def __init__(self, name: str, pretrained: bool = True, checkpoint: str | None = None) -> None:
         self.options = {"name": name, "pretrained": pretrained, "checkpoint": checkpoint}
-        with torch.random.fork_rng(devices=[]):
-            self.network: Any = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
-        self.network.eval().requires_grad_(False)
+        self.network: Any
+        if pretrained or checkpoint:
+            self.network = load_pretrained(name, checkpoint).network
+        else:
+            with torch.random.fork_rng(devices=[]):
+                self.network = timm.create_model(name).eval().requires_grad_(False)
         config = resolve_data_config({}, model=self.network)
         self.size = tuple(config["input_size"][1:])
         self.mean = torch.tensor(config["mean"]).view(3, 1, 1)

@@ -61,7 +61,7 @@ class Chromium:
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
-        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(downloads))
+        self.set_downloads(downloads)
 
     def close(self) -> None:
         """End the browser and all its processes."""
@@ -76,6 +76,20 @@ class Chromium:
         self._loaded = False
         self._call("Page.navigate", url=path.as_uri())
         self._until(lambda: self._loaded)
+
+    def set_downloads(self, folder: Path) -> None:
+        """Send downloads to a folder."""
+        self._call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+
+    def wait_for_file(self, path: Path, seconds: float = 20.0) -> None:
+        """Wait until a download is there; Chromium renames it when it is complete."""
+        end = time.monotonic() + seconds
+        while not path.exists():
+            if time.monotonic() > end:
+                raise AssertionError(
+                    f"no {path.name} after {seconds} s, but {sorted(p.name for p in path.parent.iterdir())}"
+                )
+            time.sleep(0.05)
 
     def reload(self) -> None:
         """Load the page again."""

@@ -30,6 +30,7 @@ class TestOneFolder:
     def test_everything_else_is_named_with_its_reason(self, tmp_path: Path) -> None:
         touch(tmp_path, "a.png", "b.HEIC", "c", ".d.png", ".e/f.png", "g/notes.txt", "h.pdf", "g/.DS_Store")
         (tmp_path / "i.png").symlink_to(tmp_path / "nowhere.png")
+        (tmp_path / "k.png").symlink_to(tmp_path / "k.png")
         os.mkfifo(tmp_path / "j.png")
         files, passed_over = listed(tmp_path)
         assert files == ["a.png"]
@@ -39,7 +40,7 @@ class TestOneFolder:
             "hidden": [".d.png", ".e/f.png", "g/.DS_Store"],
             "ending .txt unknown to Pillow": ["g/notes.txt"],
             "ending .pdf unknown to Pillow": ["h.pdf"],  # which Pillow can write, and not open
-            "broken link": ["i.png"],
+            "broken link": ["i.png", "k.png"],
             "not a file": ["j.png"],
         }
 

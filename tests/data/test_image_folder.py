@@ -166,34 +166,91 @@ class TestImageFolder:
         assert data.batch("test", torch.arange(1)).labels.tolist() == [1]
 
     def test_training_alone_needs_no_test_folder(self, tmp_path: Path) -> None:
-        ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), image_size=SIDE, track_test=False).setup("fit")
+        data = ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), image_size=SIDE, holdout_fraction=0)
+        data.setup("fit")
+        assert data.num_samples == 4 and data.eval_names == [] and data.test_names == []
+        with pytest.raises(ValueError, match="expected a test or a validation split, got neither"):
+            data.test_dataloader()
 
     def test_injected_noise_makes_the_folders_the_true_labels(self, tmp_path: Path) -> None:
-        data = ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), noise=Noise("pair", 0.5))
+        data = ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), noise=Noise("pair", 0.5), holdout_fraction=0)
         assert data.true_labels is not None and data.measured_noise_rate == 0.5
 
     def test_workers_decode_the_same(self, tmp_path: Path) -> None:
         root = str(folder(tmp_path, {"a": 3, "b": 2}))
         one, other = (ImageFolder(root, image_size=SIDE, num_workers=workers, seed=0) for workers in (0, 1))
-        index = torch.arange(5)
+        index = torch.arange(4)
         assert torch.equal(one.batch("train", index).images, other.batch("train", index).images)
 
     def test_says_what_is_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"does not exist.*--data\.root"):
+        with pytest.raises(FileNotFoundError, match=r"expected a folder of class folders in .*nowhere', got none"):
             ImageFolder(str(tmp_path / "nowhere")).setup()
-        with pytest.raises(FileNotFoundError, match="has no folder 'train'"):
+        with pytest.raises(ValueError, match="expected class folders in"):
+            ImageFolder(str(tmp_path)).setup()
+        (tmp_path / "test").mkdir()
+        with pytest.raises(FileNotFoundError, match="expected a folder 'train'"):
             ImageFolder(str(tmp_path)).setup()
         (tmp_path / "train").mkdir()
-        with pytest.raises(ValueError, match="no class folders"):
+        with pytest.raises(ValueError, match=r"expected class folders in .*train', got none"):
             ImageFolder(str(tmp_path)).setup()
         (tmp_path / "train" / "a").mkdir()
-        with pytest.raises(ValueError, match=r"train/a'? has no images"):
+        with pytest.raises(ValueError, match=r"expected images in .*train/a', got none \(it is empty\)"):
+            ImageFolder(str(tmp_path)).setup()
+        (tmp_path / "train" / "a" / "1.heic").touch()
+        with pytest.raises(ValueError, match=r"got none \(1 file passed over \(1 ending \.heic unknown to Pillow\)\)"):
             ImageFolder(str(tmp_path)).setup()
         flat("RGB", (1, 2, 3)).save(tmp_path / "train" / "a" / "0.png")
-        with pytest.raises(FileNotFoundError, match="has no folder 'test'"):
-            ImageFolder(str(tmp_path)).setup()
         folder(tmp_path, {"z": 1}, "test")
-        with pytest.raises(ValueError, match="test class 'z' is not among the 1 training classes"):
+        with pytest.raises(ValueError, match="expected the test classes among the 1 training classes, got 'z'"):
             ImageFolder(str(tmp_path)).setup()
         with pytest.raises(ValueError, match="1 pixel or more"):
             ImageFolder(image_size=0)
+
+    def test_a_line_per_split_counts_images_and_files_passed_over(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        root = folder(folder(tmp_path, {"b": 2, "a": 3}), {"b": 1}, "test")
+        (root / "train" / "a" / "notes.txt").write_text("not an image")
+        (root / "train" / "a" / "deep").mkdir()
+        (root / "train" / "a" / "1.png").rename(root / "train" / "a" / "deep" / "1.png")
+        (root / "train" / "b" / "1.png").rename(root / "train" / "b" / "1")
+        (root / "labels.csv").touch()
+        data = ImageFolder(str(root), image_size=SIDE)
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            data.setup(), data.setup()
+            data._restart_from_seed(3)
+        assert [record.message for record in caplog.records] == [
+            "train: 4 images of 2 classes, 3 files passed over (1 ending .csv unknown to Pillow, "
+            "1 ending .txt unknown to Pillow, 1 no ending)",
+            "test: 1 images of 1 classes",
+        ]
+        assert data.sample_paths() == ["train/a/0.png", "train/a/2.png", "train/a/deep/1.png", "train/b/0.png"]
+        assert data.sample_paths("test") == ["test/b/0.png"]
+
+    def test_a_validation_folder_is_the_validation_split(self, tmp_path: Path) -> None:
+        root = folder(folder(folder(tmp_path, {"a": 3, "b": 2}), {"b": 2}, "val"), {"a": 1}, "test")
+        data = ImageFolder(str(root), image_size=SIDE, noise=Noise("pair", 1.0))
+        data.setup()
+        assert (data.num_samples, data.eval_names, data.test_names) == (5, ["val", "test"], ["test"])
+        assert data.batch("val", torch.arange(2)).labels.tolist() == [1, 1]  # as they are in the folders
+        assert data.sample_paths("val") == ["val/b/0.png", "val/b/1.png"]
+        with pytest.raises(ValueError, match="expected val_fraction 0 for data with a validation split of their own"):
+            ImageFolder(str(root), val_fraction=0.5).setup("fit")
+
+    def test_a_validation_folder_stands_for_a_test_folder(self, tmp_path: Path) -> None:
+        root = folder(folder(tmp_path, {"a": 3, "b": 2}), {"b": 2}, "validation")
+        data = ImageFolder(str(root), image_size=SIDE)
+        data.setup()
+        assert (data.num_samples, data.eval_names, data.test_names) == (5, ["val"], ["val"])
+
+    def test_class_folders_alone_are_a_training_set(self, tmp_path: Path) -> None:
+        data = ImageFolder(str(folder(tmp_path, {"a": 20, "b": 10}, ".")), image_size=SIDE)
+        data.setup()
+        assert data.class_names == ["a", "b"] and data.num_samples == 27
+        assert data.table("val").labels.tolist() == [0, 0, 1]
+
+    def test_a_test_folder_without_classes_is_no_test_split(self, tmp_path: Path) -> None:
+        root = folder(tmp_path, {"a": 5, "b": 5})
+        (root / "test").mkdir()
+        flat("RGB", (1, 2, 3)).save(root / "test" / "0.png")
+        assert ImageFolder(str(root), image_size=SIDE).test_names == ["val"]

@@ -345,7 +345,7 @@
   }
 
   // ---- the selected sample --------------------------------------------------------------------------------------
-  let detailed = -1;
+  let detailed = -1, picking = false;
 
   function detail() {
     const panel = $("detail");
@@ -363,9 +363,12 @@
       const typed = make("input", { id: "new-class", placeholder: "name of the new class", hidden: true, "aria-label": "name of the new class" });
       chooser.onchange = () => {
         typed.hidden = chooser.value !== "new";
-        if (chooser.value === "new") typed.focus();
-        else if (chooser.value === "") judge(row, null);
+        if (chooser.value === "new") return typed.focus();
+        if (picking) list.focus({ preventScroll: true });  // called by a key, so the keys go on in the list
+        picking = false;
+        if (chooser.value === "") judge(row, null);
         else judge(row, "wrong", classes[Number(chooser.value)]);
+        return undefined;
       };
       typed.onchange = () => { if (typed.value.trim()) judge(row, "wrong", typed.value.trim()); };
       const facts = make("dl");
@@ -396,6 +399,7 @@
     const chooser = $("new-label");
     if (!chooser) return;
     chooser.focus();
+    picking = true;
     try { chooser.showPicker(); } catch { /* not without a gesture, or not in this browser */ }
   }
 
@@ -592,6 +596,7 @@
   }
 
   function setView(next) {
+    if (next === view) return;
     view = next;
     list.className = next;
     $("as-sheet").setAttribute("aria-pressed", next === "sheet");
@@ -668,4 +673,5 @@
   summary();
   select();
   list.focus({ preventScroll: true });
+  requestAnimationFrame(() => setTimeout(() => performance.mark("report-ready")));
 })();

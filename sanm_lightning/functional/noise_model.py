@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior"]
+__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior", "transition_of"]
 
 ITERATIONS = 10
 """Of the deconvolution: few, since more of them amplify what is random in the probabilities."""
@@ -112,13 +112,13 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseM
         refinements: number of re-estimates for the lower end.
     """
     joint = confident_joint(probs, labels)
-    transition = _rows_to_one(joint.T)
+    transition = transition_of(joint)
     posterior = label_posterior(probs, labels, transition)
     rate = 1 - float(posterior[np.arange(len(labels)), labels].mean(dtype=np.float64))
     ends = [rate, 1 - float(np.trace(joint))]
     refined, trusting = posterior, transition
     for _ in range(refinements):
-        trusting = _rows_to_one(_joint_of(refined, labels).T)
+        trusting = transition_of(_joint_of(refined, labels))
         refined = label_posterior(probs, labels, trusting)
     ends.append(1 - float(refined[np.arange(len(labels)), labels].mean(dtype=np.float64)))
     error = [2 * math.sqrt(end * (1 - end) / len(labels)) for end in ends]
@@ -127,7 +127,7 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseM
         max(e + d for e, d in zip(ends, error, strict=True)),
     )
     final = _joint_of(posterior, labels)
-    return NoiseModel(posterior, final, _rows_to_one(final.T), rate, (max(0.0, interval[0]), min(1.0, interval[1])))
+    return NoiseModel(posterior, final, transition_of(final), rate, (max(0.0, interval[0]), min(1.0, interval[1])))
 
 
 def _joint_of(posterior: Array, labels: Array) -> Array:
@@ -137,8 +137,14 @@ def _joint_of(posterior: Array, labels: Array) -> Array:
     return normalized
 
 
-def _rows_to_one(matrix: Array) -> Array:
-    """Divide rows by their sums; a row of zeros becomes that of the identity."""
+def transition_of(joint: Array) -> Array:
+    """Return the probability of each given label (columns) for each right one (rows), shape (C, C).
+
+    Args:
+        joint: joint distribution of given (rows) and right labels (columns), shape (C, C). A class that is never right gets the
+            row of the identity.
+    """
+    matrix = joint.T
     total = matrix.sum(1, keepdims=True)
     normalized: Array = np.where(total > 0, matrix / np.maximum(total, 1e-300), np.eye(len(matrix)))
     return normalized

@@ -1,0 +1,158 @@
+"""The list of wrong labels after a training."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_auroc, binary_average_precision
+
+from sanm_lightning.audit.label_issues import LabelIssues
+from sanm_lightning.audit.run import summarize, write_audit
+from sanm_lightning.audit.sets import audit_set_of
+from sanm_lightning.functional import clean_probability, nearest_neighbors
+
+__all__ = ["LabelAudit", "detection_metrics"]
+
+
+def detection_metrics(quality: Tensor, labels: Tensor, true_labels: Tensor | None) -> dict[str, float] | None:
+    """Measure how well low quality finds wrong labels.
+
+    Args:
+        quality: shape (N,), in [0, 1].
+        labels: given labels, shape (N,).
+        true_labels: right labels, shape (N,); read for these figures only.
+
+    Returns:
+        ``precision_at_100``, ``_500`` and ``_1000`` (fraction of wrong labels among the n of lowest quality, where N is larger
+        than n), ``auroc`` and ``average_precision``; None where true labels are unknown, or none or all of the labels wrong.
+    """
+    if true_labels is None:
+        return None
+    wrong = (labels != true_labels).cpu()
+    if not bool(wrong.any()) or bool(wrong.all()):
+        return None
+    score = 1 - quality.detach().float().cpu()
+    order = score.argsort(descending=True, stable=True)
+    found = {f"precision_at_{n}": float(wrong[order[:n]].float().mean()) for n in (100, 500, 1000) if n < len(order)}
+    found["auroc"] = float(binary_auroc(score, wrong.long()))
+    found["average_precision"] = float(binary_average_precision(score, wrong.long()))
+    return found
+
+
+class LabelAudit(L.Callback):
+    """Write the files of an audit into the run directory when a fit ends.
+
+    Quality is that which the training used: SANM's, or the method's own, as the mean over networks and the last epochs. Without
+    SANM and without an estimate of the method it is the posterior of a mixture on the losses of one last pass. The class
+    probabilities are those of that pass, the mean over the networks; features are those of the first. They are in-sample, as
+    ``audit.json`` says: a network that has memorised wrong labels agrees with them. ``sanm audit`` has out-of-fold ones.
+
+    For methods of this package with a data module of this package; nothing is done for others, and in a ``fast_dev_run``.
+
+    Args:
+        epochs: number of last epochs that the quality is the mean of.
+        neighbors_up_to: largest training set whose nearest neighbors are searched.
+
+    Raises:
+        ValueError: if ``epochs`` is smaller than 1.
+    """
+
+    def __init__(self, epochs: int = 5, neighbors_up_to: int = 20_000) -> None:
+        if epochs < 1:
+            raise ValueError(f"expected epochs of 1 or more, got {epochs}; use 1 for the last one alone")
+        self.epochs, self.neighbors_up_to = epochs, neighbors_up_to
+        self.metrics: dict[str, float] | None = None
+        """See :func:`detection_metrics`; after the fit."""
+        self._qualities: list[Tensor] = []  # of the last epochs, each (N,)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep the quality of this epoch."""
+        if _serves(trainer, pl_module):
+            quality = _quality_in_training(pl_module)
+            self._qualities = [*self._qualities, *([] if quality is None else [quality])][-self.epochs :]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Run one last pass over the training set and write the files. A collective."""
+        if not _serves(trainer, pl_module) or trainer.current_epoch == 0:
+            return
+        module, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
+        found = module.predict_train("logits", "features", "loss", network=None)  # type: ignore[operator]
+        probs = found["logits"].softmax(2).mean(0).cpu()
+        own = bool(self._qualities)
+        losses = found["loss"].mean(0)
+        quality = torch.stack(self._qualities).mean(0) if own else clean_probability(losses).cpu()
+        self.metrics = detection_metrics(quality, data.labels, data.true_labels)
+        if trainer.is_global_zero:
+            source = "of the training" if own else "mixture on the losses of the last pass, in-sample"
+            folder = Path(trainer.log_dir or trainer.default_root_dir)
+            self._write(folder, data, probs.numpy(), quality, found["features"][0].cpu(), source)
+        trainer.strategy.barrier("label_audit")
+
+    def _write(self, folder: Path, data: Any, probs: Any, quality: Tensor, features: Tensor, source: str) -> None:
+        pool = audit_set_of(data)
+        given, place = pool.labels, np.arange(len(pool.labels))
+        suggested = probs.argmax(1)
+        near = None
+        if 1 < len(given) <= self.neighbors_up_to:
+            near = given[nearest_neighbors(features, min(10, len(given) - 1)).numpy()]
+        issues = LabelIssues(
+            paths=pool.paths,
+            splits=pool.splits,
+            given=given,
+            suggested=suggested,
+            quality=quality.numpy().clip(0, 1),
+            p_given=probs[place, given].clip(0, 1),
+            p_suggested=probs[place, suggested].clip(0, 1),
+            class_names=pool.class_names,
+            neighbor_labels=near,
+            index=pool.index,
+        )
+        joint = np.zeros((len(pool.class_names),) * 2)
+        np.add.at(joint, (given, given), issues.quality)
+        other = probs.copy()
+        other[place, given] = 0
+        other /= np.maximum(other.sum(1, keepdims=True), 1e-12)
+        np.add.at(joint, given, (1 - issues.quality)[:, None] * other)
+        joint /= joint.sum()
+        summary = summarize(pool, issues, joint)
+        summary["quality"] = source
+        summary["probabilities"] = "in-sample"
+        summary["notes"].append(
+            f"Quality: {source}. Probabilities are in-sample: the networks were trained on these labels."
+        )
+        write_audit(folder, pool, issues, probs, summary)
+        draft = folder / "features.npy.tmp"
+        with draft.open("wb") as file:
+            np.save(file, features.float().numpy())
+        os.replace(draft, folder / "features.npy")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the qualities of the last epochs."""
+        return {"qualities": list(self._qualities)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state."""
+        self._qualities = list(state_dict["qualities"])
+
+
+def _serves(trainer: Any, pl_module: Any) -> bool:
+    data = getattr(trainer, "datamodule", None)
+    ours = all(hasattr(data, name) for name in ("table", "store", "pass_dataloader", "class_names"))
+    return (
+        ours and hasattr(pl_module, "predict_train") and hasattr(pl_module, "num_classes") and not trainer.fast_dev_run
+    )
+
+
+def _quality_in_training(module: Any) -> Tensor | None:
+    """Return the mean quality over the networks, (N,), on the CPU; None where there is none."""
+    sanms = [sanm for sanm in getattr(module, "sanms", []) if sanm.enabled and sanm.quality != "oracle"]
+    own = getattr(module, "label_quality", None)
+    quality = own() if callable(own) and not any(sanm.quality == "given" for sanm in sanms) else None
+    if quality is None:
+        parts = [part for sanm in sanms if (part := sanm.label_quality.values) is not None]
+        quality = torch.stack(parts).mean(0) if parts else None
+    return None if quality is None else quality.detach().float().cpu().clone()

@@ -1,0 +1,441 @@
+"""Correct labels from verdicts or suggestions: a new label file or a linked folder, never a change of the originals."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues
+from sanm_lightning.csv_tables import read_csv, write_csv
+from sanm_lightning.safe_files import atomic_write
+
+__all__ = ["Accepted", "Relabeled", "read_accepted", "relabel", "undo_relabel"]
+
+VERDICTS = ("wrong", "right", "drop", "ambiguous")
+ACCEPTED_HEADER = ["path", "split", "given_label", "verdict", "new_label"]
+LABELS_HEADER = ["path", "label", "drop"]
+CHANGES_HEADER = ["path", "old_label", "new_label", "drop"]
+RECORD = "relabel.json"
+
+
+class Accepted(NamedTuple):
+    """Verdicts of a person on some of the samples of an audit.
+
+    Attributes:
+        names: path, or position as text, of each sample.
+        given: names of the given labels.
+        verdicts: ``wrong``, ``right``, ``drop`` or ``ambiguous``.
+        new_labels: names of the right labels; empty unless the verdict is ``wrong``.
+    """
+
+    names: list[str]
+    given: list[str]
+    verdicts: list[str]
+    new_labels: list[str]
+
+
+class Relabeled(NamedTuple):
+    """What was written.
+
+    Attributes:
+        path: the label file or the linked folder.
+        num_samples: number of audited samples.
+        num_changed: samples that have a new label.
+        num_dropped: samples that are left out.
+    """
+
+    path: Path
+    num_samples: int
+    num_changed: int
+    num_dropped: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.num_samples} samples, {self.num_changed} with a new label, {self.num_dropped} dropped; undo "
+            f"with sanm relabel --undo {self.path}"
+        )
+
+
+def read_accepted(path: str | Path) -> Accepted:
+    """Read ``accepted.csv``, which ``report.html`` exports.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, has another header, a sample twice, an unknown verdict, ``wrong`` without a new label, or a new
+            label with another verdict.
+    """
+    _, rows = read_csv(path, [ACCEPTED_HEADER, _by_index(ACCEPTED_HEADER)])
+    where = repr(str(path))
+    if not rows:
+        raise ValueError(f"expected verdicts in {where}, got none; tick samples in report.html and export them again")
+    for number, (name, _, _, verdict, new_label) in enumerate(rows, start=1):
+        row = f"in row {number} ({name!r}) of {where}"
+        if verdict not in VERDICTS:
+            raise ValueError(f"expected a verdict among {', '.join(VERDICTS)} {row}, got {verdict!r}; correct it")
+        if (verdict == "wrong") != (new_label != ""):
+            what = f"the verdict {verdict!r} with the new label {new_label!r}"
+            raise ValueError(
+                f"expected a new label where the verdict is wrong, and only there, got {what} {row}; correct it"
+            )
+    names = [row[0] for row in rows]
+    if len(set(names)) < len(names):
+        twice = next(name for name, before in zip(sorted(names)[1:], sorted(names), strict=False) if name == before)
+        number = len(names) - len(set(names))
+        raise ValueError(
+            f"expected each sample once in {where}, got {number} rows more, the first {twice!r}; remove them"
+        )
+    return Accepted(names, [row[2] for row in rows], [row[3] for row in rows], [row[4] for row in rows])
+
+
+def relabel(
+    audit_folder: str | Path,
+    accepted: str | Path | None = None,
+    below: float | None = None,
+    min_p_suggested: float = 0.0,
+    out: str | Path | None = None,
+    linked: str | Path | None = None,
+    root: str | Path | None = None,
+    ambiguous: str = "keep",
+    new_classes: bool = False,
+    overwrite: bool = False,
+) -> Relabeled:
+    """Write the labels of an audited data set anew, with corrections; the originals are not touched.
+
+    Beside the labels, ``changes.csv`` lists what differs, and ``relabel.json`` is what an undo needs.
+
+    Args:
+        audit_folder: folder that ``sanm audit`` wrote.
+        accepted: file of verdicts: samples marked wrong take their new label, those marked drop are left out.
+        below: instead of ``accepted``: samples of this quality or less take the suggested label, in [0, 1].
+        min_p_suggested: of these, only those whose suggested label has this probability or more, in [0, 1].
+        out: label file to write, such as ``labels.csv``, with the columns path (or index), label and drop.
+        linked: instead of ``out``: folder to write, with a link to each image file under split and class.
+        root: folder that the paths of the audit are relative to, for ``linked``; default: the one that was audited.
+        ambiguous: ``keep`` leaves samples marked ambiguous as they are, ``drop`` leaves them out.
+        new_classes: whether new labels may be classes that the data set does not have.
+        overwrite: whether ``out`` may replace a label file; nothing else is ever replaced.
+
+    Raises:
+        OSError: something cannot be read or written, or exists already.
+        ValueError: the options contradict each other, or the verdicts are not of this audit. Nothing is written then.
+    """
+    if (accepted is None) == (below is None):
+        what = "neither" if accepted is None else "both"
+        raise ValueError(f"expected either --accepted FILE or --below QUALITY, got {what}; give one")
+    if (out is None) == (linked is None):
+        what = "neither" if out is None else "both"
+        raise ValueError(f"expected either --out FILE or --linked FOLDER, got {what}; give one")
+    if ambiguous not in ("keep", "drop"):
+        raise ValueError(f"expected ambiguous to be keep or drop, got {ambiguous!r}; give one of them")
+    for name, value in (("below", below), ("min_p_suggested", min_p_suggested)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"expected {name} in [0, 1], got {value}; change it")
+    issues = _read_audit(Path(audit_folder))
+    if accepted is not None:
+        labels, drop = _apply_accepted(issues, accepted, ambiguous == "drop", new_classes)
+    else:
+        labels, drop = _apply_suggestions(issues, below or 0.0, min_p_suggested)
+    given = [issues.class_names[label] for label in issues.given.tolist()]
+    changed = sum(new != old for new, old in zip(labels, given, strict=True))
+    if out is not None:
+        path = Path(out)
+        _write_labels(path, issues, given, labels, drop, overwrite)
+    else:
+        path = Path(linked)  # type: ignore[arg-type]
+        _write_linked(path, issues, given, labels, drop, _find_root(Path(audit_folder), root, issues))
+    return Relabeled(path, len(issues), changed, sum(drop))
+
+
+def undo_relabel(path: str | Path) -> int:
+    """Remove what :func:`relabel` wrote, and nothing else.
+
+    Args:
+        path: the label file or the linked folder.
+
+    Returns:
+        Number of files and links removed.
+
+    Raises:
+        FileNotFoundError: there is no ``relabel.json`` for it.
+        ValueError: something was modified since; nothing is removed then.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    record = folder / RECORD
+    if not record.is_file():
+        raise FileNotFoundError(
+            f"expected {str(record)!r}, written by sanm relabel, got no such file; name what it wrote"
+        )
+    try:
+        written = json.loads(record.read_text(encoding="utf-8"))
+        files, links, folders = dict(written["files"]), dict(written["links"]), list(written["folders"])
+        if not all(isinstance(name, str) for name in (*files, *files.values(), *links, *links.values(), *folders)):
+            raise ValueError("names that are no texts")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected a record of sanm relabel in {str(record)!r}, got {error}; remove it by hand"
+        ) from error
+    outside = [name for name in (*files, *links, *folders) if not _is_inside(name)]
+    if outside:
+        raise ValueError(
+            f"expected names inside {str(folder)!r} in {str(record)!r}, got {outside[0]!r}; remove it by hand"
+        )
+    if path != folder and path.name not in files:
+        raise ValueError(
+            f"expected a file that {str(record)!r} lists, got {str(path)!r}; name one of {sorted(files)[:3]}"
+        )
+    there = [name for name in (*files, *links) if os.path.lexists(folder / name)]
+    changed = [name for name in there if not _is_as_written(folder / name, files.get(name), links.get(name))]
+    if changed:
+        raise ValueError(
+            f"expected the files of {str(folder)!r} as sanm relabel wrote them, got {len(changed)} modified since, the first "
+            f"{changed[0]!r}; nothing was removed, remove by hand what you do not need"
+        )
+    for name in there:
+        (folder / name).unlink()
+    record.unlink()
+    for name in sorted(folders, key=len, reverse=True):
+        with contextlib.suppress(OSError):  # something of somebody else's is in it
+            (folder / name).rmdir()
+    return len(there)
+
+
+# ---- the audit and the verdicts ---------------------------------------------------------------------------------------
+
+
+def _by_index(header: Sequence[str]) -> list[str]:
+    return ["index", *header[1:]]
+
+
+def _read_audit(folder: Path) -> LabelIssues:
+    table, samples = folder / "label_issues.csv", folder / "samples.npz"
+    if not table.is_file():
+        raise FileNotFoundError(
+            f"expected a folder that sanm audit wrote in {str(folder)!r}, got no {table.name} in it; run sanm audit first"
+        )
+    names = None
+    if samples.is_file():  # knows the classes without samples, too
+        with np.load(samples, allow_pickle=False) as arrays:
+            names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
+    return read_label_issues(table, names)
+
+
+def _apply_accepted(
+    issues: LabelIssues, path: str | Path, drop_ambiguous: bool, new_classes: bool
+) -> tuple[list[str], list[bool]]:
+    """Return new label names and whether each sample is dropped, in the order of the audit."""
+    accepted = read_accepted(path)
+    classes = issues.class_names
+    row_of = {name: row for row, name in enumerate(issues.names)}
+    others = [name for name in accepted.names if name not in row_of]
+    of = f"of {len(accepted.names)} in {str(path)!r}"
+    if others:
+        raise ValueError(
+            f"expected samples of the audit, got {len(others)} {of} that are not among its {len(issues)}, the first "
+            f"{others[0]!r}; give the accepted.csv of this audit"
+        )
+    rows = [row_of[name] for name in accepted.names]
+    labels, drop = [classes[label] for label in issues.given.tolist()], [False] * len(issues)
+    differing = [i for i, row in enumerate(rows) if labels[row] != accepted.given[i]]
+    if differing:
+        i = differing[0]
+        raise ValueError(
+            f"expected the given labels of the audit, got {len(differing)} others {of}, the first {accepted.given[i]!r} for "
+            f"{accepted.names[i]!r}, which has {labels[rows[i]]!r}; give the accepted.csv of this audit"
+        )
+    known = set(classes)
+    unknown = [name for name in accepted.new_labels if name and name not in known]
+    if unknown and not new_classes:
+        raise ValueError(
+            f"expected new labels among the {len(classes)} classes of the audit, got {len(unknown)} others {of}, the first "
+            f"{unknown[0]!r}; correct them, or give --new_classes true"
+        )
+    for row, verdict, new_label in zip(rows, accepted.verdicts, accepted.new_labels, strict=True):
+        if verdict == "wrong":
+            labels[row] = new_label
+        drop[row] = verdict == "drop" or (verdict == "ambiguous" and drop_ambiguous)
+    return labels, drop
+
+
+def _apply_suggestions(issues: LabelIssues, below: float, min_p_suggested: float) -> tuple[list[str], list[bool]]:
+    with np.errstate(invalid="ignore"):
+        chosen = issues.readable & (issues.quality <= below) & (issues.p_suggested >= min_p_suggested)
+    labels = np.where(chosen, issues.suggested, issues.given)
+    return [issues.class_names[label] for label in labels.tolist()], [False] * len(issues)
+
+
+# ---- a label file ------------------------------------------------------------------------------------------------------
+
+
+def _tables(
+    issues: LabelIssues, given: list[str], labels: list[str], drop: list[bool]
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Return header and rows of the label file and of the changes, by path or position."""
+    names = issues.names
+    by_index = issues.paths is None
+    order = sorted(range(len(names)), key=(lambda i: int(names[i])) if by_index else (lambda i: names[i]))
+    cells = [[names[i], given[i], labels[i], str(int(drop[i]))] for i in order]
+    headers = [_by_index(header) if by_index else header for header in (LABELS_HEADER, CHANGES_HEADER)]
+    return {
+        "labels": (headers[0], [[name, label, dropped] for name, _, label, dropped in cells]),
+        "changes": (headers[1], [row for row in cells if row[1] != row[2] or row[3] == "1"]),
+    }
+
+
+def _write_labels(
+    path: Path, issues: LabelIssues, given: list[str], labels: list[str], drop: list[bool], overwrite: bool
+) -> None:
+    changes, record = path.with_name("changes.csv"), path.with_name(RECORD)
+    if path.name in (changes.name, record.name):
+        raise ValueError(f"expected another name than {path.name!r}, which is written beside it; choose one")
+    for file, header in ((path, LABELS_HEADER), (changes, CHANGES_HEADER)):
+        if os.path.lexists(file) and not (overwrite and _starts_with(file, header)):
+            advice = (
+                "choose another folder" if overwrite else "choose another folder, or --overwrite true for a label file"
+            )
+            raise FileExistsError(f"expected no file {str(file)!r}, which exists and is not replaced; {advice}")
+    if os.path.lexists(record) and not overwrite:
+        raise FileExistsError(f"expected no file {str(record)!r}, which an undo needs; choose another folder")
+    tables = _tables(issues, given, labels, drop)
+    new = [file for file in (path, changes) if not file.exists()]
+    try:
+        for file, name in ((path, "labels"), (changes, "changes")):
+            write_csv(file, *tables[name])
+        _write_record(record, {file.name: _digest(file) for file in (path, changes)}, {}, [])
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _starts_with(file: Path, header: list[str]) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        first = content.readline(200).rstrip(b"\r\n").decode("utf-8", "replace")
+    return first in (",".join(header), ",".join(_by_index(header)))
+
+
+# ---- a folder of links -------------------------------------------------------------------------------------------------
+
+
+def _find_root(folder: Path, root: str | Path | None, issues: LabelIssues) -> Path:
+    """Return the folder that paths are relative to."""
+    if issues.paths is None:
+        raise ValueError(
+            "expected an audit of image files for --linked, got one of a data set without files; use --out"
+        )
+    if root is None:
+        summary = folder / "audit.json"
+        try:
+            root = json.loads(summary.read_text(encoding="utf-8")).get("root") if summary.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise ValueError(
+                f"expected the summary of an audit in {str(summary)!r}, got {error}; give --root"
+            ) from error
+    if root is None and not all(os.path.isabs(path) for path in issues.paths):
+        raise ValueError("expected the folder that the audited paths are relative to, got none; give --root")
+    return Path(root or ".").absolute()
+
+
+def _write_linked(
+    path: Path, issues: LabelIssues, given: list[str], labels: list[str], drop: list[bool], root: Path
+) -> None:
+    if os.path.lexists(path):
+        raise FileExistsError(f"expected no file or folder {str(path)!r}, which exists already; choose another name")
+    sources = [root / name for name in issues.names]
+    missing = [source for source in sources if not source.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"expected the {len(sources)} audited files in {str(root)!r}, got {len(missing)} that are not there, the first "
+            f"{str(missing[0])!r}; give --root"
+        )
+    bad = sorted({label for label in labels if label.startswith(".") or not label or set(label) & set("/\\\0")})
+    if bad:
+        raise ValueError(f"expected classes that can be names of folders, got {bad[0]!r}; use --out")
+    draft = path.with_name(path.name + ".tmp")
+    try:
+        draft.mkdir(parents=True)
+    except FileExistsError:
+        raise FileExistsError(
+            f"expected no folder {str(draft)!r}, which an interrupted relabel left; remove it"
+        ) from None
+    try:
+        files: dict[str, str] = {}
+        links: dict[str, str] = {}
+        places = _places(issues, given, labels, drop)
+        for row, place in places.items():
+            (draft / place).parent.mkdir(parents=True, exist_ok=True)
+            if _link(sources[row], draft / place):
+                links[place] = str(sources[row])
+            else:
+                files[place] = _digest(draft / place)
+        write_csv(draft / "changes.csv", *_tables(issues, given, labels, drop)["changes"])
+        files["changes.csv"] = _digest(draft / "changes.csv")
+        folders = {str(parent) for place in places.values() for parent in Path(place).parents}
+        _write_record(draft / RECORD, files, links, sorted(folders | {"."}))
+        draft.rename(path)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _places(issues: LabelIssues, given: list[str], labels: list[str], drop: list[bool]) -> dict[int, str]:
+    """Return where each kept row goes, as ``split/class/name``; names that are taken get a number."""
+    taken: set[str] = set()
+    places = {}
+    rows = [row for row in range(len(issues)) if not drop[row]]
+    for row in sorted(rows, key=lambda row: (labels[row] != given[row], issues.names[row])):  # who stays keeps the name
+        split = issues.splits[row]
+        folder = "" if split == "all" else f"{split}/"
+        name = Path(issues.names[row])
+        number, place = 1, f"{folder}{labels[row]}/{name.name}"
+        while place.casefold() in taken:
+            number += 1
+            place = f"{folder}{labels[row]}/{name.stem}-{number}{name.suffix}"
+        taken.add(place.casefold())
+        places[row] = place
+    return places
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Link to a file, or copy it where the file system has no links; return whether it is a symbolic link."""
+    try:
+        target.symlink_to(source)
+    except OSError:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+        return False
+    return True
+
+
+# ---- the record of what was written -------------------------------------------------------------------------------------
+
+
+def _write_record(path: Path, files: dict[str, str], links: dict[str, str], folders: list[str]) -> None:
+    content: dict[str, Any] = {"version": 1, "files": files, "links": links, "folders": folders}
+    with atomic_write(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_inside(name: str) -> bool:
+    return not os.path.isabs(name) and ".." not in Path(name).parts
+
+
+def _is_as_written(path: Path, digest: str | None, link: str | None) -> bool:
+    if link is not None:
+        return path.is_symlink() and os.readlink(path) == link
+    return path.is_file() and not path.is_symlink() and _digest(path) == digest
