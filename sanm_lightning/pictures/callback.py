@@ -59,7 +59,7 @@ class SANMPictures(L.Callback):
     ``masks.png``           Samples believed right and believed wrong, those of the highest and of the lowest label quality:
                             image, activation map, masked view and reconstruction; given, true and predicted class, label
                             quality G and mask ratio. With SANM only.
-    ``losses.png``          Histogram of the losses with the two components of the mixture and the loss at which G = .5.
+    ``losses.png``          Histogram of the losses with the two components of the mixture and the loss of posterior .5.
     ``quality.png``         Label quality over the epochs.
     ``roc.png``             ROC curve of label quality as a score for wrong labels, where true labels are known.
     ``transition.png``      Given labels by predicted class over the training set, and by true class where it is known.

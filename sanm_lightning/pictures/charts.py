@@ -95,7 +95,7 @@ def _histogram(axis: Any, panel: Losses) -> None:
             axis.plot(grid.numpy(), height.numpy(), color="white", linewidth=3.0)
             axis.plot(grid.numpy(), height.numpy(), color=BLACK, linestyle=line, label=name)
     for place in crossings(mixture):
-        axis.axvline(place, color=EXTRA, linestyle=":", linewidth=2.0, label="G = 0.5")
+        axis.axvline(place, color=EXTRA, linestyle=":", linewidth=2.0, label="posterior 0.5")
     axis.set(
         title=plain_text(panel.title),
         xlabel=panel.axis,
