@@ -37,7 +37,7 @@ from sanm_lightning.pictures.evidence import Losses
 from sanm_lightning.pictures.loggers import log_picture
 from sanm_lightning.pictures.look import choose
 from sanm_lightning.pictures.style import drawing, save
-from sanm_lightning.sanm import Views
+from sanm_lightning.sanm import LabelQuality, Views
 from tests.methods.toy import data, method, trainer
 from tests.methods.two_processes import free_port
 
@@ -373,6 +373,14 @@ class TestHistory:
             assert noted["wrong"] == pytest.approx(float(used[epochs][~right].mean()))
             assert noted["quantiles"][2] == pytest.approx(float(used[epochs].median()), abs=0.05)
             assert noted["quantiles"] == sorted(noted["quantiles"])
+
+    def test_of_an_estimate_of_the_method_ends_with_the_last_one_that_was_made(self, undrawn):
+        options = {"num_classes": 4, "image_size": (16, 16), "network": "small_cnn", "network_args": {"width": 4}}
+        for estimator, epochs in ((None, [1, 2]), (LabelQuality(), [1, 2, 3])):
+            pictures = SANMPictures()
+            module = DivideMix(sanm=SANM(seed=0, quality=estimator), warmup_epochs=1, **options)
+            trainer(3, callbacks=[pictures]).fit(module, data())
+            assert sorted(pictures.history) == epochs
 
 
 class TestCharts:

@@ -159,7 +159,7 @@ class SANMPictures(L.Callback):
         if self._drawn or trainer.fast_dev_run:
             return
         self._drawn = True
-        if not own_estimate(pl_module):  # a method's own estimate is made at the beginning of an epoch
+        if own_estimate(pl_module, sanms(trainer, pl_module)) is None:  # that is made at the beginning of an epoch
             self._record(trainer, pl_module, trainer.current_epoch)
         if not trainer.is_global_zero:
             return

@@ -103,11 +103,10 @@ def known_quality(pl_module: Any, parts: list[SANM]) -> tuple[Tensor | None, Ten
     Returns:
         Quality (N,) in [0, 1] and a mask (N,), on the CPU; None, None where quality is not known by index.
     """
-    if isinstance(pl_module, NoisyLabelModule) and not (parts and parts[0].quality == "given"):
-        own = pl_module.label_quality()
-        if own is not None:
-            own = own.detach().float().cpu()
-            return own, torch.ones_like(own, dtype=torch.bool)
+    own = own_estimate(pl_module, parts)
+    if own is not None:
+        own = own.detach().float().cpu()
+        return own, torch.ones_like(own, dtype=torch.bool)
     estimates, seen = [], []
     for part in parts:
         values = part.label_quality.values
@@ -121,9 +120,11 @@ def known_quality(pl_module: Any, parts: list[SANM]) -> tuple[Tensor | None, Ten
     return torch.stack(estimates).mean(0), torch.stack(seen).sum(0) > 0
 
 
-def own_estimate(pl_module: Any) -> bool:
-    """Return whether the method judges labels itself, at the beginning of an epoch."""
-    return isinstance(pl_module, NoisyLabelModule) and pl_module.label_quality() is not None
+def own_estimate(pl_module: Any, parts: list[SANM]) -> Tensor | None:
+    """Return the method's own estimate (N,), made at the beginning of an epoch; None where it has none or another counts."""
+    if not isinstance(pl_module, NoisyLabelModule) or (parts and parts[0].quality == "given"):
+        return None
+    return pl_module.label_quality()
 
 
 def recent_quality(parts: list[SANM]) -> Tensor | None:
