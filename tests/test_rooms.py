@@ -19,6 +19,17 @@ ALLOWED = {
     "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
     "models": {"models", "safe_files"},
     "audit": {"audit", "csv_tables", "data", "functional", "models", "safe_files"},
+    "pictures": {
+        "batch",
+        "class_names",
+        "data",
+        "functional",
+        "methods",
+        "pictures",
+        "random_streams",
+        "safe_files",
+        "sanm",
+    },
     "callbacks": {"batch", "callbacks", "class_names", "compat", "random_streams"},
     "methods": {
         "batch",

@@ -13,7 +13,7 @@ from sanm_lightning.random_streams import named_generator, process_rank, several
 
 __all__ = ["Quantity", "evaluation_mode", "predict_split"]
 
-Quantity = Literal["logits", "features", "loss", "labels"]
+Quantity = Literal["logits", "features", "loss", "labels", "predictions"]
 
 
 def predict_split(
@@ -25,12 +25,13 @@ def predict_split(
         module: method whose networks and trainer are used; the trainer must have a data module of this package.
         split: ``"train"`` or ``"val"``.
         quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the
-            cross-entropy of the given label; ``"labels"`` (N,) int64, the given labels.
+            cross-entropy of the given label; ``"labels"`` (N,) int64, the given labels;
+            ``"predictions"`` (N,) int64, the predicted classes.
         network: number of the network; None runs all networks and adds a leading dimension, as in (2, N, C).
         view: policy of the view; ``"none"`` is the image without augmentation.
 
     Returns:
-        The quantities by name, on the module's device, indexed by position in the split; float32, except labels.
+        The quantities by name, on the module's device, indexed by position in the split; float32, except labels and predictions.
     """
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
@@ -58,9 +59,10 @@ def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quan
     found = {"labels": labels}
     if "features" in wanted:
         found["features"] = network.forward_head(maps, pre_logits=True).float()
-    if "logits" in wanted or "loss" in wanted:
+    if {"logits", "loss", "predictions"} & set(wanted):
         found["logits"] = logits = network.forward_head(maps).float()
         found["loss"] = soft_cross_entropy(logits, nn.functional.one_hot(labels, logits.shape[1]))
+        found["predictions"] = logits.argmax(1)
     return found
 
 

@@ -6,7 +6,7 @@ two Gaussians to the losses: networks learn correct labels first, so a small los
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from sanm_lightning.functional import (
 from sanm_lightning.per_sample import EpochMean, SampleState
 from sanm_lightning.sanm.options import bound_arguments, found_by_path, path_of
 
-__all__ = ["LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
+__all__ = ["FittedEvidence", "LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
 
 
 class QualityEstimator(nn.Module):
@@ -85,6 +85,16 @@ class QualityEstimator(nn.Module):
     def values(self) -> Tensor | None:
         """Quality of each training sample, (N,), if known by index; for results."""
         return None
+
+
+class FittedEvidence(NamedTuple):
+    """The evidence that a mixture was fitted to."""
+
+    evidence: Tensor
+    """(M,)."""
+    positions: Tensor | None
+    """(M,), positions in the training set, on the CPU; None where samples have no identity."""
+    mixture: Mixture
 
 
 class LabelQuality(QualityEstimator):
@@ -162,6 +172,16 @@ class LabelQuality(QualityEstimator):
                 self.quality[seen] = clean_probability(values[seen])
         if self._seen:
             self._mixture = fit_mixture(self._recent[: min(self._seen, self.window)])
+
+    def fitted(self) -> FittedEvidence | None:
+        """Return the evidence of the last :meth:`fit` and its mixture, for plots; None before. No communication."""
+        if len(self.bank) and bool(self.bank.epochs.any()):
+            seen = self.bank.epochs.nonzero()[:, 0]
+            values = self.bank.value[seen]
+            return FittedEvidence(values, seen.cpu(), fit_mixture(values))
+        if self._mixture is None:
+            return None
+        return FittedEvidence(self._recent[: min(self._seen, self.window)], None, self._mixture)
 
     @property
     def values(self) -> Tensor | None:
