@@ -70,5 +70,6 @@ class C2D(DivideMix):
         missing = f"; not found in it: {', '.join(report.missing)}" if report.missing else ""
         rank_zero_info(
             f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network "
-            f"({', '.join(report.matched[:3])}, ...){missing}; the classifier is initialized randomly: {', '.join(report.classifier)}"
+            f"({', '.join(report.matched[:3])}, ...){missing}; the classifier is initialized randomly: "
+            f"{', '.join(report.classifier)}"
         )

@@ -31,7 +31,8 @@ def predict_split(
         view: policy of the view; ``"none"`` is the image without augmentation.
 
     Returns:
-        The quantities by name, on the module's device, indexed by position in the split; float32, except labels and predictions.
+        The quantities by name, on the module's device, indexed by position in the split; float32, except
+        labels and predictions.
     """
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
