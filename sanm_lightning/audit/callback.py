@@ -17,6 +17,8 @@ from sanm_lightning.functional import clean_probability, nearest_neighbors
 
 __all__ = ["LabelAudit", "detection_metrics"]
 
+_KEY = "label_audit"
+
 
 def detection_metrics(quality: Tensor, labels: Tensor, true_labels: Tensor | None) -> dict[str, float] | None:
     """Measure how well low quality finds wrong labels.
@@ -51,7 +53,8 @@ class LabelAudit(L.Callback):
     probabilities are those of that pass, the mean over the networks; features are those of the first. They are in-sample, as
     ``audit.json`` says: a network that has memorised wrong labels agrees with them. ``sanm audit`` has out-of-fold ones.
 
-    For methods of this package with a data module of this package; nothing is done for others, and in a ``fast_dev_run``.
+    For methods of this package that read labels, with a data module of this package; nothing is done for others, and in a
+    ``fast_dev_run``.
 
     Args:
         epochs: number of last epochs that the quality is the mean of.
@@ -130,21 +133,20 @@ class LabelAudit(L.Callback):
             np.save(file, features.float().numpy())
         os.replace(draft, folder / "features.npy")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the qualities of the last epochs."""
-        return {"qualities": list(self._qualities)}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the qualities of the last epochs; not by ``state_dict``, which a run without this callback would miss."""
+        checkpoint[_KEY] = list(self._qualities)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state."""
-        self._qualities = list(state_dict["qualities"])
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take them over."""
+        self._qualities = list(checkpoint.get(_KEY, []))
 
 
 def _serves(trainer: Any, pl_module: Any) -> bool:
     data = getattr(trainer, "datamodule", None)
     ours = all(hasattr(data, name) for name in ("table", "store", "pass_dataloader", "class_names"))
-    return (
-        ours and hasattr(pl_module, "predict_train") and hasattr(pl_module, "num_classes") and not trainer.fast_dev_run
-    )
+    method = all(hasattr(pl_module, name) for name in ("predict_train", "num_classes"))
+    return ours and method and getattr(pl_module, "reads_labels", True) and not trainer.fast_dev_run
 
 
 def _quality_in_training(module: Any) -> Tensor | None:

@@ -22,6 +22,8 @@ class MethodHooks(L.LightningModule):
     """1 or 2. Two networks mask with each other's estimate of label quality."""
     needs_data_module = False
     """True in a method that chooses its samples or views, or passes over the training set."""
+    reads_labels = True
+    """False in a method that learns from images alone, and can say nothing of labels."""
     estimates_quality = False
     """True in a method that judges labels itself, by :meth:`label_quality`."""
 

@@ -32,6 +32,7 @@ class SimCLR(NoisyLabelModule):
     """
 
     needs_data_module = True
+    reads_labels = False
 
     def __init__(
         self,
