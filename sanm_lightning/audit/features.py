@@ -167,7 +167,7 @@ class FeatureCache:
 def _digests_of(path: Path, num_features: int) -> np.ndarray[Any, Any] | None:
     """Return the digests of a part of the cache; None where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as part:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as part:  # np.load leaves damaged files open
             digests: np.ndarray[Any, Any] = part["digests"]
             shapes = part["features"].shape, part["thumbs"].shape  # reads them: a checksum stands at the end of each
     except Exception:  # of the file system, zip, or the format of arrays: by the place of the damage

@@ -153,7 +153,11 @@ class _Regressions:
         gram = torch.zeros(table.shape[1], table.shape[1], device=device)
         for rows in table.split(ROWS):
             gram.addmm_(rows.T, rows)
-        curvature, self.basis = torch.linalg.eigh(gram / len(table))
+        gram /= len(table)
+        try:
+            curvature, self.basis = torch.linalg.eigh(gram)
+        except torch.linalg.LinAlgError:  # of many constant features, in single precision
+            curvature, self.basis = (part.float() for part in torch.linalg.eigh(gram.double()))
         self.curvature = curvature.clamp(min=0)
         self.rotated = torch.cat([rows @ self.basis for rows in table.split(ROWS)])
         shape = (table.shape[1] + 1, self.num_folds, num_classes)

@@ -118,8 +118,8 @@ class AuditQuality(_TableQuality):
                 f"expected the files of an audit in {self.path!r}, got no samples.npz; run sanm audit"
             )
         try:
-            with np.load(path, allow_pickle=False) as file:
-                held = {name: file[name] for name in file.files}
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                held = {name: arrays[name] for name in arrays.files}
             missing = {"labels", "class_names", "splits", "quality", "readable"} - set(held)
         except Exception as error:  # of the file system, zip, or the format of arrays
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from sanm_lightning.functional.linear_probe import (
@@ -66,9 +67,7 @@ class TestAgainstScikitLearn:
         folds = assign_folds(labels, np.arange(len(labels)), 5, 0)
         learn = np.arange(len(labels)) % 3 > 0
         probs = linear_probe(features, labels, folds, 3, learn, weight_decays=[0.2]).probs
-        np.testing.assert_allclose(
-            probs, sklearn_probs(features, labels, folds, 0.2, 3, learn), rtol=0, atol=1e-3
-        )
+        np.testing.assert_allclose(probs, sklearn_probs(features, labels, folds, 0.2, 3, learn), rtol=0, atol=1e-3)
 
     def test_a_probe_chosen_on_a_part_of_the_set_is_fitted_to_all_of_it(self):
         features, labels = blobs(n=300)
@@ -99,6 +98,20 @@ class TestWhatIsLearnedFrom:
         one, two = (linear_probe(features, given, folds, 3, weight_decays=[0.5]).probs for given in (labels, other))
         np.testing.assert_allclose(one[folds == 2], two[folds == 2], rtol=0, atol=1e-3)
         assert np.abs(one[folds != 2] - two[folds != 2]).max() > 0.05
+
+    def test_where_single_precision_finds_no_basis_double_does(self, monkeypatch):
+        features, labels = blobs()
+        folds, eigh = assign_folds(labels, np.arange(len(labels)), 5, 0), torch.linalg.eigh
+
+        def single_fails(matrix):
+            if matrix.dtype == torch.float32:
+                raise torch.linalg.LinAlgError("The algorithm failed to converge")
+            return eigh(matrix)
+
+        one = linear_probe(features, labels, folds, 3, weight_decays=[0.5]).probs
+        monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+        two = linear_probe(features, labels, folds, 3, weight_decays=[0.5]).probs
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-3)
 
     def test_few_rows_in_few_folds_serve_rows_of_all(self):
         features, labels = blobs(n=60)

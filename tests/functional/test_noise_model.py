@@ -37,7 +37,10 @@ class TestConfidentJoint:
             np.testing.assert_allclose(confident_joint(probs, labels), self.slow(probs, labels), rtol=1e-12)
 
     def test_it_sums_to_one_with_the_frequencies_of_the_given_labels_in_its_rows(self):
-        probs, labels = some_probs(classes=5), np.random.default_rng(0).integers(0, 3, 60)  # two classes without samples
+        probs, labels = (
+            some_probs(classes=5),
+            np.random.default_rng(0).integers(0, 3, 60),
+        )  # two classes without samples
         joint = confident_joint(probs, labels)
         np.testing.assert_allclose(joint.sum(1), np.bincount(labels, minlength=5) / 60)
         assert not joint[3:].any()
@@ -58,7 +61,9 @@ class TestDeconvolve:
     def test_a_known_matrix_is_inverted_as_steps_grow(self):
         right = np.random.default_rng(1).dirichlet(np.full(4, 2.0), 30)
         transition = 0.5 * np.eye(4) + 0.3 * np.roll(np.eye(4), 1, axis=1) + 0.05
-        errors = [np.abs(deconvolve(right @ transition, transition, steps) - right).max() for steps in (1, 10, 100, 3000)]
+        errors = [
+            np.abs(deconvolve(right @ transition, transition, steps) - right).max() for steps in (1, 10, 100, 3000)
+        ]
         assert errors == sorted(errors, reverse=True)
         assert errors[-1] < 1e-4
         assert errors[1] > 0.01  # few steps are a compromise
@@ -71,9 +76,7 @@ class TestDeconvolve:
 
     def test_every_step_raises_the_likelihood(self):
         probs, transition = some_probs(), some_probs(4, seed=2)
-        fits = [
-            (probs * np.log(deconvolve(probs, transition, steps) @ transition)).sum(1) for steps in range(6)
-        ]
+        fits = [(probs * np.log(deconvolve(probs, transition, steps) @ transition)).sum(1) for steps in range(6)]
         assert all((after >= before - 1e-12).all() for before, after in zip(fits, fits[1:], strict=False))
 
 
