@@ -125,8 +125,7 @@ class SANMCLI(LightningCLI):
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
-        # In every command: Lightning warns where a callback of the checkpoint is missing.
-        audits = [LabelAudit()] if self.config[self.subcommand].get("audit") else []
+        audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
         callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)

@@ -17,6 +17,8 @@ from sanm_lightning.functional import clean_probability, nearest_neighbors
 
 __all__ = ["LabelAudit", "detection_metrics"]
 
+_KEY = "label_audit"
+
 
 def detection_metrics(quality: Tensor, labels: Tensor, true_labels: Tensor | None) -> dict[str, float] | None:
     """Measure the detection of wrong labels by low quality.
@@ -53,7 +55,7 @@ class LabelAudit(L.Callback):
     first network. Probabilities are in-sample, which ``audit.json`` states: a network that has memorized wrong labels
     agrees with them. Use ``sanm audit`` for out-of-fold probabilities.
 
-    Supports methods of this package with a data module of this package; has no effect for others, and in a
+    Supports methods of this package that use labels, with a data module of this package; has no effect for others, and in a
     ``fast_dev_run``.
 
     Args:
@@ -133,21 +135,20 @@ class LabelAudit(L.Callback):
             np.save(file, features.float().numpy())
         os.replace(draft, folder / "features.npy")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the qualities of the last epochs."""
-        return {"qualities": list(self._qualities)}
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save the qualities of the last epochs; Lightning warns about a missing callback if ``state_dict`` is used."""
+        checkpoint[_KEY] = list(self._qualities)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the qualities of the last epochs."""
-        self._qualities = list(state_dict["qualities"])
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Load the qualities of the last epochs."""
+        self._qualities = list(checkpoint.get(_KEY, []))
 
 
 def _serves(trainer: Any, pl_module: Any) -> bool:
     data = getattr(trainer, "datamodule", None)
     ours = all(hasattr(data, name) for name in ("table", "store", "pass_dataloader", "class_names"))
-    return (
-        ours and hasattr(pl_module, "predict_train") and hasattr(pl_module, "num_classes") and not trainer.fast_dev_run
-    )
+    method = all(hasattr(pl_module, name) for name in ("predict_train", "num_classes"))
+    return ours and method and getattr(pl_module, "trains_classifier", True) and not trainer.fast_dev_run
 
 
 def _quality_in_training(module: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from torchvision.transforms import InterpolationMode
 
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.models import Normalized
-from sanm_lightning.safe_files import atomic_write
+from sanm_lightning.safe_files import atomic_write, require_folder
 
 __all__ = ["FeatureCache", "FeatureTable", "FrozenFeatures", "compute_features", "default_image_size"]
 
@@ -45,13 +45,16 @@ def default_image_size(network: Normalized, sides: Sequence[int]) -> int:
     """Return the default input size of a frozen network in pixels.
 
     Small images are enlarged by a factor of at most three, and at most to the size that the network was trained on:
-    networks for 224 pixels yield poor features of 32 pixels, and larger inputs only increase the run time.
+    networks for 224 pixels yield poor features of 32 pixels, and larger inputs only increase the run time. Networks of a
+    fixed input size, such as most transformers, use that size.
 
     Args:
         network: network from :func:`~sanm_lightning.models.load_pretrained`.
         sides: short sides of some of the images in pixels.
     """
     native = max(network.input_size or (224, 224))
+    if (getattr(network.network, "pretrained_cfg", None) or {}).get("fixed_input_size"):
+        return native
     wanted = 3 * sorted(sides)[len(sides) // 2] if sides else native
     return min(native, max(32, -(-wanted // 32) * 32))
 
@@ -107,13 +110,17 @@ class FeatureCache:
 
     Args:
         folder: folder of this network and image size.
+        num_features: D, number of features.
+        say: function called with one line for each damaged part, which is ignored and computed again.
 
     Raises:
         ValueError: if the folder contains other files.
+        OSError: if the folder is not writable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, num_features: int, say: Callable[[str], None] = lambda line: None) -> None:
         self.folder = folder
+        require_folder(folder)
         self.parts = sorted(folder.glob("part-*.npz")) if folder.is_dir() else []
         found = folder.iterdir() if folder.is_dir() else ()
         others = [path.name for path in found if not path.name.startswith("part-")]
@@ -124,8 +131,11 @@ class FeatureCache:
             )
         self.place: dict[bytes, tuple[int, int]] = {}
         for number, path in enumerate(self.parts):
-            with np.load(path, allow_pickle=False) as part:
-                self.place.update({row.tobytes(): (number, i) for i, row in enumerate(part["digests"])})
+            digests = _digests_of(path, num_features)
+            if digests is None:
+                say(f"cache: {path} is damaged and passed over")
+            else:
+                self.place.update({row.tobytes(): (number, i) for i, row in enumerate(digests)})
 
     def __len__(self) -> int:
         return len(self.place)
@@ -155,6 +165,19 @@ class FeatureCache:
         self.parts.append(path)
 
 
+def _digests_of(path: Path, num_features: int) -> np.ndarray[Any, Any] | None:
+    """Return the digests of a part of the cache; None where it is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as part:  # np.load leaves damaged files open
+            digests: np.ndarray[Any, Any] = part["digests"]
+            shapes = part["features"].shape, part["thumbs"].shape  # reads them: a checksum stands at the end of each
+    except Exception:  # of the file system, zip, or the format of arrays: by the place of the damage
+        return None
+    size = len(digests)
+    whole = digests.shape == (size, DIGEST) and shapes == ((size, num_features), (size, THUMB, THUMB, 3))
+    return digests if whole else None
+
+
 class _Item(NamedTuple):
     """Result of a worker for one image."""
 
@@ -175,7 +198,10 @@ class _Decoded(Dataset[_Item]):
         return len(self.images)
 
     def __getitem__(self, row: int) -> _Item:
-        source = self.images[row]
+        try:
+            source = self.images[row]
+        except ValueError as error:  # of a data module that decodes files
+            return _Item(row, _digest(row, b""), None, None, _reason(error))
         if isinstance(source, Tensor):
             digest = _digest(source.shape, source.contiguous().numpy().tobytes())
             content: Any = source
@@ -190,8 +216,7 @@ class _Decoded(Dataset[_Item]):
         try:
             image = self._square(content)
         except ValueError as error:
-            cause = error.__cause__ or error
-            return _Item(row, digest, None, None, str(cause).rstrip("."))
+            return _Item(row, digest, None, None, _reason(error))
         thumb = torch.nn.functional.adaptive_avg_pool2d(image.float(), THUMB).round().to(torch.uint8)
         return _Item(row, digest, image, thumb, None)
 
@@ -201,6 +226,10 @@ class _Decoded(Dataset[_Item]):
         resized = TF.resize(content, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
         square: Tensor = TF.center_crop(resized, [self.image_size, self.image_size])
         return square
+
+
+def _reason(error: ValueError) -> str:
+    return str(error.__cause__ or error).rstrip(".")
 
 
 def _digest(kind: Any, content: bytes) -> bytes:
@@ -215,6 +244,7 @@ def compute_features(
     batch_size: int = 64,
     num_workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> FeatureTable:
     """Compute the features of a set that are not in the cache; completed work is saved on interruption.
 
@@ -226,12 +256,13 @@ def compute_features(
         batch_size: number of images per forward pass.
         num_workers: number of worker processes that read, hash and decode.
         progress: function called with the number of processed images and the number of images passed to the network.
+        say: function called with one line for each damaged part of the cache.
 
     Raises:
         ValueError: if the cache folder contains other files.
         OSError: if the cache cannot be written.
     """
-    held = FeatureCache(cache / network.fingerprint())
+    held = FeatureCache(cache / network.fingerprint(), network.num_features, say)
     size = len(images)
     digests = np.zeros((size, DIGEST), np.uint8)
     thumbs = np.zeros((size, THUMB, THUMB, 3), np.uint8)

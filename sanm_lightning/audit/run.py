@@ -21,7 +21,13 @@ from sanm_lightning.audit.sets import AuditSet
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
-from sanm_lightning.functional.noise_model import NoiseModel, fit_noise_model, judge_labels, transition_of
+from sanm_lightning.functional.noise_model import (
+    NoiseModel,
+    deconvolve,
+    fit_noise_model,
+    judge_labels,
+    transition_of,
+)
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
@@ -80,7 +86,7 @@ def audit_set(
     sample; its weight decay, and the weight of a nearest-neighbor vote, minimize the log-loss on the given labels. A
     noise model is fitted to these probabilities; the quality of a label is its probability of being correct under this
     model. If there is a split ``train``, probe, vote and noise model are fitted to this split only, and applied to the
-    labels of other splits.
+    labels of other splits. The quality of labels of classes that are missing in this split is near 0.
 
     Args:
         data: the images.
@@ -117,19 +123,19 @@ def audit_set(
         else np.lib.format.open_memmap(features_file, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
     )
     folder = Path(cache) if cache is not None else default_cache()
-    table = compute_features(data.images, model, folder, into, batch_size, num_workers, progress)
+    table = compute_features(data.images, model, folder, into, batch_size, num_workers, progress, say)
     seconds = {"features": time.monotonic() - started}
     readable = np.ones(len(labels), bool)
     readable[list(table.unreadable)] = False
     rows = np.flatnonzero(readable)
-    if len(rows) < 2 * NUM_FOLDS or len(np.unique(labels[rows])) < 2:
-        raise ValueError(
-            f"expected ten readable images of two classes or more, got {len(rows)} of {len(np.unique(labels[rows]))}; "
-            f"{_unreadable_words(data, table.unreadable) or 'add images'}"
-        )
     given, splits = labels[rows], [data.splits[row] for row in rows]
-    learn = np.array([split in ("train", "all") for split in splits])
-    learn = learn if learn.any() else np.ones(len(rows), bool)
+    learn = np.array([split in ("train", "all") for split in splits], bool)
+    learn = learn if any(split in ("train", "all") for split in data.splits) else np.ones(len(rows), bool)
+    if learn.sum() < 2 * NUM_FOLDS or len(np.unique(given[learn])) < 2:
+        raise ValueError(
+            f"expected ten readable images to learn from, of two classes or more, got {learn.sum()} of "
+            f"{len(np.unique(given[learn]))}; {_unreadable_words(data, table.unreadable) or 'give more images'}"
+        )
 
     begun = time.monotonic()
     standard = standardize(into if len(rows) == len(labels) else into[rows], np.flatnonzero(learn))
@@ -138,16 +144,19 @@ def audit_set(
     seconds["neighbors"], begun = time.monotonic() - begun, time.monotonic()
 
     say("linear probe: five folds, weight decay by the log-loss on the given labels")
-    folds = assign_folds(given, copies.group, NUM_FOLDS, seed)
+    folds = assign_folds(np.where(learn, given, num_classes), copies.group, NUM_FOLDS, seed)  # blind to other labels
     probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=where)
     voters = np.where(learn[neighbors], neighbors, -1)
-    votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes)
+    prior = np.bincount(given[learn], minlength=num_classes) / learn.sum()
+    votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes, prior)
     weights = np.linspace(0, 1, 11, dtype=np.float32)
     losses = [log_loss(weight * probe.probs[learn] + (1 - weight) * votes[learn], given[learn]) for weight in weights]
     weight = weights[int(np.argmin(losses))]
     probs = weight * probe.probs + (1 - weight) * votes
     noise = fit_noise_model(probs[learn], given[learn])
     posterior = _posterior(probs, given, splits, learn, noise)
+    unknown = ~np.isin(given, given[learn])  # classes that are missing in the training split
+    posterior[unknown] = deconvolve(probs[unknown].astype(np.float64), noise.transition)
     seconds["probe"] = time.monotonic() - begun
 
     place = np.arange(len(rows))
@@ -186,11 +195,12 @@ def _some_sides(images: Any) -> list[int]:
     """Return the short sides of up to 100 images in pixels."""
     sides = []
     for row in range(0, len(images), max(1, len(images) // 100)):
-        if isinstance(images[row], Tensor):
-            sides.append(min(images[row].shape[1:]))
-            continue
         try:
-            with Image.open(images[row]) as image:  # reads only the header of the file
+            source = images[row]
+            if isinstance(source, Tensor):
+                sides.append(min(source.shape[1:]))
+                continue
+            with Image.open(source) as image:  # reads the head of the file only
                 sides.append(min(image.size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue
@@ -284,6 +294,14 @@ def summarize(
     empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
     if empty:
         notes.append(f"Classes without images: {', '.join(empty)}.")
+    held_by = {split: set(labels[np.array(data.splits) == split].tolist()) for split in dict.fromkeys(data.splits)}
+    partly = [
+        f"{name!r} ({', '.join(split for split in held_by if c in held_by[split])} only)"
+        for c, name in enumerate(names)
+        if 0 < sum(c in held for held in held_by.values()) < len(held_by)
+    ]
+    if partly:
+        notes.append(f"Classes that are not in every split, perhaps under another name: {', '.join(partly)}.")
     held = counts[counts > 0]
     if len(held) and held.max() >= 10 * held.min():
         notes.append(f"Classes are imbalanced: from {held.min()} to {held.max()} images.")

@@ -88,7 +88,7 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
     Raises:
         ValueError: if the split does not exist, or the data module is not a subclass of `NoisyDataModule`.
     """
-    if not all(hasattr(data, name) for name in ("table", "store", "class_names")):
+    if not all(hasattr(data, name) for name in ("table", "source_images", "class_names")):
         raise ValueError(
             f"expected a data module with labels by index, got {type(data).__name__}; use a subclass of "
             "NoisyDataModule, or a folder"
@@ -96,10 +96,10 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
     if split not in ("train", "val", "test"):
         raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; use one of these")
     data.prepare_data()
-    table, store = data.table(split), data.store(split)
+    table = data.table(split)
     paths = data.sample_paths(split)
     return AuditSet(
-        images=_SplitImages(store.rows.images, table.origin),
+        images=_SplitImages(data.source_images(split), table.origin),
         labels=table.labels.numpy(),
         class_names=list(data.class_names),
         splits=[split] * len(table.labels),

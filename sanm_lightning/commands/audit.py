@@ -1,6 +1,9 @@
 """``sanm audit``: list samples with likely wrong labels."""
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ from sanm_lightning.audit.run import verdict
 from sanm_lightning.csv_tables import write_csv
 
 __all__ = ["audit", "main"]
+
+DRAFT = "features.npy.tmp"
+"""Left behind only by an audit that was killed."""
 
 
 def audit(
@@ -75,8 +81,8 @@ def audit(
     console = Console(highlight=False)
     processors = os.cpu_count() or 1
     workers = num_workers if num_workers is not None else (0 if processors == 1 else min(4, processors))
-    draft = folder / "features.npy.tmp"
-    with Progress(
+    draft = folder / DRAFT
+    with _no_litter(folder), Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(), console=console, transient=True,
     ) as bar:  # fmt: skip
@@ -134,8 +140,8 @@ def _new_folder(out: str | None) -> Path:
         folder = base / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
+    if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
+        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; name another with --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,6 +149,18 @@ def _new_folder(out: str | None) -> Path:
             f"expected a writable folder in {str(folder)!r}, got {error.strerror}; use another --out"
         ) from error
     return folder
+
+
+@contextlib.contextmanager
+def _no_litter(folder: Path) -> Iterator[None]:
+    """Take the draft of the features away if they are not completed, and a folder that is empty then."""
+    try:
+        yield
+    except BaseException:
+        (folder / DRAFT).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _is_issue(issues: LabelIssues) -> np.ndarray[Any, Any]:
@@ -204,7 +222,7 @@ def main(words: list[str]) -> int:
         L.LightningDataModule, "data", required=False, help="data module, instead of a folder"
     )
     parsed = parser.instantiate_classes(
-        parser.parse_args([word.replace("--fail-over", "--fail_over") for word in words])
+        parser.parse_args([re.sub(r"^--fail-over(?=$|=)", "--fail_over", word) for word in words])
     )
     torch.set_grad_enabled(True)
     return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})

@@ -316,6 +316,10 @@ class NoisyDataModule(Splits):
         table, paths = self.table(split), self._source(split if split in self.own_splits else "train").paths
         return None if paths is None else [paths[row] for row in table.origin.tolist()]
 
+    def source_images(self, split: str = "train") -> Any:
+        """Return the images that the rows of ``table(split).origin`` count, uint8 (3, H, W) each; decoded when asked for."""
+        return self._source(split if split in self.own_splits else "train").images
+
     def _say(self, line: str) -> None:
         """Log a line once, in one process."""
         if line not in self._said:
@@ -325,7 +329,7 @@ class NoisyDataModule(Splits):
     def store(self, split: str) -> ImageStore:
         """Return the images of ``train``, ``val`` or ``test``."""
         if split not in self._stores:
-            table, images = self.table(split), self._source(split if split in self.own_splits else "train").images
+            table, images = self.table(split), self.source_images(split)
             self._stores[split] = ImageStore(
                 images, table.origin, self.decode_size, self.resident_bytes, self.num_workers
             )

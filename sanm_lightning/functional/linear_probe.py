@@ -1,5 +1,6 @@
 """Out-of-fold predictions from fixed features: linear probe and nearest-neighbor vote."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,19 +109,21 @@ def linear_probe(
     rows = np.flatnonzero(learn)
     if len(rows) > selection_size:
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:selection_size])
-    small = _Regressions(features[rows], labels[rows], folds[rows], num_classes, np.ones(len(rows), bool), device)
+    num_folds = int(folds.max()) + 1
+    every = np.ones(len(rows), bool)
+    small = _Regressions(features[rows], labels[rows], folds[rows], num_folds, num_classes, every, device)
     losses: dict[float, float] = {}
-    kept: dict[float, Array] = {}
+    lowest, best = math.inf, weight_decays[0]
     for decay in weight_decays:
         probs = small.fit(decay).probs()
         losses[decay] = log_loss(probs, labels[rows])
-        kept = {decay: probs} if losses[decay] == min(losses.values()) else kept
-        if min(list(losses.values())[-2:]) > min(losses.values()):
+        if losses[decay] < lowest:
+            lowest, best, kept, weights = losses[decay], decay, probs, small.unrotated()
+        if min(list(losses.values())[-2:]) > lowest:
             break
-    best = min(losses, key=lambda decay: losses[decay])
     if len(rows) == len(labels):
-        return ProbeResult(kept[best], best, losses)
-    whole = _Regressions(features, labels, folds, num_classes, learn, device, start=small.weights)
+        return ProbeResult(kept, best, losses)
+    whole = _Regressions(features, labels, folds, num_folds, num_classes, learn, device, start=weights)
     return ProbeResult(whole.fit(best).probs(), best, losses)
 
 
@@ -137,13 +140,14 @@ class _Regressions:
         features: Array,
         labels: Array,
         folds: Array,
+        num_folds: int,
         num_classes: int,
         learn: Array,
         device: Any,
-        start: Any = None,
+        start: Tensor | None = None,
     ) -> None:
         self.labels, self.folds = torch.from_numpy(labels).to(device), torch.from_numpy(folds).to(device)
-        self.num_folds, self.num_classes = int(folds.max()) + 1, num_classes
+        self.num_folds, self.num_classes = num_folds, num_classes
         learn_rows = torch.from_numpy(learn).to(device)
         self.used = (self.folds.unsqueeze(1) != torch.arange(self.num_folds, device=device)) & learn_rows.unsqueeze(1)
         self.counts = self.used.sum(0).clamp(min=1)
@@ -151,13 +155,25 @@ class _Regressions:
         gram = torch.zeros(table.shape[1], table.shape[1], device=device)
         for rows in table.split(ROWS):
             gram.addmm_(rows.T, rows)
-        curvature, self.basis = torch.linalg.eigh(gram / len(table))
+        gram /= len(table)
+        try:
+            curvature, self.basis = torch.linalg.eigh(gram)
+        except torch.linalg.LinAlgError:  # of many constant features, in single precision
+            curvature, self.basis = (part.float() for part in torch.linalg.eigh(gram.double()))
         self.curvature = curvature.clamp(min=0)
         self.rotated = torch.cat([rows @ self.basis for rows in table.split(ROWS)])
         shape = (table.shape[1] + 1, self.num_folds, num_classes)
         self.weights = torch.zeros(shape, device=device)  # in the rotated basis; the last row is the bias
         if start is not None:
-            self.weights = start.clone()
+            self.weights = self._turned(self.basis.T, start)
+
+    @staticmethod
+    def _turned(basis: Tensor, weights: Tensor) -> Tensor:
+        return torch.cat([(basis @ weights[:-1].flatten(1)).view_as(weights[:-1]), weights[-1:]])
+
+    def unrotated(self) -> Tensor:
+        """Return the weights for the features as they are, (D + 1, folds, C); the last row is the bias."""
+        return self._turned(self.basis, self.weights)
 
     def fit(self, decay: float) -> "_Regressions":
         """Minimize the objective for one weight decay, starting from the current weights."""
@@ -208,7 +224,12 @@ class _Regressions:
 
 
 def neighbor_probs(
-    neighbors: Array, similarity: Array, labels: Array, num_classes: int, prior_weight: float = 1.0
+    neighbors: Array,
+    similarity: Array,
+    labels: Array,
+    num_classes: int,
+    prior: Array | None = None,
+    prior_weight: float = 1.0,
 ) -> Array:
     """Compute class probabilities from the given labels of neighbors, with the class frequencies as prior.
 
@@ -217,12 +238,13 @@ def neighbor_probs(
         similarity: weight of each neighbor, shape (N, k), non-negative.
         labels: given labels of all positions, shape (M,).
         num_classes: C, number of classes.
+        prior: class frequencies, shape (C,); None uses those of ``labels``.
         prior_weight: weight of the prior, in units of neighbors.
 
     Returns:
         Shape (N, C), float32.
     """
-    prior = np.bincount(labels, minlength=num_classes) / len(labels)
+    prior = np.bincount(labels, minlength=num_classes) / len(labels) if prior is None else prior
     votes = np.tile((prior_weight * prior).astype(np.float32), (len(neighbors), 1))
     for column, weight in zip(neighbors.T, similarity.T, strict=True):
         seen = column >= 0

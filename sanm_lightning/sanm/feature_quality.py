@@ -118,17 +118,20 @@ class AuditQuality(_TableQuality):
                 f"expected the files of an audit in {self.path!r}, got no samples.npz; run sanm audit first"
             )
         try:
-            with np.load(path, allow_pickle=False) as file:
-                held = {name: file[name] for name in file.files}
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                held = {name: arrays[name] for name in arrays.files}
             missing = {"labels", "class_names", "splits", "quality", "readable"} - set(held)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of the file system, zip, or the format of arrays
             raise ValueError(
-                f"expected samples.npz of an audit in {str(path)!r}, got an unreadable file ({error}); run sanm audit again"
+                f"expected samples.npz of an audit in {str(path)!r}, got another file ({type(error).__name__}: {error}); run "
+                "sanm audit again"
             ) from error
-        if missing or not ({"paths", "index"} & set(held)):
+        if not {"paths", "index"} & set(held):
+            missing.add("paths")
+        if missing:
             raise ValueError(
-                f"expected samples.npz of an audit in {str(path)!r}, got a file without {sorted(missing)}; run sanm audit "
-                "again"
+                f"expected samples.npz of an audit in {str(path)!r}, got a file without {', '.join(sorted(missing))}; "
+                "run sanm audit again"
             )
         held["quality"] = np.where(held["readable"], held["quality"], 0).astype(np.float32)
         return held
@@ -181,10 +184,10 @@ class FeatureQuality(_TableQuality):
 
     Args:
         classifier: ``"probe"`` or ``"neighbors"``.
-        source: ``"pass"`` computes features in a pass over the training set, for methods of this package;
-            ``"recorded"`` uses those of the unmasked images in the training steps of the epoch, for any module with
-            sample indices.
-        every: number of epochs between updates.
+        source: ``"pass"`` takes features from a pass over the training set, for methods of this package; ``"recorded"`` those
+            of the unmasked images in the steps of the epoch, for any module with sample indices. Of two
+            networks, each has its own.
+        every: epochs between two renewals.
         k: number of neighbors.
         momentum: weight of the previous quality in the new quality, in [0, 1).
 
@@ -238,7 +241,7 @@ class FeatureQuality(_TableQuality):
             if module.current_epoch == 0:
                 return  # the network is untrained
             if (self.fits + 1) % self.every == 0:
-                found = module.predict_train("features", "labels")
+                found = module.predict_train("features", "labels", network=_network_of(self, module))
                 self._renew(found["features"], found["labels"], torch.ones(len(found["labels"]), dtype=torch.bool))
             self.fits += 1
         elif bool(self.recorded.seen.any()):
@@ -274,6 +277,12 @@ class FeatureQuality(_TableQuality):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore the number of calls to `fit`."""
         self.fits = state["fits"]
+
+
+def _network_of(estimator: nn.Module, module: Any) -> int:
+    """Return the number of the network whose SANM holds the estimator."""
+    owners = [i for i, sanm in enumerate(getattr(module, "sanms", [])) if estimator in set(sanm.modules())]
+    return owners[0] if owners else 0
 
 
 class _RecordedFeatures(SampleState):

@@ -1,0 +1,179 @@
+"""The noise model against its definitions in loops, in the limit, and on noise that was planted."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, standardize
+from sanm_lightning.functional.noise_model import (
+    confident_joint,
+    deconvolve,
+    fit_noise_model,
+    label_posterior,
+    transition_of,
+)
+
+
+def some_probs(n: int = 60, classes: int = 4, seed: int = 0):
+    return np.random.default_rng(seed).dirichlet(np.full(classes, 0.5), n)
+
+
+class TestConfidentJoint:
+    def slow(self, probs, labels):
+        """Count by the definition: above the threshold of a class, the likeliest of several; then scale."""
+        num_classes = probs.shape[1]
+        thresholds = [np.mean([p[c] for p, y in zip(probs, labels, strict=True) if y == c]) for c in range(num_classes)]
+        counts = np.zeros((num_classes, num_classes))
+        for p, y in zip(probs, labels, strict=True):
+            above = [c for c in range(num_classes) if p[c] >= thresholds[c]]
+            if above:
+                counts[y, max(above, key=lambda c: p[c])] += 1
+        frequency = np.bincount(labels, minlength=num_classes) / len(labels)
+        return counts / counts.sum(1, keepdims=True) * frequency[:, None]
+
+    def test_against_a_loop(self):
+        for seed in range(5):
+            probs, labels = some_probs(seed=seed), np.random.default_rng(seed).integers(0, 4, 60)
+            np.testing.assert_allclose(confident_joint(probs, labels), self.slow(probs, labels), rtol=1e-12)
+
+    def test_it_sums_to_one_with_the_frequencies_of_the_given_labels_in_its_rows(self):
+        probs, labels = (
+            some_probs(classes=5),
+            np.random.default_rng(0).integers(0, 3, 60),
+        )  # two classes without samples
+        joint = confident_joint(probs, labels)
+        np.testing.assert_allclose(joint.sum(1), np.bincount(labels, minlength=5) / 60)
+        assert not joint[3:].any()
+        assert not joint[:, 3:].any()
+
+    def test_a_class_without_a_confident_sample_keeps_its_labels(self):
+        probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
+        joint = confident_joint(probs, np.array([0, 0, 0, 1]))  # label 0: threshold 2/3; label 1: .8
+        np.testing.assert_allclose(joint, [[0.5, 0.25], [0, 0.25]])
+
+
+class TestDeconvolve:
+    def test_the_identity_changes_nothing_in_the_limit(self):
+        probs = some_probs()
+        np.testing.assert_allclose(deconvolve(probs, np.eye(4), 1), probs, rtol=1e-9)
+        np.testing.assert_allclose(deconvolve(probs, np.eye(4)), probs, rtol=1e-9)
+
+    def test_a_known_matrix_is_inverted_as_steps_grow(self):
+        right = np.random.default_rng(1).dirichlet(np.full(4, 2.0), 30)
+        transition = 0.5 * np.eye(4) + 0.3 * np.roll(np.eye(4), 1, axis=1) + 0.05
+        errors = [
+            np.abs(deconvolve(right @ transition, transition, steps) - right).max() for steps in (1, 10, 100, 3000)
+        ]
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < 1e-4
+        assert errors[1] > 0.01  # few steps are a compromise
+
+    def test_rows_are_probabilities(self):
+        transition = some_probs(4, seed=2)
+        found = deconvolve(some_probs(), transition)
+        assert (found >= 0).all()
+        np.testing.assert_allclose(found.sum(1), 1)
+
+    def test_every_step_raises_the_likelihood(self):
+        probs, transition = some_probs(), some_probs(4, seed=2)
+        fits = [(probs * np.log(deconvolve(probs, transition, steps) @ transition)).sum(1) for steps in range(6)]
+        assert all((after >= before - 1e-12).all() for before, after in itertools.pairwise(fits))
+
+
+class TestPosterior:
+    def test_it_is_bayes_rule(self):
+        probs, transition = some_probs(), 0.6 * np.eye(4) + 0.1
+        labels = np.random.default_rng(0).integers(0, 4, 60)
+        found = label_posterior(probs, labels, transition)
+        prior = deconvolve(probs, transition)
+        for i in range(60):
+            joint = [prior[i, c] * transition[c, labels[i]] for c in range(4)]
+            np.testing.assert_allclose(found[i], np.array(joint) / sum(joint), rtol=1e-5)
+
+    def test_without_noise_the_label_is_certain(self):
+        labels = np.arange(60) % 4
+        found = label_posterior(some_probs() * 0.9 + 0.025, labels, np.eye(4))
+        np.testing.assert_allclose(found, np.eye(4)[labels])
+
+    def test_a_label_that_says_nothing_changes_nothing(self):
+        found = label_posterior(some_probs(), np.zeros(60, int), np.full((4, 4), 0.25))
+        np.testing.assert_allclose(found, 0.25, rtol=1e-6)
+
+
+def test_the_transition_matrix_is_the_joint_by_right_label():
+    joint = np.array([[0.3, 0.1, 0.0], [0.2, 0.4, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(transition_of(joint), [[0.6, 0.4, 0], [0.2, 0.8, 0], [0, 0, 1]])
+
+
+def blobs(n: int = 1200, classes: int = 4, seed: int = 0):
+    draw = np.random.default_rng(seed)
+    right = draw.integers(0, classes, n)
+    features = 6 * np.eye(classes, 8)[right] + draw.normal(size=(n, 8))
+    return standardize(features.astype(np.float32), np.arange(n)), right, draw
+
+
+def fitted(features, labels, classes: int):
+    folds = assign_folds(labels, np.arange(len(labels)), 5, 0)
+    return fit_noise_model(linear_probe(features, labels, folds, classes).probs, labels)
+
+
+class TestPlantedNoise:
+    @pytest.mark.parametrize("kind", ["symmetric", "class-dependent"])
+    def test_rate_matrix_and_wrong_labels_are_found(self, kind):
+        features, right, draw = blobs()
+        planted = np.full((4, 4), 0.1) + 0.6 * np.eye(4)
+        if kind == "class-dependent":
+            planted = 0.6 * np.eye(4) + 0.4 * np.roll(np.eye(4), 1, axis=1)
+        given = np.array([draw.choice(4, p=planted[c]) for c in right])
+        model = fitted(features, given, 4)
+        wrong = given != right
+        assert model.interval[0] <= wrong.mean() <= model.interval[1]
+        assert model.noise_rate == pytest.approx(wrong.mean(), abs=0.07)
+        quality = model.posterior[np.arange(len(given)), given]
+        assert roc_auc_score(wrong, -quality) > 0.99
+        assert (model.posterior.argmax(1) == right).mean() > 0.95
+        np.testing.assert_allclose(model.transition, planted, atol=0.12)
+        exact = np.zeros((4, 4))
+        np.add.at(exact, (given, right), 1 / len(given))
+        np.testing.assert_allclose(model.joint, exact, atol=0.04)
+
+    def test_noise_of_some_classes_only_is_ranked_right_and_underestimated(self):
+        """A limit: images of a noisy class are half below that class's own threshold, and only those above are counted."""
+        features, right, draw = blobs()
+        planted = np.array([[0.6, 0.4, 0, 0], [0, 1, 0, 0], [0, 0, 0.75, 0.25], [0.1, 0, 0, 0.9]])
+        given = np.array([draw.choice(4, p=planted[c]) for c in right])
+        model = fitted(features, given, 4)
+        wrong = given != right
+        assert roc_auc_score(wrong, -model.posterior[np.arange(len(given)), given]) > 0.99
+        assert 0.7 * wrong.mean() < model.noise_rate < wrong.mean()
+        assert model.interval[1] > 0.85 * wrong.mean()
+
+    def test_right_labels_are_believed(self):
+        features, right, _ = blobs()
+        model = fitted(features, right, 4)
+        assert model.noise_rate < 0.01
+        assert model.interval[0] == 0
+        assert model.interval[1] < 0.02
+
+    def test_classes_without_samples_stay_empty(self):
+        features, right, draw = blobs()
+        given = np.where(draw.random(len(right)) < 0.2, draw.integers(0, 4, len(right)), right)
+        model = fitted(features, given, 6)
+        assert np.isfinite(model.posterior).all()
+        assert model.posterior[:, 4:].max() < 0.01
+        np.testing.assert_allclose(model.transition.sum(1), 1)
+        assert model.interval[0] <= (given != right).mean() <= model.interval[1]
+
+    def test_parts_belong_together(self):
+        features, right, draw = blobs(n=300)
+        given = np.where(draw.random(300) < 0.3, draw.integers(0, 4, 300), right)
+        model = fitted(features, given, 4)
+        np.testing.assert_allclose(model.posterior.sum(1), 1, rtol=1e-5)
+        assert model.joint.sum() == pytest.approx(1)
+        assert model.noise_rate == pytest.approx(1 - np.trace(model.joint), abs=1e-6)
+        np.testing.assert_allclose(model.transition, transition_of(model.joint))
+        for c in range(4):
+            np.testing.assert_allclose(model.joint[c], model.posterior[given == c].sum(0) / 300, rtol=1e-4)
+        assert model.interval[0] <= model.noise_rate <= model.interval[1]
