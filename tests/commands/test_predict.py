@@ -70,7 +70,7 @@ def test_images_alone(trained, images, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    assert "1 file passed over (1 ending .txt unknown to Pillow)" in said
+    assert "1 file skipped (1 extension .txt unknown to Pillow)" in said
     assert "unreadable: broken.png (cannot identify image file)" in said
     assert "3 images predicted, 1 unreadable (column error): pred.csv" in said
     header, rows = read("pred.csv")
@@ -171,7 +171,7 @@ class TestBadInput:
         assert not Path("new.csv").exists()
 
     def test_checkpoints(self, images, tmp_path, trained):
-        self.refused(FileNotFoundError, "expected a checkpoint .* there is no file", "none.ckpt", [images])
+        self.refused(FileNotFoundError, "expected a checkpoint .* got no such file", "none.ckpt", [images])
         self.refused(ValueError, "expected a checkpoint", images / "broken.png", [images])
         torch.save({"state_dict": {}}, "weights.pt")
         self.refused(ValueError, "without epoch, global_step", "weights.pt", [images])
@@ -198,7 +198,7 @@ class TestBadInput:
             FileExistsError, "expected a new file in 'pred.csv', got one that exists", path, [images], "pred.csv"
         )
         self.refused(IsADirectoryError, "expected a file name", path, [images], str(tmp_path), overwrite=True)
-        self.refused(OSError, "is a file", path, [images], "pred.csv/more.csv")
+        self.refused(OSError, "got the file", path, [images], "pred.csv/more.csv")
         self.refused(ValueError, "expected batch_size of 1 or more", path, [images], batch_size=0)
         self.refused(ValueError, "expected a device such as cpu or cuda, got 'abacus'", path, [images], device="abacus")
 
