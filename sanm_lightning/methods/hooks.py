@@ -22,6 +22,8 @@ class MethodHooks(L.LightningModule):
     """1 or 2. Each of two networks is masked according to the other's estimate of label quality."""
     needs_data_module = False
     """Whether the method selects its samples or views, or predicts the training set."""
+    estimates_quality = False
+    """Whether the method estimates label quality in :meth:`label_quality`."""
     trains_classifier = True
     """False for methods that train only an encoder, whose predictions are not meaningful."""
 
