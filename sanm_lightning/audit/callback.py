@@ -89,9 +89,9 @@ class LabelAudit(L.Callback):
         losses = found["loss"].mean(0)
         quality = torch.stack(self._qualities).mean(0) if own else clean_probability(losses).cpu()
         self.metrics = detection_metrics(quality, data.labels, data.true_labels)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every rank asks, the answer is broadcast
         if trainer.is_global_zero:
             source = "of the training" if own else "mixture on the losses of the last pass, in-sample"
-            folder = Path(trainer.log_dir or trainer.default_root_dir)
             self._write(folder, data, probs.numpy(), quality, found["features"][0].cpu(), source)
         trainer.strategy.barrier("label_audit")
 

@@ -324,9 +324,10 @@ class TestCache:
                 raise KeyboardInterrupt
             return call(self, images)
 
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(FrozenFeatures, "__call__", stops)
+        monkeypatch.setattr(FrozenFeatures, "__call__", stops)
+        with pytest.raises(KeyboardInterrupt):
             audit(root, "--batch_size", "10", "--out", "here")
+        monkeypatch.setattr(FrozenFeatures, "__call__", call)
         assert not Path("here").exists()
         Path("here").mkdir()
         Path("here/features.npy.tmp").write_bytes(b"")  # as an audit leaves behind that was killed
@@ -348,7 +349,7 @@ class TestCache:
             audit(root)
         assert (own / "letter.txt").read_text() == "mine"
         Path("file").write_text("mine")
-        with pytest.raises(OSError, match="'.*file' is a file; name another"):
+        with pytest.raises(OSError, match=r"'.*file' is a file; name another"):
             audit(root, "--cache", "file")
         assert Path("file").read_text() == "mine"
         assert forwards == []
@@ -417,8 +418,8 @@ class TestFeatures:
 
         with pytest.raises(ValueError, match=r"pooled features \(B, D\) .* of Maps .* shape \(1, 3, 8, 8\); choose"):
             FrozenFeatures(Normalized(Maps(), (0.5,) * 3, (0.5,) * 3), 8)
+        Maps.forward_head = property(lambda self: self.nothing)
         with pytest.raises(ValueError, match=r"got AttributeError"):
-            Maps.forward_head = property(lambda self: self.nothing)
             FrozenFeatures(Normalized(Maps(), (0.5,) * 3, (0.5,) * 3), 8)
 
     def test_other_weights_have_another_fingerprint(self, weights):
@@ -593,9 +594,9 @@ class TestRefused:
         words = ["audit", str(root), "--cache", "cache", "--num_workers", "0", "--out", "out"]
         with pytest.raises(ValueError, match="expected the name of a timm model, got 'resnet_of_mine'"):
             run([*words, "--network", "resnet_of_mine"])
-        with pytest.raises(ValueError, match="expected weights for 'test_resnet' in .* that does not fit"):
+        with pytest.raises(ValueError, match=r"expected weights for 'test_resnet' in .* that does not fit"):
             run([*words, "--network", "test_resnet", "--checkpoint", weights])
-        with pytest.raises(FileNotFoundError, match="expected a file of weights, got 'none.pt', no such file"):
+        with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got 'none\.pt', no such file"):
             run([*words, "--network", "test_resnet", "--checkpoint", "none.pt"])
         with pytest.raises(ValueError, match="name"):
             run([*words, "--checkpoint", weights])

@@ -1,5 +1,7 @@
 """The noise model against its definitions in loops, in the limit, and on noise that was planted."""
 
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -77,7 +79,7 @@ class TestDeconvolve:
     def test_every_step_raises_the_likelihood(self):
         probs, transition = some_probs(), some_probs(4, seed=2)
         fits = [(probs * np.log(deconvolve(probs, transition, steps) @ transition)).sum(1) for steps in range(6)]
-        assert all((after >= before - 1e-12).all() for before, after in zip(fits, fits[1:], strict=False))
+        assert all((after >= before - 1e-12).all() for before, after in itertools.pairwise(fits))
 
 
 class TestPosterior:
