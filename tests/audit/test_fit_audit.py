@@ -1,10 +1,8 @@
-"""The files of an audit after a fit: any method, with and without SANM, resumed, on two processes."""
+"""The files of an audit after a fit of any method, with and without SANM; for two processes see test_two_processes.py."""
 
 import csv
 import json
-import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from sanm_lightning.cli import main
 from sanm_lightning.data import Toy
 from tests.methods.test_every_method import AtStep
 from tests.methods.toy import data, method, trainer
-from tests.methods.two_processes import Mixed, free_port
+from tests.methods.two_processes import Mixed
 
 FILES = {"label_issues.csv", "pred_probs.npy", "features.npy", "samples.npz", "audit.json", "report.html"}
 COMMAND = [
@@ -216,37 +214,3 @@ class TestMetrics:
         assert detection_metrics(quality, labels, None) is None
         assert detection_metrics(quality, labels, labels) is None
         assert detection_metrics(quality, labels, labels + 1) is None
-
-
-def work(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    os.chdir(folder)
-    sys.argv = ["sanm"]
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    devices = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    source = fit(*TWO, *UNDER_SANM, *devices).datamodule
-    found = {"labels": source.labels, "wrong": source.labels != source.true_labels}
-    torch.save(found, folder / f"process{rank}.pt")
-    sys.exit(0)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
-def test_on_two_processes_they_are_complete_and_free_of_duplicates(tmp_path):
-    torch.multiprocessing.spawn(work, (free_port(), tmp_path), nprocs=2)
-    one, other = (torch.load(tmp_path / f"process{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert torch.equal(one["labels"], other["labels"])
-    found = rows(tmp_path / "here")
-    assert sorted(int(row["index"]) for row in found) == list(range(61))
-    assert [row["given_label"] for row in sorted(found, key=lambda row: int(row["index"]))] == [
-        str(label) for label in one["labels"].tolist()
-    ]
-    probs, features = np.load(tmp_path / "here/pred_probs.npy"), np.load(tmp_path / "here/features.npy")
-    np.testing.assert_allclose(probs.sum(1), 1, atol=1e-5)
-    assert features.any(1).all()
-    with np.load(tmp_path / "here/samples.npz") as samples:
-        auroc = roc_auc_score(one["wrong"], 1 - samples["quality"])
-    assert results(tmp_path / "here")["label_issues"]["auroc"] == pytest.approx(auroc, abs=1e-6)
