@@ -43,7 +43,7 @@ class _TableQuality(QualityEstimator):
         if index is None:
             raise ValueError(
                 f"expected batches with positions in the training set for {type(self).__name__}, got none; use a data module "
-                "of this package, or batches (images, labels, index)"
+                "of this package, or batches NoisyBatch(images, labels, index)"
             )
         if not len(self.table):
             return torch.ones_like(index, dtype=torch.float32)
@@ -334,7 +334,9 @@ class CombinedQuality(QualityEstimator):
         ValueError: if there are no estimators, or another number of weights.
     """
 
-    def __init__(self, parts: Sequence[Any], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[QualityEstimator | dict[str, Any]], weights: Sequence[float] | None = None
+    ) -> None:
         super().__init__()
         made = [_estimator(part) for part in parts]
         weights = [1.0] * len(made) if weights is None else list(weights)

@@ -7,14 +7,17 @@ batch, mixup has one share per batch and partners within it, the prior penalty o
 batch's mean prediction, and SSR draws each process's selected samples at random. There a process's batch is the batch.
 """
 
+import csv
 import json
 import os
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock  # torch brings it
+from sklearn.metrics import roc_auc_score
 
 from sanm_lightning.methods import CrossEntropy
 from tests.methods.two_processes import (
@@ -246,3 +249,17 @@ class TestCommandLine:
         lines = (launched[0] / "predicted" / "predictions.csv").read_text().splitlines()
         assert lines[0] == "index,predicted_label,confidence,p_0,p_1,p_2,p_3"
         assert [line.split(",")[0] for line in lines[1:]] == [str(number) for number in range(9)]
+
+    @pytest.mark.parametrize("root", ["here", "there"])
+    def test_the_list_of_wrong_labels_is_complete_and_free_of_duplicates(self, launched, root):
+        run = launched[0] / root / "lightning_logs" / "version_0"
+        with (run / "label_issues.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(int(row["index"]) for row in rows) == list(range(33))
+        assert np.load(run / "features.npy").any(1).all()
+        np.testing.assert_allclose(np.load(run / "pred_probs.npy").sum(1), 1, atol=1e-5)
+        with np.load(run / "samples.npz") as samples, np.load(run / "labels.npz") as labels:
+            assert samples["labels"].tolist() == labels["labels"].tolist()
+            wrong, score = labels["labels"] != labels["true_labels"], 1 - samples["quality"]
+        found = json.loads((run / "results.json").read_text())["label_issues"]
+        assert found["auroc"] == pytest.approx(roc_auc_score(wrong, score), abs=1e-6)

@@ -303,6 +303,7 @@ COMMAND = [
     "fit", "--model", "CrossEntropy", "--model.network", "small_cnn", "--model.network_args", "{width: 4}",
     "--model.sanm", "SANM", "--model.warmup_epochs", "1",
     "--data", "Toy", "--data.num_samples", "33", "--data.num_test_samples", "9", "--data.batch_size", "8",
+    "--data.noise.kind", "symmetric_exclusive", "--data.noise.rate", "0.3",
     "--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp",
     "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
 ]  # fmt: skip
