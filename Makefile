@@ -1,5 +1,5 @@
 # make quickstart: train on real images with wrong labels.  make test: the tests.  make test-all: every method in every variant.
-# make browser: the report of an audit in a real headless Chromium (Debian's package chromium; skipped where there is none).
+# make browser: the report of an audit in a real headless Chromium (Debian's package chromium; skipped without it).
 # make check: tests, ruff, types.
 # make bench: the speed of every part, as ratios (a quarter of an hour on 2 cores).
 # Each does all the set-up it needs: a virtual environment in .venv with everything installed.

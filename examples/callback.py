@@ -1,4 +1,4 @@
-"""SANM over a module that is left alone, with a network of torchvision: one callback.
+"""SANM for an unmodified module with a torchvision network, as a callback.
 
 Most networks need no ``layer``; this one pools with a function, so its last feature map is named.
 """
@@ -15,7 +15,7 @@ from sanm_lightning import SANM, Digits, Noise, SANMCallback
 
 
 class Theirs(L.LightningModule):
-    """Knows nothing of SANM."""
+    """LightningModule without SANM."""
 
     def __init__(self) -> None:
         super().__init__()

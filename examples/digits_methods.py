@@ -1,4 +1,4 @@
-"""Every method on handwritten digits with wrong labels, alone and under SANM: one table.
+"""Train every method on handwritten digits with wrong labels, alone and under SANM, and print a table.
 
     python examples/digits_methods.py --seeds 1 2 3 --rates 0.5 0.8
 
@@ -7,7 +7,7 @@ Each row is a command line on the recipe of the quickstart, of this form (C2D pr
     sanm fit --config configs/quickstart.yaml [--config configs/sanm.yaml] --data.image_size 16 \
         --model METHOD --data.noise.rate RATE
 
-Figures go to runs/digits_methods/*/results.json as they come; a run whose figures are there is not done again.
+Results are written to runs/digits_methods/*/results.json; runs with existing results are skipped.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.table import Table
 from sanm_lightning.cli import main
 
 HOME = Path("runs/digits_methods")
-METHODS = {  # what the recipe does not say; the noise rate is told to the two methods that take it, as published
+METHODS = {  # options in addition to the recipe; two methods require the noise rate, as published
     "CrossEntropy": [],
     "CoTeaching": ["--model.noise_rate", "RATE", "--model.num_gradual", "3"],
     "CDR": ["--model.noise_rate", "RATE"],
@@ -37,7 +37,7 @@ METHODS = {  # what the recipe does not say; the noise rate is told to the two m
 
 
 def fit(home: Path, seed: int, *words: str) -> dict:
-    """Run one command line, unless its figures are there already."""
+    """Run one command line, unless its results exist."""
     record = home / "results.json"
     if not record.exists():
         print(f"{home}", flush=True)
@@ -74,7 +74,7 @@ def encoder(seed: int) -> str:
 
 
 def words_of(method: str, rate: float, seed: int) -> list[str]:
-    """Fill in the noise rate and the encoder."""
+    """Insert the noise rate and the encoder."""
     said = [str(rate) if word == "RATE" else word for word in METHODS[method]]
     return [encoder(seed) if word == "ENCODER" else word for word in said]
 

@@ -1,4 +1,4 @@
-"""SANM under one's own LightningModule and a plain DataLoader of (x, y): one more base class, no other edit."""
+"""SANM for a custom LightningModule and a DataLoader of (x, y), with one additional base class."""
 
 import lightning as L
 import timm

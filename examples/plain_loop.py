@@ -1,4 +1,4 @@
-"""SANM in a plain PyTorch loop: two calls in the step, and label quality fitted once per epoch."""
+"""SANM in a PyTorch training loop: two calls per step, and one fit of label quality per epoch."""
 
 import timm
 import torch

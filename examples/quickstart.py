@@ -1,11 +1,11 @@
-"""Train on handwritten digits with half of the labels wrong: plain cross-entropy, then the same under SANM.
+"""Train on handwritten digits with half of the labels wrong, with cross-entropy and with cross-entropy under SANM.
 
-Two command lines, run one after the other, and a table of what came of them:
+It runs two command lines and prints a table of their results:
 
     sanm fit --config configs/quickstart.yaml
     sanm fit --config configs/quickstart.yaml --config configs/quickstart_sanm.yaml
 
-each with a --trainer.default_root_dir of its own, runs/quickstart/cross_entropy and runs/quickstart/sanm.
+with --trainer.default_root_dir runs/quickstart/cross_entropy and runs/quickstart/sanm.
 """
 
 import argparse
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     options, rest = parser.parse_known_args()
     sys.argv[1:] = []
-    torch.set_num_threads(1)  # images this small gain little from a second thread, and lose much if it has to wait
+    torch.set_num_threads(1)  # a second thread is of little use for small images, and slow on a busy machine
     table = Table(
         title="Digits, half of the training labels wrong", caption="best: highest of all epochs on the test set"
     )

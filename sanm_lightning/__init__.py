@@ -1,4 +1,4 @@
-"""SANM (Self-supervised Adversarial Noisy Masking, CVPR 2023) over methods for learning with noisy labels, on Lightning."""
+"""SANM (Self-supervised Adversarial Noisy Masking, CVPR 2023) and noisy-label methods on Lightning."""
 
 from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch

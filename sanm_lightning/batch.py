@@ -1,4 +1,4 @@
-"""What the data module and the methods exchange."""
+"""Types that the data module and the methods exchange."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["EpochPlan", "NoisyBatch", "View"]
 
 View = str | tuple[str, ...]
-"""A policy for all samples of a row, or one policy for each of several equal, consecutive blocks of it."""
+"""One policy for all samples of a batch, or one policy for each of several equal, consecutive blocks of a batch."""
 
 _KEYS = {
     "images": ("images", "image", "x", "inputs", "input", "pixel_values"),
@@ -20,18 +20,18 @@ _KEYS = {
 
 
 class NoisyBatch(NamedTuple):
-    """One batch of images whose labels may be wrong.
+    """Batch of images with possibly wrong labels.
 
-    A plain named tuple: ``images, labels, *_ = batch`` and ``batch[0]`` work as for the usual ``(x, y)`` pair.
+    A named tuple: ``images, labels, *_ = batch`` and ``batch[0]`` work as for the usual ``(x, y)`` pair.
 
     Attributes:
-        images: shape (B, 3, H, W), floating, in [0, 1].
-        labels: the given, possibly wrong class indices, shape (B,), int64.
-        index: position of each sample in the training set, shape (B,), int64; None where samples have no identity.
-        true_labels: the right class indices, shape (B,), int64, where they are known; None elsewhere. Read by metrics
-            and by oracle label quality, and by nothing else.
-        views: the views that the method declared, in order, each of the shape of ``images``; ``images`` is the first.
-            Empty in batches of foreign loaders.
+        images: images, shape (B, 3, H, W), floating, in [0, 1].
+        labels: given, possibly wrong class indices, shape (B,), int64.
+        index: position of each sample in the training set, shape (B,), int64; None if unknown.
+        true_labels: true class indices, shape (B,), int64; None if unknown. Used by metrics and by oracle label quality
+            only.
+        views: the views declared by the method, in order, each of the shape of ``images``; ``images`` is the first.
+            Empty in batches of third-party loaders.
     """
 
     images: Tensor
@@ -42,16 +42,20 @@ class NoisyBatch(NamedTuple):
 
     @classmethod
     def from_any(cls, batch: Any, need_labels: bool = True) -> "NoisyBatch":
-        """Read a batch of any usual form.
+        """Convert a batch of any common form.
 
         Args:
-            batch: a :class:`NoisyBatch`; a tuple or list ``(images, labels, ...)``, whose further parts are not read;
-                ``(images,)`` or a tensor of images alone; a mapping, a named tuple or an object with names such as
-                ``images``, ``image``, ``x`` and ``labels``, ``label``, ``y``, and optionally ``index`` and ``true_labels``.
+            batch: a :class:`NoisyBatch`; a tuple or list ``(images, labels, ...)``, whose further elements are ignored;
+                ``(images,)`` or a tensor of images; a mapping, a named tuple or an object with names such as
+                ``images``, ``image``, ``x`` and ``labels``, ``label``, ``y``, and optionally ``index`` and
+                ``true_labels``.
             need_labels: whether labels are required; without labels, ``labels`` is an empty tensor.
 
+        Returns:
+            The batch as a :class:`NoisyBatch`.
+
         Raises:
-            ValueError: if there are no images, or labels are required and there are none.
+            ValueError: if the batch has no images, or no labels although they are required.
         """
         if isinstance(batch, NoisyBatch):
             return batch
@@ -67,47 +71,48 @@ class NoisyBatch(NamedTuple):
         images, labels = parts.get("images"), parts.get("labels")
         if not isinstance(images, Tensor):
             raise ValueError(
-                f"expected a batch NoisyBatch, (images, labels, ...) or a mapping with 'images', got {_form(batch)}; return "
-                "tensors from the data set"
+                f"expected a batch NoisyBatch, (images, labels, ...) or a mapping with 'images', got {_form(batch)}; "
+                "return tensors from the data set"
             )
         if not isinstance(labels, Tensor):
             if need_labels:
                 raise ValueError(
-                    f"expected a batch with labels, got {_form(batch)}; return NoisyBatch or (images, labels) from the loader"
+                    f"expected a batch with labels, got {_form(batch)}; return NoisyBatch or (images, labels) from the "
+                    "loader"
                 )
             labels = torch.zeros(0, dtype=torch.int64, device=images.device)
         return cls(images, labels, parts.get("index"), parts.get("true_labels"))
 
     def take(self, rows: Any) -> "NoisyBatch":
-        """Return some rows of the batch: a slice, or positions (K,)."""
+        """Select samples of the batch by a slice or by positions (K,)."""
         index, true_labels = (None if part is None else part[rows] for part in (self.index, self.true_labels))
         return NoisyBatch(
             self.images[rows], self.labels[rows], index, true_labels, tuple(view[rows] for view in self.views)
         )
 
     def chunk(self, parts: int) -> list["NoisyBatch"]:
-        """Return the ``parts`` equal, consecutive blocks that the batch consists of."""
+        """Split the batch into ``parts`` equal, consecutive blocks."""
         size = len(self.images) // parts
         return [self.take(slice(first, first + size)) for first in range(0, parts * size, size)]
 
     def with_images(self, images: Tensor) -> "NoisyBatch":
-        """Return the batch with other images of its samples, (k B, 3, H, W): k views of each, one after another."""
+        """Replace the images by ``images``, (k B, 3, H, W): k views of the batch, one after another."""
         copies = len(images) // len(self.images)
         index, true_labels = (None if part is None else part.repeat(copies) for part in (self.index, self.true_labels))
         return NoisyBatch(images, self.labels.repeat(copies), index, true_labels)
 
 
 class EpochPlan(NamedTuple):
-    """What a method is told when it chooses the samples of an epoch.
+    """Arguments for the selection of the samples of an epoch.
 
     Attributes:
-        epoch: counted from 0.
+        epoch: epoch number, from 0.
         steps: S, steps of the epoch in each process; the same in every epoch of a run.
-        batch_size: samples per step and process, as the data module has it.
+        batch_size: samples per step and process, as configured in the data module.
         num_samples: N, size of the training set.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of processes.
-        pool: gives the positions (M,) that network 0 or 1 draws from in this epoch, the same in all processes.
+        pool: returns the positions (M,) that network 0 or 1 samples from in this epoch, the same in all processes.
     """
 
     epoch: int

@@ -1,4 +1,4 @@
-"""The command line: ``sanm fit|validate|test|predict``. The only place that parses arguments."""
+"""Command-line interface: ``sanm fit|validate|test|predict``. No other module parses arguments."""
 
 import functools
 import os
@@ -16,9 +16,10 @@ import sanm_lightning.data
 import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
-import sanm_lightning.sanm  # noqa: F401  (what is imported can be named without its path)
+import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
-from sanm_lightning.audit import LabelAudit
+from sanm_lightning.audit import LabelAudit, read_noise_rate
+from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
@@ -28,15 +29,15 @@ __all__ = ["SANMCLI", "main"]
 
 
 class SANMCLI(LightningCLI):
-    """LightningCLI in which class number, image size and channel statistics flow from the data to the method."""
+    """LightningCLI that links number of classes, image size and channel statistics from the data to the method."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._parsers: list[LightningArgumentParser] = []  # one per subcommand
-        self._statistics: dict[str, list[float]] = {}  # what the data filled in
+        self._statistics: dict[str, list[float]] = {}  # statistics filled in from the data module
         super().__init__(*args, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link what the data know and the method needs. Data modules and models without these names are left alone."""
+        """Link properties of the data module to arguments of the method; classes without these names are unaffected."""
         self._parsers.append(parser)
         parser.add_argument(
             "--audit",
@@ -45,33 +46,33 @@ class SANMCLI(LightningCLI):
             help="after a fit, write label_issues.csv and report.html to the run directory",
         )
         for name in ("num_classes", "image_size"):
-            # Data without the property give None, which a model that needs it refuses and any other never sees.
+            # None for data modules without the property; models that require it raise an error, others ignore it.
             read = functools.partial(_read, name=name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and keep a way to tell what was given from what is a default."""
+        """Parse the arguments and keep a parser without defaults, to distinguish given values from defaults."""
         super().parse_arguments(parser, args)
         self._given = functools.partial(parser.parse_args, args, defaults=False)
 
     def _parse_ckpt_path(self) -> None:
-        """Take settings that were not given from the checkpoint; Lightning would let it override given ones, too."""
+        """Take settings that were not given from the checkpoint; Lightning would also override given settings."""
         part = self.config.get(self.config.get("subcommand") or "") or {}
         self._settings = {name: plain(part.get(name)) for name in ("model", "data", "seed_everything", "trainer")}
         path = part.get("ckpt_path")
         if not path or not Path(path).exists():
-            return  # a keyword such as "last", which the trainer resolves; RunSettings compares then
+            return  # a keyword such as "last": resolved by the trainer and checked later by RunSettings
         checkpoint = read_checkpoint(path)
         then, given = settings_of(checkpoint), plain(self._given()).get(self.config.subcommand) or {}
         fitting = self.config.subcommand == "fit"
         now = {"model": given.get("model")}
-        if fitting:  # a trained model may be evaluated on whatever data
+        if fitting:  # a trained model may be evaluated on any data
             now |= {"data": self._settings["data"], "seed_everything": given.get("seed_everything")}
         refuse_other_settings(now, then)
         if fitting and "settings" not in checkpoint and given.get("model"):
             rank_zero_warn(
-                f"{str(path)!r} does not say which settings it was made with: learning rate, momentum and the state of the "
-                "schedule are the checkpoint's, whatever was given"
+                f"expected a checkpoint with the settings of its run, got {str(path)!r} without them; learning rate, "
+                "momentum and schedule state are restored from the checkpoint and override the command line"
             )
         if fitting and then.get("seed_everything") is not None:
             part["seed_everything"] = then["seed_everything"]
@@ -79,7 +80,7 @@ class SANMCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
-        """Make data, model and trainer; what they do not say themselves in a sentence is said here."""
+        """Instantiate data, model and trainer; convert unexpected exceptions to one-sentence errors."""
         part = self.config.get(self.subcommand) if self.subcommand else self.config
         for name in ("trainer", "model", "data"):
             if isinstance(part.get(name), (list, str, int, float)):
@@ -91,14 +92,14 @@ class SANMCLI(LightningCLI):
             raise
         except Exception as error:
             raise ValueError(
-                f"expected settings that model, data and trainer can be made from, got {type(error).__name__}: {error}"
+                f"expected valid settings of model, data and trainer, got {type(error).__name__}: {error}"
             ) from error
 
     def _take_statistics_from_data(self, part: Any) -> None:
-        """Let the data fill in ``mean`` and ``std`` of a model, where neither its settings nor pre-trained weights say them.
+        """Fill in ``mean`` and ``std`` of a model from the data, unless configured or defined by pre-trained weights.
 
-        A link that is made with the parser would overwrite what was given; these are made after parsing, and only for what is
-        null. The values are kept in the hyper-parameters of the model, as those of any link.
+        A link added before parsing would overwrite given values; these links are added after parsing and only for null
+        values. The values are saved in the model's hyper-parameters, as with any link.
         """
         options = (part.get("model") or {}).get("init_args") or {}
         pretrained = (options.get("network_args") or {}).get("pretrained")
@@ -114,12 +115,12 @@ class SANMCLI(LightningCLI):
         value = getattr(data, name, None)
         try:
             self._statistics[name] = [float(channel) for channel in value]  # type: ignore[union-attr]
-        except TypeError:  # None, or whatever other data have by this name
+        except TypeError:  # None, or an unrelated attribute of the same name
             return None
         return self._statistics[name]
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Make the trainer; its checkpoints hold the settings, and are written whole or not at all."""
+        """Instantiate the trainer, with checkpoints that contain the settings and are written atomically."""
         options = (self._settings.get("model") or {}).get("init_args") or {}
         options.update(self._statistics)
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
@@ -128,15 +129,15 @@ class SANMCLI(LightningCLI):
         callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody asked for another one
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not configured by the user
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
 
     def before_fit(self) -> None:
-        """Find the checkpoint of ``--ckpt_path last``, or refuse: Lightning would begin anew with a warning."""
-        asked = self.config_init[self.subcommand]
+        """Resolve ``--ckpt_path last``; raises an error without a checkpoint, where Lightning would only warn."""
+        options = self.config_init[self.subcommand]
         fitting = self.subcommand == "fit"
-        asked["ckpt_path"] = resolve_ckpt_path(self.trainer, asked["ckpt_path"], fitting)
+        options["ckpt_path"] = resolve_ckpt_path(self.trainer, options["ckpt_path"], fitting)
 
     before_validate = before_test = before_predict = before_fit
 
@@ -145,21 +146,49 @@ def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
 
+def _read_noise_rate(words: list[str]) -> list[str]:
+    """Replace the audit file given for ``--model.noise_rate`` by its estimated noise rate."""
+    names = ("--model.noise_rate", "--model.init_args.noise_rate")
+    found = list(words)
+    for place, word in enumerate(words):
+        name, given, value = word.partition("=")
+        if name not in names or not (given or place + 1 < len(words)):
+            continue
+        value = value if given else words[place + 1]
+        if value == "null" or _is_number(value):
+            continue
+        rate = str(read_noise_rate(value))
+        rank_zero_info(f"noise rate {rate}, estimated in {value!r}")
+        if given:
+            found[place] = f"{name}={rate}"
+        else:
+            found[place + 1] = rate
+    return found
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def main(args: list[str] | None = None) -> SANMCLI:
     """Run the command line.
 
     Args:
-        args: arguments as a list; None reads the process's own.
+        args: arguments as a list; None reads ``sys.argv``.
 
     Returns:
         The LightningCLI, with ``trainer``, ``model`` and ``datamodule``, after the command has run.
     """
-    sys.path.insert(0, os.getcwd())  # a console script could not import the user's own modules otherwise
-    words = config_paths.resolve(sys.argv[1:] if args is None else args)
+    sys.path.insert(0, os.getcwd())  # a console script cannot import modules of the working directory otherwise
+    words = _read_noise_rate(config_paths.resolve(sys.argv[1:] if args is None else args))
     config_paths.check_order(words)
     setting = config_paths.unused_setting(words) if "fit" in words else None
     if setting:
-        rank_zero_info(f"{setting} has published values for this method and data, and is not among the configs")
+        rank_zero_info(f"{setting} has published values for this method and data, but is not among the given configs")
     if args is None:
         sys.argv[1:] = words
     else:
@@ -170,17 +199,18 @@ def main(args: list[str] | None = None) -> SANMCLI:
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        seed_everything_default=0,  # a run that nobody seeded can still be repeated
+        seed_everything_default=0,  # runs without a given seed are reproducible
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [RunRecord()]},
+        trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
         args=args,
     )
 
 
 def entry_point() -> None:
-    """Run the command line; a mistake in the input ends with its sentence and exit status 2, not with a traceback.
+    """Run the command line; invalid input prints a one-sentence error and exits with status 2.
 
-    The first word may name one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback.
+    The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
+    instead.
     """
     try:
         status = commands.run(sys.argv[1:])
@@ -196,11 +226,11 @@ def entry_point() -> None:
 
 
 def _sentence(error: BaseException) -> str:
-    """Return what was meant for the user; the parser wraps it in the whole configuration."""
+    """Return the original error message; the parser wraps it in the whole configuration."""
     part = next((name for name in ("DataModule", "Module") if f"Lightning{name}'" in str(error)[:300]), "")
     while error.__cause__ is not None and str(error).startswith(("Does not validate", "Problem with given class_path")):
         error = error.__cause__
     if isinstance(error, (ValueError, OSError)) or not part:
         return str(error)
     part = "data" if part == "DataModule" else "model"
-    return f"the {part} cannot be made from its settings under {part!r} ({type(error).__name__}: {error})"
+    return f"expected valid settings under {part!r}, got {type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""Everything that relies on private parts of Lightning, each with a test."""
+"""Functions that depend on private attributes of Lightning, each with a test."""
 
 from typing import Any
 
@@ -6,19 +6,19 @@ __all__ = ["batch_number", "resume_evaluation"]
 
 
 def batch_number(trainer: Any) -> int:
-    """Return the number of the present training batch within its epoch, from 0; -1 before the first one."""
+    """Return the number of the current training batch within its epoch, from 0; -1 before the first batch."""
     return int(trainer.fit_loop.batch_idx)
 
 
 def resume_evaluation(loops: dict[str, Any]) -> None:
-    """Let a run that is resumed from the last step of an epoch begin with the evaluation of that epoch.
+    """Make a run that is resumed from the last step of an epoch start with the evaluation of that epoch.
 
-    Lightning 2.6 leaves out the rest of such an epoch, and a figure is missing. The state written here is the one that it
-    saves in the evaluation itself, before its first batch.
+    Lightning 2.6 skips the rest of such an epoch, so its evaluation is missing. The modified state equals the one that
+    Lightning saves during the evaluation, before its first batch.
 
     Args:
-        loops: the state of the fit loop in a checkpoint; changed where the checkpoint was written by ``on_train_batch_end`` of
-            the last batch of an epoch, otherwise left as it is.
+        loops: state of the fit loop in a checkpoint, modified in place if the checkpoint was written in
+            ``on_train_batch_end`` of the last batch of an epoch.
     """
     train, evaluation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
     total = train["total"]

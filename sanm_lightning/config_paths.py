@@ -1,7 +1,7 @@
-"""Config files on the command line: where they lie, in which order they come, and what has become of old paths.
+"""Config files on the command line: search path, order, and replacements of paths of earlier versions.
 
-The package holds ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<noise>].yaml``, ``noise/``, ``sanm.yaml`` with
-``sanm/``, and ``views/``; they are given in this order.
+The package contains ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<noise>].yaml``, ``noise/``,
+``sanm.yaml`` with ``sanm/``, and ``views/``; they are given in this order.
 """
 
 import difflib
@@ -18,17 +18,17 @@ __all__ = ["check_order", "packaged", "resolve", "unused_setting"]
 
 ORDER = "the order is method, data, setting, noise, sanm"
 OLD_PATH = re.compile(r"configs/(?P<data>cifar100?)/(?P<method>[a-z0-9_]+)(/(?P<noise>[a-z0-9_]+))?\.ya?ml$")
-SMALL = "_small"  # of cross_entropy_small.yaml, which is a setting now
+SMALL = "_small"  # as in cross_entropy_small.yaml, now a setting
 
 
 class Word(NamedTuple):
     """An option of the command line.
 
     Attributes:
-        flag: with its dashes, such as ``--config``.
-        value: what was given; None for an option that ends the command line.
+        flag: the option with its dashes, such as ``--config``.
+        value: the given value; None for an option at the end of the command line.
         place: position of the value in the arguments.
-        joined: whether it was written as ``flag=value``.
+        joined: whether the option was written as ``flag=value``.
     """
 
     flag: str
@@ -43,13 +43,13 @@ class Word(NamedTuple):
 
 
 def packaged() -> Path:
-    """Return the folder that holds ``configs/``: the installed package, or a checkout in development."""
+    """Return the folder that contains ``configs/``: the installed package, or the repository in development."""
     package = Path(str(files("sanm_lightning")))
     return package if (package / "configs").is_dir() else package.parent
 
 
 def resolve(args: Sequence[str]) -> list[str]:
-    """Replace each ``--config configs/...`` that does not exist here by the file that comes with the package.
+    """Replace each ``--config configs/...`` that does not exist locally with the file from the package.
 
     Args:
         args: the arguments of the command line.
@@ -58,8 +58,8 @@ def resolve(args: Sequence[str]) -> list[str]:
         The arguments with the paths of existing files.
 
     Raises:
-        ValueError: a config is named by a path of an earlier version.
-        FileNotFoundError: there is no such config; the message lists the nearest names.
+        ValueError: if a config is given by a path of an earlier version.
+        FileNotFoundError: if a config does not exist; the message lists similar names.
     """
     out, old = list(args), []
     for word in _words(args):
@@ -72,23 +72,23 @@ def resolve(args: Sequence[str]) -> list[str]:
         elif _old_path(word.value):
             old.append(word.value)
         else:
-            raise FileNotFoundError(f"expected a config that exists, got {word.value!r}; {_near(word.value)}")
+            raise FileNotFoundError(f"expected an existing config, got {word.value!r}; {_near(word.value)}")
     if old:
         raise ValueError(
-            f"expected the configs of a method and of a data set, got {' and '.join(map(repr, old))}; use "
+            f"expected separate configs for method and data set, got {' and '.join(map(repr, old))}; use "
             f"{_replacement(old)}"
         )
     return out
 
 
 def check_order(args: Sequence[str]) -> None:
-    """Refuse options of a model or of data that come before its class: the parser could not say which class it lacks.
+    """Require the class of model and data before their options; the parser's own message does not name the class.
 
     Args:
         args: the arguments of the command line, with paths of existing files.
 
     Raises:
-        ValueError: a config or an option changes what no config before it has named.
+        ValueError: if a config or an option sets options of a class that is not defined before it.
     """
     named: set[str] = set()
     for word in _words(args):
@@ -104,19 +104,19 @@ def check_order(args: Sequence[str]) -> None:
             if early and part not in named:
                 what = f"the config {word.value!r}" if word.is_config else f"the option {word.flag}"
                 raise ValueError(
-                    f"expected the class of the {part} before its options, got {what} first; put a config of "
+                    f"expected the class of the {part} before its options, got {what} first; add a config from "
                     f"configs/{folder}/, or --{part} CLASS, before it ({ORDER})"
                 )
 
 
 def unused_setting(args: Sequence[str]) -> str | None:
-    """Name the setting that was published for the method, data and noise on the command line, where it is not used.
+    """Return the published setting for the method, data and noise on the command line, if it is not used.
 
     Args:
         args: the arguments of the command line.
 
     Returns:
-        A path under ``configs/``; None where there is none, or one as specific is given.
+        A path under ``configs/``; None if there is none, or an equally specific one is given.
     """
     given: dict[str, str] = {}
     for word in _words(args):
@@ -142,32 +142,32 @@ def _words(args: Sequence[str]) -> Iterator[Word]:
 
 
 def _is_missing_file(value: str | None) -> bool:
-    """Whether a config is a path, not text or an address, and leads nowhere."""
+    """Return whether a config is a path (not YAML text or a URL) to a file that does not exist."""
     if value is None or "\n" in value or "{" in value or "://" in value:
         return False
     return value.endswith((".yaml", ".yml", ".json")) and not Path(value).is_file()
 
 
 def _content(value: str | None) -> dict[str, Any]:
-    """Return what a config says to the command that is run; nothing where it cannot be read, which the parser then tells."""
+    """Return the content of a config, with that of subcommands; empty if unreadable, which the parser then reports."""
     try:
         content = yaml.safe_load(Path(value).read_text() if value and Path(value).is_file() else value or "")
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     content = content if isinstance(content, dict) else {}
-    for command in ("fit", "validate", "test", "predict"):  # of a config that is given before the command
+    for command in ("fit", "validate", "test", "predict"):  # sections of a config given before the subcommand
         if isinstance(content.get(command), dict):
             content = {**content, **content[command]}
     return content
 
 
 def _near(value: str) -> str:
-    """Return the sentence part that names the most similar configs of the package, the nearest first."""
+    """Return the part of an error message that lists the most similar configs of the package."""
     known = [path.relative_to(packaged()) for path in sorted((packaged() / "configs").rglob("*.yaml"))]
     wanted = Path(value)
     ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}
     near = [str(path) for path in sorted(known, key=lambda path: -ratio[path]) if ratio[path] > 0.7][:3]
-    return f"near: {', '.join(near)}" if near else f"those of the package lie in {packaged() / 'configs'}"
+    return f"choose one of {', '.join(near)}" if near else f"choose one from {packaged() / 'configs'}"
 
 
 def _similarity(one: str, other: str) -> float:
@@ -175,7 +175,7 @@ def _similarity(one: str, other: str) -> float:
 
 
 def _setting(method: str, data: str, noise: str | None) -> str | None:
-    """Return the most specific setting that there is, as a path under ``configs/``."""
+    """Return the most specific existing setting, as a path under ``configs/``."""
     names = [f"{data}-{noise}", data] if noise else [data]
     paths = [f"configs/setting/{method}/{name}.yaml" for name in names]
     return next((path for path in paths if (packaged() / path).is_file()), None)
@@ -188,14 +188,14 @@ def _old_path(value: str) -> re.Match[str] | None:
 
 
 def _replacement(old: Sequence[str]) -> str:
-    """Return what takes the place of all old paths of one command line."""
+    """Return the options that replace all old paths of one command line."""
     matches = [match for match in map(_old_path, old) if match]
-    base = next((match for match in matches if match["noise"] is None), matches[0])  # C2D took DivideMix's overlays
+    base = next((match for match in matches if match["noise"] is None), matches[0])  # C2D used DivideMix's overlays
     noise = next((match["noise"] for match in matches if match["noise"]), None)
     method, data = base["method"].removesuffix(SMALL), base["data"]
     setting = _setting(method, data, "small" if base["method"].endswith(SMALL) else noise)
     paths = [f"configs/method/{method}.yaml", f"configs/data/{data}.yaml", *([setting] if setting else [])]
     words = [f"--config {path}" for path in paths]
-    if noise and method in ("cdr", "co_teaching"):  # these overlays said nothing but the noise rate
+    if noise and method in ("cdr", "co_teaching"):  # these overlays set the noise rate only
         words.append(f"--model.noise_rate {int(re.sub(r'[^0-9]', '', noise)) / 100}")
     return " ".join(words)

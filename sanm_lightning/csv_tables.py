@@ -1,4 +1,4 @@
-"""CSV files that spreadsheets do not execute: cells that look like formulas are escaped, reversibly."""
+"""CSV files in which cells that spreadsheets interpret as formulas are escaped, reversibly."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ _ESCAPED = re.compile(r"'+[=+\-@\t\r]")
 
 
 def escape_cell(text: str) -> str:
-    """Put a ``'`` before a text that a spreadsheet would take for a formula, or that starts like one escaped before."""
+    """Prepend ``'`` to text that a spreadsheet would interpret as a formula, and to text that is already escaped."""
     return "'" + text if _FORMULA.match(text) else text
 
 
@@ -25,15 +25,15 @@ def unescape_cell(text: str) -> str:
 
 
 def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table, whole or not at all; UTF-8, with names that are not UTF-8 kept byte by byte.
+    """Write a table atomically, in UTF-8; invalid UTF-8 in names is preserved.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: output file; an existing file is replaced.
         header: names of the columns.
-        rows: one text per column each; escaped here.
+        rows: rows of unescaped cells, one per column.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the file cannot be written.
     """
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
@@ -45,23 +45,24 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[s
 
 
 def read_csv(path: str | Path, headers: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
-    """Read a table that :func:`write_csv` wrote.
+    """Read a table written by :func:`write_csv`.
 
     Args:
-        path: the file.
-        headers: the headers that are accepted.
+        path: path of the file.
+        headers: accepted headers.
 
     Returns:
-        The header that the file has, and its rows, unescaped. Blank lines are passed over.
+        The header of the file and its unescaped rows; blank lines are ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, has another header, a row has more or fewer cells than the header, or it is not CSV.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is empty or not CSV, has another header, or a row with more or fewer cells than the
+            header.
     """
     path = Path(path)
     expected = " or ".join(repr(",".join(header)) for header in headers)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a CSV file in {str(path)!r}, where there is no file; check the path")
+        raise FileNotFoundError(f"expected a CSV file in {str(path)!r}, got no such file; check the path")
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             rows = [row for row in csv.reader(file, strict=True) if row]
@@ -72,13 +73,11 @@ def read_csv(path: str | Path, headers: Sequence[Sequence[str]]) -> tuple[list[s
     header = rows.pop(0)
     if header not in [list(accepted) for accepted in headers]:
         found = ",".join(header)[:200]
-        raise ValueError(
-            f"expected the header {expected} in {str(path)!r}, got {found!r}; check that it is the right file"
-        )
+        raise ValueError(f"expected the header {expected} in {str(path)!r}, got {found!r}; check the path")
     uneven = next((number for number, row in enumerate(rows) if len(row) != len(header)), None)
     if uneven is not None:
         raise ValueError(
-            f"expected {len(header)} cells in each row of {str(path)!r}, got {len(rows[uneven])} in row {uneven + 1}; save it "
-            "with commas between the cells"
+            f"expected {len(header)} cells in each row of {str(path)!r}, got {len(rows[uneven])} in row {uneven + 1}; "
+            "separate the cells with commas"
         )
     return header, [[unescape_cell(cell) for cell in row] for row in rows]

@@ -1,4 +1,4 @@
-"""Go on with a run: which checkpoint ``--ckpt_path last`` means, and how its run directory stays that of the run."""
+"""Resume a run: find the checkpoint of ``--ckpt_path last`` and continue in its run directory."""
 
 import os
 import re
@@ -16,22 +16,25 @@ __all__ = ["resolve_ckpt_path"]
 
 
 def resolve_ckpt_path(trainer: L.Trainer, asked: str | None, fitting: bool = True) -> str | None:
-    """Turn ``last`` or ``hpc`` into a file, and let the trainer write where that run wrote.
+    """Resolve ``last`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
 
-    ``last`` is the newest checkpoint of the directories that this trainer writes to: those of every ``ModelCheckpoint``, of
-    all runs of its logger (``lightning_logs/version_*/checkpoints``), and what a signal of SLURM left
-    (``hpc_ckpt_*.ckpt``); ``hpc`` is the last of these alone. Lightning would look in the directory of the new run only, and
-    begin anew where it is empty. A logger of Lightning's that numbers its runs goes on in the run of the checkpoint; its
-    ``metrics.csv``, which Lightning would delete, is kept under another name.
+    ``last`` is the newest checkpoint among the directories that this trainer writes to: those of every
+    ``ModelCheckpoint``, those of all runs of its logger (``lightning_logs/version_*/checkpoints``), and the files saved
+    on a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is the last of the latter. Lightning searches the directory of the
+    new run only, and trains from scratch if it is empty. A Lightning logger with numbered runs continues in the run of
+    the checkpoint; its ``metrics.csv``, which Lightning would delete, is renamed.
 
     Args:
-        trainer: before anything has run.
-        asked: ``--ckpt_path``. Anything but ``last`` and ``hpc`` is given back as it is; None under SLURM means ``hpc`` where
-            there is such a file, as for Lightning.
-        fitting: False leaves the run directory alone; an evaluation has one of its own.
+        trainer: a trainer that has not run yet.
+        asked: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under
+            SLURM means ``hpc`` if such a file exists, as in Lightning.
+        fitting: whether the run is a fit; an evaluation writes to a new run directory.
+
+    Returns:
+        Path of the checkpoint, or None.
 
     Raises:
-        MisconfigurationException: if there is no such checkpoint; the sentence names the directories.
+        MisconfigurationException: if there is no such checkpoint; the message lists the searched directories.
     """
     root = Path(trainer.default_root_dir)
     signalled = sorted(root.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
@@ -53,8 +56,8 @@ def resolve_ckpt_path(trainer: L.Trainer, asked: str | None, fitting: bool = Tru
     if not found:
         places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
         raise MisconfigurationException(
-            f"--ckpt_path {asked}: there is no checkpoint in {places}; name the directory of the run with "
-            "--trainer.default_root_dir, or leave --ckpt_path out to begin at epoch 0"
+            f"expected a checkpoint for --ckpt_path {asked}, got none in {places}; set the directory of the run "
+            "with --trainer.default_root_dir, or omit --ckpt_path to start at epoch 0"
         )
     newest = max(found, key=lambda path: path.stat().st_mtime_ns)
     own = [run for run in runs if run / "checkpoints" == newest.parent]
@@ -64,14 +67,14 @@ def resolve_ckpt_path(trainer: L.Trainer, asked: str | None, fitting: bool = Tru
 
 
 def _runs(trainer: L.Trainer) -> list[Path]:
-    """Return the run directories that the trainer's first logger has made, as a ``ModelCheckpoint`` finds them."""
+    """Return the run directories created by the trainer's first logger, which ``ModelCheckpoint`` writes to."""
     if not trainer.loggers:
         return [Path(trainer.default_root_dir)]
     folder = _folder(trainer)
     version = getattr(trainer.loggers[0], "_version", None)
-    if version is not None and version != SLURMEnvironment.job_id():  # one that somebody chose
+    if version is not None and version != SLURMEnvironment.job_id():  # configured by the user
         return [folder / (version if isinstance(version, str) else f"version_{version}")]
-    marks = ("checkpoints", "labels.npz", "results.json")  # of a fit: an evaluation leaves none of them
+    marks = ("checkpoints", "labels.npz", "results.json")  # written by a fit, not by an evaluation
     return sorted(path for path in folder.glob("*") if any((path / mark).exists() for mark in marks))
 
 
@@ -94,7 +97,7 @@ def _go_on_in(trainer: L.Trainer, run: Path) -> None:
 
 @rank_zero_only
 def _keep(table: Path) -> None:
-    """Rename a table that the logger would delete: the rows of a resumed run begin at its checkpoint."""
+    """Rename the metrics file, which the logger would overwrite with rows from the checkpoint on."""
     number = 0
     while (kept := table.with_name(f"metrics_before_resume_{number}.csv")).exists():
         number += 1

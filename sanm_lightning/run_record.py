@@ -1,4 +1,4 @@
-"""What a run leaves behind: its labels and one small file of results."""
+"""Write the labels and the results of a run to its directory."""
 
 import json
 import math
@@ -21,10 +21,10 @@ __all__ = ["RunRecord", "label_quality_auc"]
 
 
 def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
-    """Return the area under the ROC curve of label quality for finding right labels; 0.5 is chance, 1 perfect.
+    """Return the area under the ROC curve of label quality as a score for correct labels; 0.5 is chance, 1 is perfect.
 
-    None where it has no meaning: no SANM, true labels unknown, or none (or all) of the labels wrong. True labels are read for
-    this figure only.
+    None where it is undefined: SANM disabled, true labels unknown, or no (or all) labels wrong. True labels are used
+    for this metric only.
     """
     sanm, data = getattr(pl_module, "sanm", None), getattr(trainer, "datamodule", None)
     true, given = getattr(data, "true_labels", None), getattr(data, "labels", None)
@@ -38,7 +38,7 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
             return None
         quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.values
         if quality is None:
-            return None  # nothing was recorded yet, or not by index
+            return None  # nothing recorded yet, or recorded without indices
     quality = quality.detach().float().cpu()
     if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None
@@ -48,13 +48,13 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
 class RunRecord(L.Callback):
     """Write ``labels.npz`` at the start of a fit and ``results.json`` after every evaluation, in the run directory.
 
-    The keys of the results: method, sanm (on or off), seed, epochs (finished), seconds (of fitting, over all resumes),
-    noise_kind, noise_rate (asked), measured_noise_rate, test_accuracy_best (the highest of all evaluations: selected on
-    the test set, as published protocols do), test_accuracy_last (final epoch), test_accuracy_last10 (mean over the
-    evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (of the split ``val``, whose labels may be wrong,
-    held out or given), quality_auc (see :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
-    :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps in which SANM hid something). Null
-    where unknown.
+    The keys of the results: method, sanm (whether enabled), seed, epochs (finished), seconds (of fitting, over all
+    resumes), noise_kind, noise_rate (requested), measured_noise_rate, test_accuracy_best (the highest of all
+    evaluations: selected on the test set, as in published protocols), test_accuracy_last (final epoch),
+    test_accuracy_last10 (mean over the evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (on
+    the split ``val``, given or held out, whose labels may be wrong), quality_auc (see :func:`label_quality_auc`),
+    stages (epochs of each stage), label_issues (see :func:`sanm_lightning.audit.callback.detection_metrics`),
+    masked_steps (training steps with at least one masked image). Null where unknown.
     """
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class RunRecord(L.Callback):
         self._started = 0.0
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a run directory, or one of checkpoints, that cannot be written.
+        """Check, before training, that the run directory and the checkpoint directories are writable.
 
         Raises:
-            OSError: before training; at its end everything would be lost.
+            OSError: if a directory cannot be written.
         """
-        places = [self._directory(trainer)]  # every rank asks, the answer is broadcast
+        places = [self._directory(trainer)]  # a collective: log_dir is broadcast
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
             places += [
                 Path(place) for saver in trainer.checkpoint_callbacks if (place := getattr(saver, "dirpath", None))
@@ -79,7 +79,7 @@ class RunRecord(L.Callback):
                     require_folder(place)
 
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Save the labels and say how wrong they are."""
+        """Save the labels and log the fraction of wrong labels."""
         self._started = time.monotonic()
         directory = self._directory(trainer)
         data: Any = getattr(trainer, "datamodule", None)
@@ -87,12 +87,14 @@ class RunRecord(L.Callback):
         if hasattr(data, "save_labels") and trainer.is_global_zero and not rehearsal:
             data.save_labels(directory / "labels.npz")
         if getattr(data, "noise_kind", "none") != "none":
-            asked = "" if data.noise_rate is None else f", {data.noise_rate:.3f} asked"
+            requested = "" if data.noise_rate is None else f", requested rate {data.noise_rate:.3f}"
             measured = "unknown" if data.measured_noise_rate is None else f"{data.measured_noise_rate:.4f}"
-            rank_zero_info(f"label noise: {data.noise_kind}{asked}, {measured} of {data.num_samples} labels wrong")
+            rank_zero_info(
+                f"label noise: {data.noise_kind}{requested}, measured rate {measured} of {data.num_samples} labels"
+            )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the accuracies of this epoch."""
+        """Record the accuracies of this epoch."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         for name, series in (("test/acc", self.accuracies), ("val/acc", self.val_accuracies)):
@@ -102,12 +104,12 @@ class RunRecord(L.Callback):
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the final results, when everything has taken in what the last epoch said."""
+        """Write the final results, after all callbacks have processed the last epoch."""
         if stage == "fit":
             self._write(trainer, pl_module, trainer.current_epoch)
 
     def results(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
-        """Return the results so far, as plain Python."""
+        """Return the results so far, as built-in Python types."""
         data: Any = getattr(trainer, "datamodule", None)
         sanm = getattr(pl_module, "sanm", None)
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -137,7 +139,7 @@ class RunRecord(L.Callback):
         }
 
     def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> None:
-        directory = self._directory(trainer)  # every rank asks, the answer is broadcast
+        directory = self._directory(trainer)  # a collective: log_dir is broadcast
         if not trainer.fast_dev_run:
             write_json(directory / "results.json", self.results(trainer, pl_module, epochs))
 
@@ -146,7 +148,7 @@ class RunRecord(L.Callback):
         return Path(trainer.log_dir or trainer.default_root_dir)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return accuracies and seconds so far, so that a resumed run reports the whole."""
+        """Return accuracies and seconds so far, so that a resumed run reports the entire training."""
         running = time.monotonic() - self._started if self._started else 0.0
         return {
             "accuracies": dict(self.accuracies),
@@ -155,14 +157,14 @@ class RunRecord(L.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Restore accuracies and seconds."""
         self.accuracies, self._seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
         self.val_accuracies = dict(state_dict.get("val_accuracies", {}))
 
 
 @rank_zero_only
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` so that a crash leaves the old file or the new one, never half of one."""
+    """Write ``content`` atomically: after a crash, the file holds either the old or the new content."""
     text = json.dumps(content, indent=2) + "\n"
     with atomic_write(path) as file:
         file.write(text.encode())

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 __all__ = ["RunSettings", "refuse_other_settings"]
 
-# Data settings that change neither the samples nor their order: another machine may want others.
+# Data settings that affect neither the samples nor their order and may differ between machines.
 FREE = {"data.root", "data.file", "data.num_workers", "data.resident_bytes", "data.eval_batch_size", "data.track_test"}
-# Trainer settings that a resumed run takes as they are given now, and whose change makes it another run.
+# Trainer settings that are taken from the command line of the resumed run; a change affects the result, so it is
+# reported.
 TOLD = (
     "accumulate_grad_batches", "deterministic", "gradient_clip_algorithm", "gradient_clip_val", "limit_train_batches",
     "overfit_batches", "precision", "sync_batchnorm",
@@ -21,7 +22,7 @@ TOLD = (
 
 
 def plain(value: Any) -> Any:
-    """Bring parsed settings to dicts, lists and scalars: what a checkpoint may hold, and what compares."""
+    """Convert parsed settings to dicts, lists and scalars, which can be saved in a checkpoint and compared."""
     if hasattr(value, "as_dict"):
         value = value.as_dict()
     if isinstance(value, Mapping):
@@ -32,12 +33,12 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, os.PathLike):
         return str(value)
-    named = value if hasattr(value, "__qualname__") else type(value)  # a function's own text holds its address
+    named = value if hasattr(value, "__qualname__") else type(value)  # the repr of a function contains its address
     return f"{named.__module__}.{named.__qualname__}"
 
 
 def named(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Walk through the settings of an object as a user types them: ``model``, ``model.optimizer``, ``model.optimizer.lr``."""
+    """Yield the settings of an object by option name: ``model``, ``model.optimizer``, ``model.optimizer.lr``."""
     if not isinstance(value, dict) or "class_path" not in value:
         yield name, value
         return
@@ -48,14 +49,14 @@ def named(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def refuse_other_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
-    """Compare settings of model, data and seed with those that a checkpoint was made with.
+    """Compare settings of model, data and seed with those saved in a checkpoint.
 
     Args:
-        now: ``{"model": ..., "data": ..., "seed_everything": ...}``, any of them, all their keys or those that were given.
-        then: the same of the checkpoint. What one of them does not say is not compared.
+        now: ``{"model": ..., "data": ..., "seed_everything": ...}``, or a subset; complete, or only the given settings.
+        then: the same from the checkpoint. Settings missing from either are not compared.
 
     Raises:
-        ValueError: a setting differs that a resumed run could not honour; names all of them.
+        ValueError: if settings differ that cannot change in a resumed run; the message lists all of them.
     """
     found = []
     for part in ("model", "data", "seed_everything"):
@@ -65,32 +66,32 @@ def refuse_other_settings(now: Mapping[str, Any], then: Mapping[str, Any]) -> No
                 found.append(f"{name} {value!r} (the checkpoint: {before[name]!r})")
     if found:
         raise ValueError(
-            f"expected the settings that the checkpoint was made with, got {', '.join(found)}; a run goes on with what it was "
-            "begun with, so give these as the checkpoint has them, or begin a new run without --ckpt_path"
+            f"expected the settings of the checkpoint, got {', '.join(found)}; use the values of the checkpoint, or "
+            "start a new run without --ckpt_path"
         )
 
 
 class RunSettings(L.Callback):
-    """Put the settings of a run into its checkpoints, and refuse to go on from one that was made with others.
+    """Save the settings of a run in its checkpoints, and compare them when a run is resumed.
 
-    Settings of the trainer are taken as they are given now; a change that makes it another run is told in a warning.
+    Settings of the trainer are taken from the resumed run; a change that affects the result raises a warning.
 
     Args:
-        settings: ``{"model": ..., "data": ..., "seed_everything": ..., "trainer": ...}``, plain Python.
+        settings: ``{"model": ..., "data": ..., "seed_everything": ..., "trainer": ...}``, built-in Python types.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = plain(settings)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, under ``settings``, and how many processes ``devices`` came to."""
+        """Add the settings, under ``settings``, and the number of processes that ``devices`` resolved to."""
         checkpoint["settings"] = {**self.settings, "processes": trainer.world_size}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Compare; a trained model may be evaluated on whatever data.
+        """Compare the settings; an evaluation compares those of the model only.
 
         Raises:
-            ValueError: model, data or seed differ.
+            ValueError: if model, data or seed differ.
         """
         then, now = checkpoint.get("settings"), self.settings
         if then is None:
@@ -106,15 +107,16 @@ class RunSettings(L.Callback):
         ]
         if fitting and other:
             rank_zero_warn(
-                f"the resumed run goes on with other trainer settings than it was begun with: {', '.join(other)}"
+                f"expected the trainer settings of the checkpoint, got {', '.join(other)}; the resumed run uses the "
+                "new values"
             )
 
 
 def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that a checkpoint holds; few, unless the command line wrote it."""
+    """Return the settings saved in a checkpoint; a subset, if it was not written by the command line."""
     if "settings" in checkpoint:
         return dict(checkpoint["settings"])
-    # Hyper-parameters of a pre-trained network differ from what was asked for: weights are not fetched a second time.
+    # Saved hyper-parameters of a pre-trained network differ from the given ones, to avoid a second download.
     unsure = ("network_args", "mean", "std", "num_classes", "image_size")
     known = {
         key: plain(value)

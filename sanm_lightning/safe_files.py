@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and checkpoints that open without running anybody's code."""
+"""Atomic file writes, and checkpoints that are loaded without executing pickled code."""
 
 import contextlib
 import io
@@ -16,17 +16,17 @@ __all__ = ["AtomicCheckpointIO", "atomic_write", "read_checkpoint", "require_fol
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its name when it is complete and on the disk, and not before.
+    """Open a file for an atomic write: the file is replaced only after its content is complete and flushed to disk.
 
-    What is written goes to ``<name>.tmp`` in the same folder: the name changes hands within one file system, in one step. A
-    failed write takes its draft away and leaves what was there before; a killed one leaves the draft, which the next write
-    of the same name replaces. Only one process may write a name at a time.
+    The content is written to ``<name>.tmp`` in the same folder, hence in the same file system, and renamed. A failed
+    write removes the temporary file and keeps the previous file; a killed process leaves the temporary file, which the
+    next write of the same name overwrites. Only one process may write a file at a time.
 
     Args:
-        path: the file; missing folders are made.
+        path: the file; missing folders are created.
 
     Raises:
-        OSError: it cannot be written: the folder is a file, the disk is full, and the like. One sentence.
+        OSError: if the file cannot be written, for example because its folder is a file or the disk is full.
     """
     path = Path(path)
     draft = path.with_name(path.name + ".tmp")
@@ -41,8 +41,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     except OSError as error:
         raise OSError(
-            f"{str(path)!r} cannot be written ({error.strerror or error}); what was there before is untouched; make room, or "
-            "name another folder"
+            f"expected a writable file, got {str(path)!r} ({error.strerror or error}), whose previous content is "
+            "unchanged; free disk space, or choose another folder"
         ) from error
     finally:
         if begun:
@@ -51,54 +51,58 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def require_folder(path: str | Path) -> None:
-    """Refuse a folder that could not be written to, before hours of training are to be saved in it.
+    """Check that a folder exists or can be created, and is writable.
 
     Raises:
-        OSError: it, or what it would be made in, is a file or must not be written.
+        OSError: if the folder, or its nearest existing parent, is a file or is not writable.
     """
     here = Path(path).absolute()
     there = next(part for part in (here, *here.parents) if part.exists())
     if not there.is_dir():
         raise NotADirectoryError(
-            f"expected a folder for the run in {str(path)!r}, but {str(there)!r} is a file; name another"
+            f"expected a folder for the run in {str(path)!r}, got the file {str(there)!r}; choose another folder"
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(
-            f"expected a folder that may be written in {str(path)!r}, but {str(there)!r} is not; name one"
+            f"expected a writable folder in {str(path)!r}, got {str(there)!r} without write permission; choose another "
+            "folder"
         )
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint that holds tensors and plain Python only; whatever else it may hold is not executed.
+    """Read a checkpoint that contains tensors and built-in Python types only, without executing pickled code.
 
     Args:
-        path: a file that a ``Trainer`` wrote.
+        path: a file written by a ``Trainer``.
         map_location: as for ``torch.load``.
 
+    Returns:
+        The checkpoint.
+
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, holds other things than tensors and plain Python, or is not a checkpoint.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is damaged, contains other objects, or is not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint in {str(path)!r}, where there is no file; check --ckpt_path")
+        raise FileNotFoundError(f"expected a checkpoint in {str(path)!r}, got no such file; check --ckpt_path")
     try:
         held = torch.load(path, map_location=map_location, weights_only=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"expected a checkpoint of tensors and plain Python in {str(path)!r}, got a file that is damaged or holds other "
-            "objects, none of which was loaded; resume from another checkpoint"
+            f"expected a checkpoint of tensors and built-in types in {str(path)!r}, got a file that is damaged or "
+            "contains other objects, none of which was loaded; resume from another checkpoint"
         ) from error
-    except Exception as error:  # torch.load's own: RuntimeError, EOFError, KeyError, ... by the place of the damage
+    except Exception as error:  # from torch.load: RuntimeError, EOFError, KeyError, ..., depending on the damage
         raise ValueError(
-            f"expected a checkpoint in {str(path)!r}, which cannot be read ({_first_line(error)}): it is damaged or no "
-            "checkpoint; resume from another one"
+            f"expected a checkpoint in {str(path)!r}, got a file that is damaged or not a checkpoint "
+            f"({_first_line(error)}); resume from another checkpoint"
         ) from error
     missing = [key for key in ("state_dict", "epoch", "global_step") if not isinstance(held, dict) or key not in held]
     if missing:
         raise ValueError(
-            f"expected a checkpoint that a Trainer wrote in {str(path)!r}, got a file without {', '.join(missing)}; weights "
-            "alone cannot be resumed from, sanm_lightning.models.load_weights reads them"
+            f"expected a checkpoint of a Trainer in {str(path)!r}, got a file without {', '.join(missing)}; load "
+            "weights without a training state with sanm_lightning.models.load_weights"
         )
     return held  # type: ignore[no-any-return]
 
@@ -108,24 +112,23 @@ def _first_line(error: BaseException) -> str:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are written whole or not at all, and read without unpickling code.
+    """Checkpoint I/O with atomic writes, and reads that execute no pickled code.
 
-    Lightning's own writing goes through the system's folder of temporary files, and from there, where that is another file
-    system, by copying over the checkpoint that was there before: a full disk or a crash in the middle costs both. The command
-    line uses this one; give ``Trainer(plugins=[AtomicCheckpointIO()])`` for the same elsewhere. Paths that are URLs
-    (``s3://``) are left to Lightning.
+    Lightning writes to the system's temporary folder and, if that is another file system, copies the result over the
+    previous checkpoint: a full disk or a crash during the copy loses both. The command line uses this plugin;
+    elsewhere, use ``Trainer(plugins=[AtomicCheckpointIO()])``. URLs (``s3://``) are handled by Lightning.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            OSError: it cannot be written; a checkpoint of that name that was there before still is.
+            OSError: if the file cannot be written; a previous checkpoint of the same name is kept.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        content = io.BytesIO()  # torch would turn the reason of a failed write into "unexpected pos"
+        content = io.BytesIO()  # torch replaces the cause of a failed write by "unexpected pos"
         torch.save(checkpoint, content)
         with atomic_write(path) as file:
             file.write(content.getbuffer())
@@ -133,11 +136,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, see :func:`read_checkpoint`; ``weights_only=False`` trusts the file, as Lightning does.
+        """Read a checkpoint, see :func:`read_checkpoint`; ``weights_only=False`` unpickles everything, as in Lightning.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is damaged, holds more than tensors and plain Python, or is no checkpoint.
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is damaged, contains other objects, or is not a checkpoint.
         """
         if "://" in str(path) or weights_only is False:
             return super().load_checkpoint(path, map_location, weights_only)

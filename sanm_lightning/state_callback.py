@@ -1,4 +1,4 @@
-"""Size, sync and save every per-sample state of a module."""
+"""Resize, synchronize and save all per-sample states of a module."""
 
 from typing import Any
 
@@ -11,41 +11,41 @@ __all__ = ["SampleStateCallback", "size_states", "write_synced_states"]
 
 
 class SampleStateCallback(L.Callback):
-    """Find every :class:`~sanm_lightning.per_sample.SampleState` of a module and take care of it.
+    """Manage every :class:`~sanm_lightning.per_sample.SampleState` of a module.
 
-    The states are sized in ``setup``, which precedes the load of a checkpoint, synced at the end of every epoch, and saved
-    with what all processes know.
+    The states are resized in ``setup``, before a checkpoint is loaded, synchronized at the end of every epoch, and
+    saved with the values of all processes.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give every state the size of the training set.
+        """Resize every state to the size of the training set.
 
         Raises:
-            ValueError: if a state needs the size and the data do not tell it.
+            ValueError: if a state requires the size and the data module has no ``num_samples``.
         """
         if stage == "fit":
             size_states(pl_module, trainer, type(pl_module).__name__)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sync every state. A collective."""
+        """Synchronize every state. A collective operation."""
         for _, state in _states(pl_module):
             state.sync()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save what all processes know. A collective."""
+        """Save the values of all processes. A collective operation."""
         write_synced_states(pl_module, checkpoint["state_dict"])
 
 
 def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:
-    """Give the states of ``module`` the size of the training set, where they do not have it.
+    """Resize the states of ``module`` to the size of the training set, where it differs.
 
     Args:
-        module: whose states are sized.
-        trainer: its data module tells the size by ``num_samples``, and given labels by ``labels``.
-        owner: name for the error.
+        module: module that contains the states.
+        trainer: trainer whose data module defines the size as ``num_samples``, and given labels as ``labels``.
+        owner: name of the method for the error message.
 
     Raises:
-        ValueError: if a required state cannot be sized.
+        ValueError: if the size of a required state is unknown.
     """
     data = getattr(trainer, "datamodule", None)
     num_samples = getattr(data, "num_samples", None)
@@ -55,22 +55,22 @@ def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:
                 state.reset(num_samples, getattr(data, "labels", None))
         elif state.required:
             raise ValueError(
-                f"expected a data module with num_samples for {owner}, which keeps state of each sample, got "
-                f"{type(data).__name__}; use a data module of this package, or add num_samples to yours"
+                f"expected a data module with num_samples for {owner}, which keeps per-sample state, got "
+                f"{type(data).__name__}; use a data module of this package, or add num_samples"
             )
 
 
 def write_synced_states(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:
-    """Put what all processes know into a state dict of ``module``. A collective.
+    """Write the values of all processes to a state dict of ``module``. A collective operation.
 
     Args:
-        module: whose states are written.
-        state_dict: of the module; its entries of per-sample states are replaced.
-        prefix: of the module's keys.
+        module: module that contains the states.
+        state_dict: state dict of the module; its entries of per-sample states are replaced.
+        prefix: prefix of the module's keys.
     """
     for name, state in _states(module):
         key = f"{prefix}{name}._extra_state"
-        synced = state.synced_state()  # in every process, whatever this one saves
+        synced = state.synced_state()  # in every process, also in those that save nothing
         if key in state_dict:
             state_dict[key] = synced
 

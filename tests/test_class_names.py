@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from sanm_lightning import CSVImages
+from sanm_lightning.audit import LabelAudit
 from sanm_lightning.class_names import named_classes, real_names, refuse_other_classes
 from sanm_lightning.cli import entry_point, main
 from sanm_lightning.data import Toy
@@ -45,9 +46,9 @@ class TestCompare:
                 ["bee", "cat", "yellow"],
                 "expected the 3 classes of the checkpoint, got 'yellow' only in the data and 'ant' only in",
             ),
-            (["ant", "bee"], "got 'cat' only in the checkpoint; give"),
-            (["ant", "bee", "cat", *"defghi"], "got 'd', 'e', 'f', 'g', 'h' and 1 more only in the data; give"),
-            (["bee", "ant", "cat"], "the same names in another order, class 0 being 'bee' and not 'ant'"),
+            (["ant", "bee"], "got 'cat' only in the checkpoint; use"),
+            (["ant", "bee", "cat", *"defghi"], "got 'd', 'e', 'f', 'g', 'h' and 1 more only in the data; use"),
+            (["bee", "ant", "cat"], "the same names in another order, with class 0 'bee' instead of 'ant'"),
         ],
     )
     def test_other_classes_are_named(self, now: list[str], match: str) -> None:
@@ -131,10 +132,12 @@ class TestOtherWays:
             (tmp_path / "my.csv").write_text("path,label,split\n" + rows)
             data = CSVImages(str(tmp_path / "my.csv"), split_column="split", image_size=16)
             if names[2] == "cat":
-                trainer(1, callbacks=[RunRecord()]).test(model, data, ckpt_path=checkpoint, verbose=False)
+                trainer(1, callbacks=[RunRecord(), LabelAudit()]).test(model, data, ckpt_path=checkpoint, verbose=False)
             else:
                 with pytest.raises(ValueError, match="got 'cow' only in the data and 'cat' only in the checkpoint"):
-                    trainer(1, callbacks=[RunRecord()]).test(model, data, ckpt_path=checkpoint, verbose=False)
+                    trainer(1, callbacks=[RunRecord(), LabelAudit()]).test(
+                        model, data, ckpt_path=checkpoint, verbose=False
+                    )
 
     def test_a_module_that_is_not_of_this_package(self, checkpoint: Path, tmp_path: Path) -> None:
         held = torch.load(checkpoint, weights_only=True)

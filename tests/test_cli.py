@@ -269,7 +269,7 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "SANM expected mu in [0, 1], got 1.5"),
+            ([*SMALL, *TOY, "--model.sanm", "SANM", "--model.sanm.mu", "1.5"], "expected mu in [0, 1], got 1.5"),
             ([*SMALL, *TOY, "--data.noise.kind", "symmetric", "--data.noise.rate", "1.5"], "1.5"),
             ([*SMALL, "--data", "ImageFolder", "--data.root", "nowhere"], "nowhere"),
             ([*SMALL, *TOY, "--data.max_train_samples", "25"], "expected max_train_samples from 4"),
@@ -313,7 +313,7 @@ class TestConfigs:
         assert re.search(
             rf"expected the class of the \w+ before its options, got the \w+ '?\S*{re.escape(got)}'? first", said
         )
-        assert f"put a config of {folder}" in said
+        assert f"add a config from {folder}" in said
         assert "the order is method, data, setting, noise, sanm" in said
 
     @pytest.mark.parametrize(
@@ -336,14 +336,14 @@ class TestConfigs:
 
     def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
         for name, near in (
-            ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),
-            ("configs/dividemix.yaml", "near: configs/method/dividemix.yaml"),
-            ("configs/cifar10/no_such_method.yaml", "those of the package lie in"),
+            ("configs/method/dividemx.yaml", "choose one of configs/method/dividemix.yaml"),
+            ("configs/dividemix.yaml", "choose one of configs/method/dividemix.yaml"),
+            ("configs/cifar10/no_such_method.yaml", "choose one from "),
         ):
             with pytest.raises(SystemExit):
                 typed(monkeypatch, "fit", "--config", name)
             said = capsys.readouterr().err
-            assert f"expected a config that exists, got {name!r}; {near}" in said
+            assert f"expected an existing config, got {name!r}; {near}" in said
             assert said.count("\n") == 2
 
     def test_an_old_path_is_told_with_the_new_ones(self, monkeypatch, capsys):

@@ -291,7 +291,7 @@ class TestContent:
     @pytest.mark.parametrize("config", [*METHODS, *SETTINGS], ids=name)
     def test_a_file_names_its_source(self, config):
         comment = "".join(line for line in config.read_text().splitlines() if line.startswith("#"))
-        assert re.search(r"et al\.|Ours|C2D", comment)
+        assert re.search(r"et al\.|Not a published setting|C2D", comment)
 
 
 def test_the_published_channel_statistics_are_those_of_the_data_classes():

@@ -83,8 +83,8 @@ def test_a_full_disk_leaves_the_old_files_and_no_litter(tmp_path):
     run = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     sentences = run.stdout.splitlines()
-    assert [sentence.split(" ")[0] for sentence in sentences] == ["'a.ckpt'", "'results.json'", "'labels.npz'"]
-    assert all("cannot be written (File too large); what was there before is untouched" in s for s in sentences)
+    assert [sentence.split(" ")[5] for sentence in sentences] == ["'a.ckpt'", "'results.json'", "'labels.npz'"]
+    assert all("(File too large), whose previous content is unchanged; free disk space" in s for s in sentences)
     assert sorted(os.listdir(tmp_path)) == ["a.ckpt", "labels.npz", "results.json"]
     assert len(read_checkpoint("a.ckpt")["state_dict"]["weight"]) == 10
     assert json.loads(Path("results.json").read_text()) == {"text": "x" * 10}
@@ -123,7 +123,7 @@ class TestCheckpointErrors:
 
     def test_a_pickle_payload_is_not_executed(self, monkeypatch, capsys):
         torch.save({"state_dict": {}, "epoch": 0, "global_step": 0, "x": Executed()}, "a.ckpt")
-        assert "holds other objects, none of which was loaded" in said(monkeypatch, capsys, *RESUMED)
+        assert "contains other objects, none of which was loaded" in said(monkeypatch, capsys, *RESUMED)
         Path("a.ckpt").write_bytes(pickle.dumps(Executed()))
         assert "damaged or" in said(monkeypatch, capsys, *RESUMED)  # which of two sentences depends on the torch
         assert not Path("executed").exists()
@@ -137,7 +137,7 @@ class TestCheckpointErrors:
         assert "'a.ckpt'" in said(monkeypatch, capsys, *RESUMED)
         os.remove("a.ckpt")
         os.mkdir("a.ckpt")
-        assert "there is no file" in said(monkeypatch, capsys, *RESUMED)
+        assert "got no such file; check --ckpt_path" in said(monkeypatch, capsys, *RESUMED)
         os.rmdir("a.ckpt")
         assert "a.ckpt" in said(monkeypatch, capsys, *RESUMED)
 
@@ -183,11 +183,11 @@ class TestRunDirectory:
         monkeypatch.setattr("sanm_lightning.CrossEntropy.training_step", trained)
         at = TOY.index("--trainer.enable_checkpointing")
         words = [*TOY[:at], *TOY[at + 2 :], "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=kept"]
-        assert "kept' is a file" in said(monkeypatch, capsys, "fit", *SMALL, *words)
+        assert "kept'; choose another folder" in said(monkeypatch, capsys, "fit", *SMALL, *words)
         assert Path("kept").read_text() == "a file"
 
 
 def test_a_failed_write_names_the_file(tmp_path):
     Path("file").write_text("")
-    with pytest.raises(OSError, match=r"'file/results\.json' cannot be written \("):
+    with pytest.raises(OSError, match=r"expected a writable file, got 'file/results\.json' \("):
         write_json(Path("file/results.json"), {})

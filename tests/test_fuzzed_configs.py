@@ -30,7 +30,7 @@ def test_what_no_class_says_itself_is_said_by_the_line(monkeypatch):
     recipe = recipes()[0]
     for path, value, said in (
         (("trainer",), [1, 2], "expected options under 'trainer', got [1, 2]"),
-        (("data", "init_args", "noise"), [1], "the data cannot be made from its settings under 'data'"),
+        (("data", "init_args", "noise"), [1], "expected valid settings under 'data', got "),
         (("model", "init_args", "network_args"), {"wide": 4}, "network_args {'wide': 4}"),
         (("model", "init_args", "network"), None, "expected a network"),
         (("data", "init_args", "num_classes"), 10**18, "num_classes 1000000000000000000"),

@@ -344,7 +344,7 @@ class TestSampleState:
     def test_a_missing_table_is_named(self) -> None:
         state = sized(Everything(), 3).state_dict()
         del state["_extra_state"]["tables"]["flag"]
-        with pytest.raises(RuntimeError, match="Everything has no flag"):
+        with pytest.raises(RuntimeError, match="expected the tables flag of Everything"):
             Everything().load_state_dict(state)
 
     @pytest.mark.parametrize("wrong", [-1, 3])

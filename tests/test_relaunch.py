@@ -69,7 +69,7 @@ class TestLast:
     @pytest.mark.parametrize("logger", ["true", "false"])
     def test_is_refused_where_there_is_none(self, monkeypatch, capsys, logger):
         said = refused(monkeypatch, capsys, *epochs(1, "--ckpt_path", "last", "--trainer.logger", logger))
-        assert "--ckpt_path last: there is no checkpoint in " in said
+        assert "expected a checkpoint for --ckpt_path last, got none in " in said
         assert "here" in said
         assert not Path("here").exists(), "something was begun"
 
@@ -118,7 +118,7 @@ class TestLast:
         main(epochs(2, "--ckpt_path", "last"))  # not in the directory of the test
         assert results(FIRST)["epochs"] == 2
         shutil.rmtree("here")
-        assert "--ckpt_path last: there is no checkpoint in " in refused(monkeypatch, capsys, *words)
+        assert "expected a checkpoint for --ckpt_path last, got none in " in refused(monkeypatch, capsys, *words)
 
 
 class TestSLURM:
@@ -142,7 +142,7 @@ class TestSLURM:
 
     def test_hpc_is_refused_where_no_signal_left_anything(self, monkeypatch, capsys):
         main(epochs(1))
-        assert "--ckpt_path hpc: there is no checkpoint in " in refused(
+        assert "expected a checkpoint for --ckpt_path hpc, got none in " in refused(
             monkeypatch, capsys, *epochs(2, "--ckpt_path", "hpc")
         )
         assert results(FIRST)["epochs"] == 1

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sanm_lightning import SANM
-from sanm_lightning.pictures import SANMPictures, draw_views
+from sanm_lightning.pictures import SANMPictures
 from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
-from sanm_lightning.sanm import Views
 from tests.methods.toy import data, method, trainer
 
 
@@ -76,17 +75,3 @@ class TestLabelQualityAUC:
         good, bad = quality[right], quality[~right]
         pairs = (good[:, None] > bad).double() + 0.5 * (good[:, None] == bad).double()
         assert label_quality_auc(run, module) == pytest.approx(pairs.mean().item(), abs=1e-6)
-
-
-class TestPictures:
-    def test_of_a_fit_are_written_and_leave_the_training_alone(self, tmp_path):
-        with_pictures, without = method(SANM(seed=0)), method(SANM(seed=0))
-        trainer(3, callbacks=[SANMPictures(4)]).fit(with_pictures, data())
-        trainer(3).fit(without, data())
-        assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")
-        assert with_pictures.sanm.get_extra_state() == without.sanm.get_extra_state()
-
-    def test_views_without_masks_are_refused(self, tmp_path):
-        images = torch.zeros(2, 3, 8, 8)
-        with pytest.raises(ValueError, match="draw them after the warm-up"):
-            draw_views(tmp_path / "a.png", images, Views(images, torch.eye(2)), None, ["", ""])

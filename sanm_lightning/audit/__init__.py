@@ -1,9 +1,9 @@
-"""The list of wrong labels: found with a frozen network and without training, looked at, and corrected."""
+"""Find likely wrong labels with a frozen network and without training, review and correct them."""
 
 from sanm_lightning.audit.callback import LabelAudit
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues, write_label_issues
 from sanm_lightning.audit.report import write_report
-from sanm_lightning.audit.run import AuditResult, audit_set, write_audit
+from sanm_lightning.audit.run import AuditResult, audit_set, read_noise_rate, write_audit
 from sanm_lightning.audit.sets import AuditSet, audit_set_of, folder_audit_set
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "audit_set_of",
     "folder_audit_set",
     "read_label_issues",
+    "read_noise_rate",
     "write_audit",
     "write_label_issues",
     "write_report",

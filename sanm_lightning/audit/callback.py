@@ -1,4 +1,4 @@
-"""The list of wrong labels after a training."""
+"""Write the files of an audit after training."""
 
 import os
 from pathlib import Path
@@ -21,16 +21,17 @@ _KEY = "label_audit"
 
 
 def detection_metrics(quality: Tensor, labels: Tensor, true_labels: Tensor | None) -> dict[str, float] | None:
-    """Measure how well low quality finds wrong labels.
+    """Measure the detection of wrong labels by low quality.
 
     Args:
         quality: shape (N,), in [0, 1].
         labels: given labels, shape (N,).
-        true_labels: right labels, shape (N,); read for these figures only.
+        true_labels: true labels, shape (N,); used for these metrics only.
 
     Returns:
-        ``precision_at_100``, ``_500`` and ``_1000`` (fraction of wrong labels among the n of lowest quality, where N is larger
-        than n), ``auroc`` and ``average_precision``; None where true labels are unknown, or none or all of the labels wrong.
+        ``precision_at_100``, ``_500`` and ``_1000`` (fraction of wrong labels among the n samples of lowest quality,
+        for n smaller than N), ``auroc`` and ``average_precision``; None if the true labels are unknown, or no (or all)
+        labels are wrong.
     """
     if true_labels is None:
         return None
@@ -46,19 +47,20 @@ def detection_metrics(quality: Tensor, labels: Tensor, true_labels: Tensor | Non
 
 
 class LabelAudit(L.Callback):
-    """Write the files of an audit into the run directory when a fit ends.
+    """Write the files of an audit to the run directory at the end of a fit.
 
-    Quality is that which the training used: SANM's, or the method's own, as the mean over networks and the last epochs. Without
-    SANM and without an estimate of the method it is the posterior of a mixture on the losses of one last pass. The class
-    probabilities are those of that pass, the mean over the networks; features are those of the first. They are in-sample, as
-    ``audit.json`` says: a network that has memorised wrong labels agrees with them. ``sanm audit`` has out-of-fold ones.
+    The quality is that used in training, estimated by SANM or the method, as the mean over networks and the last
+    epochs. Without SANM and without an estimate of the method, it is the posterior of a mixture on the losses of a
+    final pass. The class probabilities are the mean over the networks in the final pass; features are those of the
+    first network. Probabilities are in-sample, which ``audit.json`` states: a network that has memorized wrong labels
+    agrees with them. Use ``sanm audit`` for out-of-fold probabilities.
 
-    For methods of this package that read labels, with a data module of this package; nothing is done for others, and in a
+    Supports methods of this package that use labels, with a data module of this package; has no effect for others, and in a
     ``fast_dev_run``.
 
     Args:
-        epochs: number of last epochs that the quality is the mean of.
-        neighbors_up_to: largest training set whose nearest neighbors are searched.
+        epochs: number of last epochs over which the quality is averaged.
+        neighbors_up_to: maximum size of the training set for the nearest-neighbor search.
 
     Raises:
         ValueError: if ``epochs`` is smaller than 1.
@@ -66,20 +68,20 @@ class LabelAudit(L.Callback):
 
     def __init__(self, epochs: int = 5, neighbors_up_to: int = 20_000) -> None:
         if epochs < 1:
-            raise ValueError(f"expected epochs of 1 or more, got {epochs}; use 1 for the last one alone")
+            raise ValueError(f"expected epochs of 1 or more, got {epochs}; use 1 for the last epoch only")
         self.epochs, self.neighbors_up_to = epochs, neighbors_up_to
         self.metrics: dict[str, float] | None = None
-        """See :func:`detection_metrics`; after the fit."""
+        """Result of :func:`detection_metrics` after the fit."""
         self._qualities: list[Tensor] = []  # of the last epochs, each (N,)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the quality of this epoch."""
+        """Record the quality of this epoch."""
         if _serves(trainer, pl_module):
             quality = _quality_in_training(pl_module)
             self._qualities = [*self._qualities, *([] if quality is None else [quality])][-self.epochs :]
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Run one last pass over the training set and write the files. A collective."""
+        """Run a final pass over the training set and write the files. Collective operation."""
         if not _serves(trainer, pl_module) or trainer.current_epoch == 0:
             return
         module, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
@@ -89,7 +91,7 @@ class LabelAudit(L.Callback):
         losses = found["loss"].mean(0)
         quality = torch.stack(self._qualities).mean(0) if own else clean_probability(losses).cpu()
         self.metrics = detection_metrics(quality, data.labels, data.true_labels)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every rank asks, the answer is broadcast
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank reads it
         if trainer.is_global_zero:
             source = "of the training" if own else "mixture on the losses of the last pass, in-sample"
             self._write(folder, data, probs.numpy(), quality, found["features"][0].cpu(), source)
@@ -134,11 +136,11 @@ class LabelAudit(L.Callback):
         os.replace(draft, folder / "features.npy")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the qualities of the last epochs; not by ``state_dict``, which a run without this callback would miss."""
+        """Save the qualities of the last epochs; Lightning warns about a missing callback if ``state_dict`` is used."""
         checkpoint[_KEY] = list(self._qualities)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take them over."""
+        """Load the qualities of the last epochs."""
         self._qualities = list(checkpoint.get(_KEY, []))
 
 
@@ -146,11 +148,11 @@ def _serves(trainer: Any, pl_module: Any) -> bool:
     data = getattr(trainer, "datamodule", None)
     ours = all(hasattr(data, name) for name in ("table", "store", "pass_dataloader", "class_names"))
     method = all(hasattr(pl_module, name) for name in ("predict_train", "num_classes"))
-    return ours and method and getattr(pl_module, "reads_labels", True) and not trainer.fast_dev_run
+    return ours and method and getattr(pl_module, "trains_classifier", True) and not trainer.fast_dev_run
 
 
 def _quality_in_training(module: Any) -> Tensor | None:
-    """Return the mean quality over the networks, (N,), on the CPU; None where there is none."""
+    """Return the mean quality over the networks, (N,), on the CPU; None if there is none."""
     sanms = [sanm for sanm in getattr(module, "sanms", []) if sanm.enabled and sanm.quality != "oracle"]
     own = getattr(module, "label_quality", None)
     quality = own() if callable(own) and not any(sanm.quality == "given" for sanm in sanms) else None

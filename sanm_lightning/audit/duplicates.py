@@ -1,4 +1,4 @@
-"""Exact and near copies among images: contradicting labels, and images of one split in another."""
+"""Find exact and near copies of images: contradicting labels, and leaks between splits."""
 
 from typing import Any, NamedTuple
 
@@ -9,21 +9,21 @@ from scipy.sparse.csgraph import connected_components
 __all__ = ["Duplicates", "find_duplicates"]
 
 CORRELATION, COSINE, DIFFERENCE = 0.95, 0.8, 25.0
-"""Least correlation of the pixels of two small copies, least cosine of the standardized features, and greatest mean difference
-in grey levels of near duplicates. Chosen by eye on the training images of CIFAR-10."""
+"""Thresholds of near copies: minimum correlation of the pixels of two thumbnails, minimum cosine similarity of the
+standardized features, and maximum mean difference of gray levels. Selected visually on CIFAR-10 training images."""
 
 Array = np.ndarray[Any, Any]
 
 
 class Duplicates(NamedTuple):
-    """Groups of images that are copies of one another.
+    """Groups of images that are copies of each other.
 
     Attributes:
-        group: number of the group of each sample, shape (N,); samples without copies have a group of their own.
-        exact: groups of samples of the same content, as lists of positions.
-        near: groups that hold different content, likewise.
-        contradicting: groups whose samples have different labels: at least one of each is wrong.
-        leaks: groups with samples of several splits.
+        group: group number of each sample, shape (N,); samples without copies have their own group.
+        exact: groups of samples with identical content, as lists of positions.
+        near: groups of samples with different content, as lists of positions.
+        contradicting: groups of samples with different labels, of which at least one is wrong.
+        leaks: groups of samples from several splits.
     """
 
     group: Array
@@ -40,9 +40,9 @@ def find_duplicates(
 
     Args:
         digests: hash of the content, shape (N, 16), uint8.
-        thumbs: small copies, shape (N, h, w, 3), uint8.
-        features: standardized, shape (N, D).
-        neighbors: positions of the nearest samples by features, shape (N, k); the first five are compared.
+        thumbs: thumbnails, shape (N, h, w, 3), uint8.
+        features: standardized features, shape (N, D).
+        neighbors: positions of the nearest neighbors by features, shape (N, k); the first five are compared.
         labels: given labels, shape (N,).
         splits: name of the split of each sample.
     """
@@ -51,7 +51,7 @@ def find_duplicates(
     content = content.reshape(-1)
     first = np.full(content.max() + 1, -1)
     first[content[::-1]] = np.arange(size)[::-1]
-    left, right = [np.arange(size)], [first[content]]  # each sample with the first of its content
+    left, right = [np.arange(size)], [first[content]]  # each sample and the first with identical content
     pixels = thumbs.reshape(size, -1).astype(np.float32)
     length = np.maximum(np.linalg.norm(features, axis=1), 1e-12)
     for start in range(0, size, 4096):

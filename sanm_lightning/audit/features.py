@@ -1,4 +1,4 @@
-"""Pooled features of a frozen network for a set of images, computed once per content and kept in a cache."""
+"""Compute pooled features of a frozen network, with a cache by image content."""
 
 import hashlib
 import io
@@ -20,18 +20,18 @@ from sanm_lightning.safe_files import atomic_write, require_folder
 __all__ = ["FeatureCache", "FeatureTable", "FrozenFeatures", "compute_features", "default_image_size"]
 
 DIGEST = 16
-"""Bytes of the hash of an image's content."""
+"""Size of the hash of the image content in bytes."""
 THUMB = 16
-"""Side in pixels of the small copies that duplicates are compared on."""
+"""Side of the thumbnails used to compare duplicates, in pixels."""
 
 
 class FeatureTable(NamedTuple):
-    """What is known of N images, in the order of the set.
+    """Features, hashes and thumbnails of N images, in the order of the set.
 
     Attributes:
-        features: shape (N, D), float32; zero where an image could not be read.
+        features: shape (N, D), float32; zero for unreadable images.
         digests: hash of the content, shape (N, 16), uint8.
-        thumbs: small copies, shape (N, 16, 16, 3), uint8.
+        thumbs: thumbnails, shape (N, 16, 16, 3), uint8.
         unreadable: reasons by position.
     """
 
@@ -42,14 +42,15 @@ class FeatureTable(NamedTuple):
 
 
 def default_image_size(network: Normalized, sides: Sequence[int]) -> int:
-    """Return the side in pixels at which images are shown to a frozen network.
+    """Return the default input size of a frozen network in pixels.
 
-    Small images are enlarged, at most three times and to the size that the network was trained on: a network for 224 pixels
-    sees nothing in 32, and pixels beyond the content cost time only. Networks of one size, as most transformers, get that.
+    Small images are enlarged by a factor of at most three, and at most to the size that the network was trained on:
+    networks for 224 pixels yield poor features of 32 pixels, and larger inputs only increase the run time. Networks of a
+    fixed input size, such as most transformers, use that size.
 
     Args:
-        network: from :func:`~sanm_lightning.models.load_pretrained`.
-        sides: shorter sides of some of the images in pixels.
+        network: network from :func:`~sanm_lightning.models.load_pretrained`.
+        sides: short sides of some of the images in pixels.
     """
     native = max(network.input_size or (224, 224))
     if (getattr(network.network, "pretrained_cfg", None) or {}).get("fixed_input_size"):
@@ -59,14 +60,14 @@ def default_image_size(network: Normalized, sides: Sequence[int]) -> int:
 
 
 class FrozenFeatures:
-    """Pooled features of a network that is not trained.
+    """Pooled features of a frozen network.
 
     Args:
-        network: takes images in [0, 1]; by timm's conventions.
+        network: network that takes images in [0, 1] and follows the conventions of timm.
         image_size: S, side of the images in pixels.
 
     Raises:
-        ValueError: if the network yields no pooled features (B, D).
+        ValueError: if the network does not return pooled features (B, D).
     """
 
     def __init__(self, network: Normalized, image_size: int) -> None:
@@ -83,7 +84,7 @@ class FrozenFeatures:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S), uint8 -> features (B, D), float32, on the device of the network."""
+        """Compute features (B, D), float32, of images (B, 3, S, S), uint8, on the device of the network."""
         scaled = images.to(self.network.mean.device).float().div_(255)
         maps = self.network.forward_features(scaled)
         return self.network.forward_head(maps, pre_logits=True).float()
@@ -100,21 +101,21 @@ class FrozenFeatures:
 def _no_features(network: Normalized, image_size: int, got: str) -> str:
     return (
         f"expected pooled features (B, D) from forward_head(..., pre_logits=True) of {type(network.network).__name__} on "
-        f"images of {image_size} pixels, got {got}; choose a network with global pooling, or another image_size"
+        f"images of {image_size} pixels, got {got}; use a network with global pooling, or another image_size"
     )
 
 
 class FeatureCache:
-    """Features by content, in a folder; each part is a file that is written completely or not at all.
+    """Cache of features by content, in a folder of files that are written atomically.
 
     Args:
-        folder: of this network and image size.
-        num_features: D.
-        say: called with one line for each damaged part, which is passed over; what it held is computed again.
+        folder: folder of this network and image size.
+        num_features: D, number of features.
+        say: function called with one line for each damaged part, which is ignored and computed again.
 
     Raises:
-        ValueError: if the folder holds other files.
-        OSError: if the folder cannot be written to.
+        ValueError: if the folder contains other files.
+        OSError: if the folder is not writable.
     """
 
     def __init__(self, folder: Path, num_features: int, say: Callable[[str], None] = lambda line: None) -> None:
@@ -125,7 +126,7 @@ class FeatureCache:
         others = [path.name for path in found if not path.name.startswith("part-")]
         if others:
             raise ValueError(
-                f"expected a folder of cached features in {str(folder)!r}, got other files such as {others[0]!r}; name another "
+                f"expected a folder of cached features in {str(folder)!r}, got other files such as {others[0]!r}; use another "
                 "cache folder"
             )
         self.place: dict[bytes, tuple[int, int]] = {}
@@ -140,7 +141,7 @@ class FeatureCache:
         return len(self.place)
 
     def fill(self, digests: np.ndarray[Any, Any], features: Any, thumbs: Any) -> None:
-        """Write the rows that are known into ``features`` (N, D) and ``thumbs`` (N, 16, 16, 3), part by part."""
+        """Copy cached rows into ``features`` (N, D) and ``thumbs`` (N, 16, 16, 3)."""
         by_part: dict[int, list[tuple[int, int]]] = {}
         for row, digest in enumerate(digests):
             found = self.place.get(digest.tobytes())
@@ -153,7 +154,7 @@ class FeatureCache:
                 thumbs[rows] = part["thumbs"][places]
 
     def add(self, digests: np.ndarray[Any, Any], features: np.ndarray[Any, Any], thumbs: np.ndarray[Any, Any]) -> None:
-        """Save new rows as one part."""
+        """Save new rows as one file."""
         if not len(digests):
             return
         name = hashlib.blake2b(digests.tobytes(), digest_size=8).hexdigest()
@@ -178,7 +179,7 @@ def _digests_of(path: Path, num_features: int) -> np.ndarray[Any, Any] | None:
 
 
 class _Item(NamedTuple):
-    """What a worker returns for an image."""
+    """Result of a worker for one image."""
 
     row: int
     digest: bytes
@@ -188,7 +189,7 @@ class _Item(NamedTuple):
 
 
 class _Decoded(Dataset[_Item]):
-    """Hash images, and decode those that are not known; runs in the workers."""
+    """Data set that hashes images, and decodes those not in the cache; runs in the workers."""
 
     def __init__(self, images: Any, image_size: int, known: Any) -> None:
         self.images, self.image_size, self.known = images, image_size, known
@@ -245,20 +246,20 @@ def compute_features(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> FeatureTable:
-    """Compute the features of a set, those in the cache excepted; what is done is kept when the work is interrupted.
+    """Compute the features of a set that are not in the cache; completed work is saved on interruption.
 
     Args:
         images: N paths, or a map-style data set of uint8 tensors (3, H, W).
         network: the frozen network.
-        cache: folder of all caches; each network and image size has its own within.
-        into: array (N, D), float32, that is filled, such as a memory map.
-        batch_size: images per forward.
-        num_workers: processes that read, hash and decode.
-        progress: called with (images done, images that the network was run on).
-        say: called with one line for each damaged part of the cache.
+        cache: folder of all caches, with a subfolder for each network and image size.
+        into: output array (N, D), float32, such as a memory map.
+        batch_size: number of images per forward pass.
+        num_workers: number of worker processes that read, hash and decode.
+        progress: function called with the number of processed images and the number of images passed to the network.
+        say: function called with one line for each damaged part of the cache.
 
     Raises:
-        ValueError: if the cache folder holds other files.
+        ValueError: if the cache folder contains other files.
         OSError: if the cache cannot be written.
     """
     held = FeatureCache(cache / network.fingerprint(), network.num_features, say)

@@ -1,4 +1,4 @@
-"""The table of label issues: one row per sample, and ``label_issues.csv``, in which the worst come first."""
+"""Table of label issues with one row per sample, and ``label_issues.csv``, sorted by increasing quality."""
 
 import re
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ HEADER = [
     "p_suggested",
     "neighbor_labels",
 ]
-"""Columns of the file; ``index`` in place of ``path`` where there are no files."""
+"""Columns of the file; ``index`` replaces ``path`` for data without files."""
 
 _UNREADABLE = "unreadable: "
 Array = np.ndarray[Any, Any]
@@ -31,25 +31,26 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class LabelIssues:
-    """What is known of the labels of N samples, in any order.
+    """Label issues of N samples, in any order.
 
     Args:
-        paths: file of each sample relative to the root, with ``/``; None where there are no files.
+        paths: path of each sample relative to the root, with ``/``; None without files.
         splits: ``train``, ``val``, ``test``, or ``all`` (no split folders), N of them.
-        given: labels as they are, shape (N,), int64, in [0, C).
-        suggested: labels that are more likely, shape (N,), int64, in [0, C); not read for unreadable samples.
-        quality: probability that the given label is right, shape (N,), in [0, 1]; not read for unreadable samples.
-        p_given: predicted probability of the given label, shape (N,), in [0, 1]; likewise.
-        p_suggested: predicted probability of the suggested label, shape (N,), in [0, 1]; likewise.
-        class_names: the C names.
-        neighbor_labels: given labels of the nearest samples, shape (N, k), int64, in [0, C), or -1 for none; None where they
-            are not known.
+        given: given labels, shape (N,), int64, in [0, C).
+        suggested: most probable labels, shape (N,), int64, in [0, C); ignored for unreadable samples.
+        quality: probability that the given label is correct, shape (N,), in [0, 1]; ignored for unreadable samples.
+        p_given: predicted probability of the given label, shape (N,), in [0, 1]; ignored for unreadable samples.
+        p_suggested: predicted probability of the suggested label, shape (N,), in [0, 1]; ignored for unreadable
+            samples.
+        class_names: the C class names.
+        neighbor_labels: given labels of the nearest neighbors, shape (N, k), int64, in [0, C), or -1 for none; None if
+            unknown.
         unreadable: reasons by row, for samples that could not be read.
-        index: position of each sample in the original set, shape (N,), int64; where there are no files only.
+        index: position of each sample in the original set, shape (N,), int64; only for data without files.
 
     Raises:
-        ValueError: columns differ in length, a value is out of its range, names are not unique, or there are both paths and
-            positions, or neither.
+        ValueError: if columns differ in length, a value is out of range, names are not unique, or not exactly one of
+            paths and index is given.
     """
 
     paths: list[str] | None
@@ -67,7 +68,7 @@ class LabelIssues:
     def __post_init__(self) -> None:
         if (self.paths is None) == (self.index is None):
             what = "neither" if self.paths is None else "both"
-            raise ValueError(f"expected paths or index of the samples, got {what}; give one")
+            raise ValueError(f"expected paths or index of the samples, got {what}; set exactly one")
         columns = {
             "paths": self.paths, "index": self.index, "splits": self.splits, "suggested": self.suggested,
             "quality": self.quality, "p_given": self.p_given, "p_suggested": self.p_suggested,
@@ -79,25 +80,25 @@ class LabelIssues:
                     f"expected {len(self.given)} {name}, as many as given, got {len(column)}; check the order"
                 )
         if len(set(self.class_names)) != len(self.class_names):
-            raise ValueError(f"expected class names that differ, got {self.class_names}; rename one")
+            raise ValueError(f"expected unique class names, got {self.class_names}; rename duplicates")
         if len(set(self.names)) != len(self.given):
-            raise ValueError("expected each sample once, got a path or index twice; remove one of the rows")
+            raise ValueError("expected each sample once, got a duplicate path or index; remove one of the rows")
         readable = self.readable
         for name, label in (("given", self.given), ("suggested", self.suggested[readable])):
             if len(label) and not (int(label.min()) >= 0 and int(label.max()) < len(self.class_names)):
                 raise ValueError(
-                    f"expected {name} labels in [0, {len(self.class_names)}), got {int(label.min())} to {int(label.max())}; "
-                    "name all classes"
+                    f"expected {name} labels in [0, {len(self.class_names)}), got {int(label.min())} to "
+                    f"{int(label.max())}; add the missing class names"
                 )
         for name in ("quality", "p_given", "p_suggested"):
             values = getattr(self, name)[readable]
-            if not np.all((values >= 0) & (values <= 1)):  # NaN fails, too
-                raise ValueError(f"expected {name} in [0, 1], got others; give probabilities")
+            if not np.all((values >= 0) & (values <= 1)):  # also False for NaN
+                raise ValueError(f"expected {name} in [0, 1], got other values; use probabilities")
         near = self.neighbor_labels
         if near is not None and near.size and not (int(near.min()) >= -1 and int(near.max()) < len(self.class_names)):
             raise ValueError(
-                f"expected neighbor_labels in [-1, {len(self.class_names)}), got {int(near.min())} to {int(near.max())}; name "
-                "all classes"
+                f"expected neighbor_labels in [-1, {len(self.class_names)}), got {int(near.min())} to {int(near.max())}; "
+                "add the missing class names"
             )
 
     def __len__(self) -> int:
@@ -116,20 +117,20 @@ class LabelIssues:
         return mask
 
     def order(self) -> Array:
-        """Rows from the worst to the best, equal ones as they come, unreadable ones at the end; shape (N,), int64."""
+        """Return rows by increasing quality, stable, with unreadable samples last; shape (N,), int64."""
         quality = np.where(self.readable, self.quality, np.inf)
         return np.argsort(quality, kind="stable")
 
 
 def write_label_issues(path: str | Path, issues: LabelIssues) -> None:
-    """Write the table as CSV, the worst sample first, whole or not at all.
+    """Write the table as CSV, by increasing quality, atomically.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: output file; an existing file is replaced.
         issues: the table.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the file cannot be written.
     """
     names, classes = issues.names, issues.class_names
     quoted = [re.sub(r"([\\|])", r"\\\1", name) for name in classes]
@@ -152,16 +153,16 @@ def write_label_issues(path: str | Path, issues: LabelIssues) -> None:
 
 
 def read_label_issues(path: str | Path, class_names: Sequence[str] | None = None) -> LabelIssues:
-    """Read a table that :func:`write_label_issues` wrote, in the order of the file: the worst sample first.
+    """Read a table written by :func:`write_label_issues`, in the order of the file.
 
     Args:
-        path: the file.
-        class_names: the C names in the order of the data set; None takes those that occur, sorted.
+        path: path of the file.
+        class_names: the C names in the order of the data set; None uses the names in the file, sorted.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has another header, a value that is no number or out of its range, a sample twice, or a class that is
-            not among ``class_names``.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the header is different, a value is not a number or out of range, a sample is duplicated, or a
+            class is not in ``class_names``.
     """
     header, rows = read_csv(path, [HEADER, ["index", *HEADER[1:]]])
     readable = [row[4] != "" for row in rows]
@@ -173,8 +174,8 @@ def read_label_issues(path: str | Path, class_names: Sequence[str] | None = None
     unknown = sorted(occurring - set(classes))
     if unknown:
         raise ValueError(
-            f"expected classes among {len(classes)} in {str(path)!r}, got {len(unknown)} others, the first {unknown[0]!r}; "
-            "check that it is of this data set"
+            f"expected classes among {len(classes)} in {str(path)!r}, got {len(unknown)} others (first: {unknown[0]!r}); "
+            "use a file of this data set"
         )
     width = max(map(len, near), default=0)
     neighbors = np.full((len(rows), width), -1, dtype=np.int64)
@@ -205,11 +206,11 @@ def read_label_issues(path: str | Path, class_names: Sequence[str] | None = None
             index=index,
         )
     except ValueError as error:
-        raise ValueError(f"{str(path)!r} is damaged: {error}") from error
+        raise ValueError(f"expected a valid table in {str(path)!r}, got an invalid one: {error}") from error
 
 
 def _split(cell: str) -> list[str]:
-    """Undo the joining of names by ``|``."""
+    """Split class names joined by ``|``, and unescape them."""
     if not cell:
         return []
     parts = re.findall(r"(?:[^\\|]|\\.)+", cell, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""Correct labels from verdicts or suggestions: a new label file or a linked folder, never a change of the originals."""
+"""Correct labels from verdicts or suggestions, in a new label file or linked folder; originals are not modified."""
 
 import contextlib
 import hashlib
@@ -25,13 +25,13 @@ RECORD = "relabel.json"
 
 
 class Accepted(NamedTuple):
-    """Verdicts of a person on some of the samples of an audit.
+    """Manual verdicts on samples of an audit.
 
     Attributes:
         names: path, or position as text, of each sample.
         given: names of the given labels.
         verdicts: ``wrong``, ``right``, ``drop`` or ``ambiguous``.
-        new_labels: names of the right labels; empty unless the verdict is ``wrong``.
+        new_labels: names of the true labels; empty unless the verdict is ``wrong``.
     """
 
     names: list[str]
@@ -41,13 +41,13 @@ class Accepted(NamedTuple):
 
 
 class Relabeled(NamedTuple):
-    """What was written.
+    """Result of :func:`relabel`.
 
     Attributes:
         path: the label file or the linked folder.
         num_samples: number of audited samples.
-        num_changed: samples that have a new label.
-        num_dropped: samples that are left out.
+        num_changed: number of samples with a new label.
+        num_dropped: number of dropped samples.
     """
 
     path: Path
@@ -63,12 +63,12 @@ class Relabeled(NamedTuple):
 
 
 def read_accepted(path: str | Path) -> Accepted:
-    """Read ``accepted.csv``, which ``report.html`` exports.
+    """Read ``accepted.csv``, which is exported from ``report.html``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, has another header, a sample twice, an unknown verdict, ``wrong`` without a new label, or a new
-            label with another verdict.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file is empty, has another header, a duplicate sample, an unknown verdict, ``wrong`` without
+            a new label, or a new label with another verdict.
     """
     _, rows = read_csv(path, [ACCEPTED_HEADER, _by_index(ACCEPTED_HEADER)])
     where = repr(str(path))
@@ -105,25 +105,25 @@ def relabel(
     new_classes: bool = False,
     overwrite: bool = False,
 ) -> Relabeled:
-    """Write the labels of an audited data set anew, with corrections; the originals are not touched.
+    """Write the corrected labels of an audited data set; the originals are not modified.
 
-    Beside the labels, ``changes.csv`` lists what differs, and ``relabel.json`` is what an undo needs.
+    The changes are listed in ``changes.csv``, and ``relabel.json`` contains the data required for an undo.
 
     Args:
-        audit_folder: folder that ``sanm audit`` wrote.
-        accepted: file of verdicts: samples marked wrong take their new label, those marked drop are left out.
-        below: instead of ``accepted``: samples of this quality or less take the suggested label, in [0, 1].
-        min_p_suggested: of these, only those whose suggested label has this probability or more, in [0, 1].
+        audit_folder: folder written by ``sanm audit``.
+        accepted: file of verdicts: samples marked wrong receive their new label, samples marked drop are dropped.
+        below: instead of ``accepted``: samples with at most this quality, in [0, 1], receive the suggested label.
+        min_p_suggested: minimum probability of the suggested label of these samples, in [0, 1].
         out: label file to write, such as ``labels.csv``, with the columns path (or index), label and drop.
         linked: instead of ``out``: folder to write, with a link to each image file under split and class.
-        root: folder that the paths of the audit are relative to, for ``linked``; default: the one that was audited.
-        ambiguous: ``keep`` leaves samples marked ambiguous as they are, ``drop`` leaves them out.
-        new_classes: whether new labels may be classes that the data set does not have.
-        overwrite: whether ``out`` may replace a label file; nothing else is ever replaced.
+        root: folder that the paths of the audit are relative to, for ``linked``; default: the audited folder.
+        ambiguous: ``keep`` keeps samples marked ambiguous unchanged, ``drop`` drops them.
+        new_classes: whether new labels may be classes that are not in the data set.
+        overwrite: whether ``out`` may replace a label file; no other files are replaced.
 
     Raises:
-        OSError: something cannot be read or written, or exists already.
-        ValueError: the options contradict each other, or the verdicts are not of this audit. Nothing is written then.
+        OSError: if a file cannot be read or written, or already exists.
+        ValueError: if the options are contradictory, or the verdicts do not belong to this audit. No file is written.
     """
     if (accepted is None) == (below is None):
         what = "neither" if accepted is None else "both"
@@ -153,17 +153,17 @@ def relabel(
 
 
 def undo_relabel(path: str | Path) -> int:
-    """Remove what :func:`relabel` wrote, and nothing else.
+    """Remove the files written by :func:`relabel`.
 
     Args:
         path: the label file or the linked folder.
 
     Returns:
-        Number of files and links removed.
+        Number of removed files and links.
 
     Raises:
-        FileNotFoundError: there is no ``relabel.json`` for it.
-        ValueError: something was modified since; nothing is removed then.
+        FileNotFoundError: if there is no ``relabel.json``.
+        ValueError: if a file was modified; no file is removed.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -201,7 +201,7 @@ def undo_relabel(path: str | Path) -> int:
         (folder / name).unlink()
     record.unlink()
     for name in sorted(folders, key=len, reverse=True):
-        with contextlib.suppress(OSError):  # something of somebody else's is in it
+        with contextlib.suppress(OSError):  # the folder contains other files
             (folder / name).rmdir()
     return len(there)
 
@@ -220,7 +220,7 @@ def _read_audit(folder: Path) -> LabelIssues:
             f"expected a folder that sanm audit wrote in {str(folder)!r}, got no {table.name} in it; run sanm audit first"
         )
     names = None
-    if samples.is_file():  # knows the classes without samples, too
+    if samples.is_file():  # also contains classes without samples
         with np.load(samples, allow_pickle=False) as arrays:
             names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
     return read_label_issues(table, names)

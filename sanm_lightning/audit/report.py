@@ -1,4 +1,4 @@
-"""``report.html``: the list of label issues to look at and tick, one file that opens without a server or a network."""
+"""``report.html``: list of label issues to review and tick, in one file that opens without server or network access."""
 
 import base64
 import hashlib
@@ -20,7 +20,7 @@ from sanm_lightning.safe_files import atomic_write
 __all__ = ["write_report"]
 
 _MAX_MATRIX = 40
-"""Classes up to which the transition matrix is shown."""
+"""Maximum number of classes for which the transition matrix is shown."""
 
 Array = np.ndarray[Any, Any]
 Images = Callable[[int], Array]
@@ -37,34 +37,35 @@ def write_report(
     embed: int = 500,
     thumb_size: int = 96,
 ) -> Path:
-    """Write ``report.html``, and ``thumbs/`` beside it where there are no files to show.
+    """Write ``report.html``, and ``thumbs/`` for images that cannot be shown from their files.
 
-    The worst ``embed`` images are part of the page. The others are shown from their files where ``root`` is given or paths
-    are absolute, and from ``thumbs/<rank>.jpg`` otherwise. Ticks are kept by the browser under an identity made of names,
-    splits and given labels: a second audit of the same data finds those of the first.
+    The first ``embed`` images, by increasing quality, are embedded in the page. Other images are shown from their files
+    if ``root`` is given or paths are absolute, otherwise from ``thumbs/<rank>.jpg``. The browser stores ticks under a
+    hash of names, splits and given labels, so a second audit of the same data restores them.
 
     Args:
-        folder: where to; missing folders are made, files of the same names are replaced.
+        folder: output folder; created if missing, files of the same names are replaced.
         issues: the table.
-        summary: what is said beside it; every key may be missing or None. ``title``; ``verdict``, one line, or
-            ``estimated_noise_rate`` in [0, 1], ``interval`` [low, high], ``num_images`` and ``worst_pair`` [given, suggested],
-            of which one is made; ``classes``, mappings with ``name``, ``count``, ``wrong`` (fraction) and ``confused_with``;
-            ``findings``, mappings with ``title``, ``items`` (lists of paths that belong together) and ``count`` (where there
-            are more than listed), such as duplicates and leaks; ``notes``, sentences.
-        images: gives the image of row i of ``issues``, uint8, shape (H, W, 3) or (H, W); None for none. Only asked for readable
-            rows, and only those that are embedded or written to ``thumbs/``.
-        root: the folder that paths are relative to; None where there are no files.
-        transition: entry [i, j] is the estimated probability that a sample of class i is labeled j, shape (C, C); shown for
-            up to 40 classes.
-        embed: number of images in the page.
-        thumb_size: longer side of small images in pixels; smaller images are not enlarged.
+        summary: further content of the page; every key may be missing or None. ``title``; ``verdict``, one line, or
+            ``estimated_noise_rate`` in [0, 1], ``interval`` [low, high], ``num_images`` and ``worst_pair`` [given,
+            suggested], from which it is composed; ``classes``, mappings with ``name``, ``count``, ``wrong`` (fraction)
+            and ``confused_with``; ``findings``, mappings with ``title``, ``items`` (lists of paths that form a group)
+            and ``count`` (if larger than the number of listed groups), such as duplicates and leaks; ``notes``,
+            sentences.
+        images: function that returns the image of row i of ``issues``, uint8, shape (H, W, 3) or (H, W); None for no
+            images. Called only for readable rows that are embedded or written to ``thumbs/``.
+        root: folder that the paths are relative to; None without files.
+        transition: estimated transition matrix, shape (C, C); entry [i, j] is the probability that a sample of class i
+            is labeled j. Shown for up to 40 classes.
+        embed: number of embedded images.
+        thumb_size: long side of the thumbnails in pixels; smaller images are not enlarged.
 
     Returns:
         The path of the page.
 
     Raises:
-        OSError: it cannot be written.
-        ValueError: ``embed`` is negative or ``thumb_size`` smaller than 1.
+        OSError: if a file cannot be written.
+        ValueError: if ``embed`` is negative or ``thumb_size`` is smaller than 1.
     """
     if embed < 0 or thumb_size < 1:
         raise ValueError(f"expected embed >= 0 and thumb_size >= 1, got {embed} and {thumb_size}; choose larger ones")
@@ -105,7 +106,7 @@ def _page(data: Mapping[str, Any]) -> str:
         "script": script.strip("\n"),
         "data": _json(data),
     }
-    pieces = template.split("{{")  # once through the template: what is put in is not looked at again
+    pieces = template.split("{{")  # a single pass over the template: inserted text is not expanded
     return pieces[0] + "".join(
         parts[name] + rest for name, rest in (piece.split("}}", maxsplit=1) for piece in pieces[1:])
     )
@@ -116,7 +117,7 @@ def _template(name: str) -> str:
 
 
 def _json(data: Mapping[str, Any]) -> str:
-    """Return JSON that ends no element of HTML and no line of JavaScript, in ASCII."""
+    """Return ASCII JSON that is safe inside HTML and JavaScript."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -124,7 +125,7 @@ def _json(data: Mapping[str, Any]) -> str:
 
 
 def _columns(issues: LabelIssues, order: Array) -> dict[str, Any]:
-    """Return the table as columns, the worst row first; probabilities in millionths."""
+    """Return the table as columns, by increasing quality; probabilities in millionths."""
     rows = order.tolist()
     readable = issues.readable[order]
     splits = list(dict.fromkeys(issues.splits))
@@ -156,7 +157,7 @@ def _columns(issues: LabelIssues, order: Array) -> dict[str, Any]:
 
 
 def _identity(issues: LabelIssues) -> str:
-    """Return what ticks are kept under: the same for every audit of the same labels."""
+    """Return the storage key of the ticks, which is identical for all audits of the same labels."""
     names = issues.names
     lines = sorted(
         json.dumps([name, split, issues.class_names[label]])
@@ -176,7 +177,7 @@ def _is_absolute(path: str) -> bool:
 
 
 def _bases(folder: Path, root: Path) -> list[str]:
-    """Return addresses of ``root``: seen from the page, so that both can be moved, and the absolute one."""
+    """Return URLs of ``root``: relative to the page, so that both can be moved together, and absolute."""
     absolute = root.resolve()
     found = [absolute.as_uri() + "/"]
     try:
@@ -187,7 +188,7 @@ def _bases(folder: Path, root: Path) -> list[str]:
 
 
 def _jpeg(images: Images, row: int, side: int) -> bytes | None:
-    """Return a small JPEG of a row's image; None where its file has gone."""
+    """Return a JPEG thumbnail of the image of a row; None if the file no longer exists."""
     try:
         picture = Image.fromarray(images(row)).convert("RGB")
     except OSError:
@@ -211,7 +212,7 @@ def _write_thumbs(folder: Path, issues: LabelIssues, ranked: list[tuple[int, int
 
 
 def _plain(value: Any) -> Any:
-    """Return mappings, sequences, NumPy values and numbers as what JSON can say; what is not finite is null."""
+    """Convert mappings, sequences, NumPy values and numbers to JSON types; non-finite numbers become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, np.generic | np.ndarray):

@@ -1,4 +1,4 @@
-"""The audit: from images and their labels to the files of a run folder."""
+"""Audit images and labels, and write the results to a run folder."""
 
 import hashlib
 import json
@@ -25,32 +25,32 @@ from sanm_lightning.functional.noise_model import (
     NoiseModel,
     deconvolve,
     fit_noise_model,
-    label_posterior,
+    judge_labels,
     transition_of,
 )
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["AuditResult", "audit_set", "default_cache", "summarize", "verdict", "write_audit"]
+__all__ = ["AuditResult", "audit_set", "default_cache", "read_noise_rate", "summarize", "verdict", "write_audit"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
 SHOWN_NEIGHBORS = 10
-"""Neighbors whose labels are listed."""
+"""Number of neighbors in the table."""
 
 Array = np.ndarray[Any, Any]
 
 
 class AuditResult(NamedTuple):
-    """What an audit found; row i of every part is image i of the set.
+    """Results of an audit; row i of every attribute is image i of the set.
 
     Attributes:
         issues: the table of label issues.
         probs: out-of-fold probabilities of the given labels, shape (N, C), float32; uniform for unreadable images.
         features: pooled features, shape (N, D), float32; 0 for unreadable images.
-        noise: the noise model, over the readable images that the probe was fitted to.
+        noise: the noise model of the readable images used to fit the probe.
         duplicates: copies among the readable images, as positions in the set.
-        summary: what ``audit.json`` holds.
+        summary: content of ``audit.json``.
     """
 
     issues: LabelIssues
@@ -62,7 +62,7 @@ class AuditResult(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Return the folder of cached features: ``sanm_lightning/features`` in ``$XDG_CACHE_HOME``, or else ``~/.cache``."""
+    """Return the default feature cache, ``sanm_lightning/features`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sanm_lightning" / "features"
 
 
@@ -80,36 +80,37 @@ def audit_set(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] | None = None,
 ) -> AuditResult:
-    """Find the samples whose labels are likely to be wrong, without training a network.
+    """Find samples with likely wrong labels, without training a network.
 
-    Features of a frozen network; from these the class probabilities of each sample by a linear probe that was not fitted to it
-    (its weight decay, and the weight of a vote among the nearest neighbors, are those of the lowest log-loss on the given
-    labels); from these a noise model. The quality of a label is its probability of being right under that model. Where there
-    is a split ``train``, probe, votes and noise model are fitted to it alone: labels of other splits are judged, never learned.
-    A class that it does not have is taken for no rival: the quality of its labels elsewhere is near 0.
+    A frozen network computes features. A linear probe, fitted to other folds, predicts the class probabilities of each
+    sample; its weight decay, and the weight of a nearest-neighbor vote, minimize the log-loss on the given labels. A
+    noise model is fitted to these probabilities; the quality of a label is its probability of being correct under this
+    model. If there is a split ``train``, probe, vote and noise model are fitted to this split only, and applied to the
+    labels of other splits. The quality of labels of classes that are missing in this split is near 0.
 
     Args:
         data: the images.
-        features_file: ``.npy`` file that the features are written to, and mapped from; None keeps them in memory.
-        network: timm model name; None is ``tf_efficientnet_lite0``, or the network of the checkpoint.
+        features_file: ``.npy`` file that the features are written to as a memory map; None keeps them in memory.
+        network: timm model name; None uses ``tf_efficientnet_lite0``, or the network of the checkpoint.
         checkpoint: see :func:`~sanm_lightning.models.load_pretrained`.
-        image_size: side in pixels at which the network sees the images; None chooses by the size of the images.
-        cache: folder of cached features; None is :func:`default_cache`.
-        batch_size: images per forward of the network.
-        num_workers: processes that decode.
+        image_size: input size of the network in pixels; None selects it from the size of the images.
+        cache: folder of cached features; None uses :func:`default_cache`.
+        batch_size: number of images per forward pass.
+        num_workers: number of worker processes that decode images.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        seed: of folds and of what the weight decay is chosen on.
-        say: called with one line at the beginning of each step.
-        progress: called with (images done, images that the network was run on).
+        seed: random seed of the folds and of the subset used to select the weight decay.
+        say: function called with one line at the start of each step.
+        progress: function called with the number of processed images and the number of images passed to the network.
 
     Raises:
-        ValueError: if there are fewer than two classes or ten readable images, or the network yields no pooled features.
+        ValueError: if there are fewer than two classes or ten readable images, or the network returns no pooled
+            features.
         OSError: if a file cannot be written.
     """
     started = time.monotonic()
     labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
     if len(np.unique(labels)) < 2:
-        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; a label needs a rival")
+        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; add classes")
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
     size = image_size or default_image_size(frozen, _some_sides(data.images))
@@ -153,8 +154,8 @@ def audit_set(
     weight = weights[int(np.argmin(losses))]
     probs = weight * probe.probs + (1 - weight) * votes
     noise = fit_noise_model(probs[learn], given[learn])
-    posterior = noise.posterior if learn.all() else label_posterior(probs, given, noise.transition)
-    unknown = ~np.isin(given, given[learn])  # of a class that is in other splits only: nothing speaks for it
+    posterior = _posterior(probs, given, splits, learn, noise)
+    unknown = ~np.isin(given, given[learn])  # classes that are missing in the training split
     posterior[unknown] = deconvolve(probs[unknown].astype(np.float64), noise.transition)
     seconds["probe"] = time.monotonic() - begun
 
@@ -191,7 +192,7 @@ def audit_set(
 
 
 def _some_sides(images: Any) -> list[int]:
-    """Return the shorter sides of up to 100 images in pixels."""
+    """Return the short sides of up to 100 images in pixels."""
     sides = []
     for row in range(0, len(images), max(1, len(images) // 100)):
         try:
@@ -207,7 +208,7 @@ def _some_sides(images: Any) -> list[int]:
 
 
 def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
-    """Find the nearest neighbors; say beforehand how long that takes."""
+    """Find the nearest neighbors, and log the expected time in advance."""
     k = min(NUM_NEIGHBORS, len(features) - 1)
     begun = time.monotonic()
     sample = features[:512]
@@ -217,8 +218,19 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
     return nearest_neighbors(features, k).cpu().numpy()
 
 
+def _posterior(probs: Array, given: Array, splits: list[str], learn: Array, noise: NoiseModel) -> Array:
+    """Return the posterior of all samples; every other split has its own transition matrix."""
+    posterior = np.empty(probs.shape, np.float32)
+    posterior[learn] = noise.posterior
+    for split in dict.fromkeys(splits):
+        rows = np.array([name == split for name in splits]) & ~learn
+        if rows.any():
+            posterior[rows] = judge_labels(probs[rows], given[rows], noise.transition)
+    return posterior
+
+
 def _scatter(rows: Array, size: int) -> Callable[..., Array]:
-    """Return a function that puts values of the readable rows into an array over all rows."""
+    """Return a function that expands values of the readable rows to an array over all rows."""
 
     def full(values: Array, fill: Any = 0) -> Array:
         out = np.full((size, *values.shape[1:]), fill, values.dtype)
@@ -243,18 +255,18 @@ def summarize(
     interval: tuple[float, float] | None = None,
     copies: Duplicates | None = None,
 ) -> dict[str, Any]:
-    """Collect what ``audit.json`` and the report say.
+    """Create the content of ``audit.json``, which the report also uses.
 
     Args:
-        data: what was audited.
-        issues: what was found.
-        joint: joint distribution of given (rows) and right labels (columns), shape (C, C), sums to 1.
+        data: the audited set.
+        issues: the table of label issues.
+        joint: joint distribution of given (rows) and true labels (columns), shape (C, C), sums to 1.
         interval: lowest and highest estimate of the fraction of wrong labels.
         copies: duplicates.
     """
     names, labels = data.class_names, issues.given
     counts = np.bincount(labels, minlength=len(names))
-    given_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # right label, for each given one
+    given_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # true label for each given label
     off = joint - np.diag(np.diag(joint))
     pairs = [
         {"given": names[i], "suggested": names[j], "fraction": round(float(off[i, j]), 5)}
@@ -278,7 +290,7 @@ def summarize(
         notes.append(f"{_unreadable_words(data, issues.unreadable)}: listed at the end of the table.")
     few = [f"{names[c]!r} ({counts[c]})" for c in np.flatnonzero((counts > 0) & (counts < NUM_FOLDS))]
     if few:
-        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be judged: {', '.join(few)}.")
+        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be assessed: {', '.join(few)}.")
     empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
     if empty:
         notes.append(f"Classes without images: {', '.join(empty)}.")
@@ -299,7 +311,7 @@ def summarize(
     return {
         "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
-        "splits": {split: data.splits.count(split) for split in dict.fromkeys(data.splits)},
+        "splits": _split_rates(issues),
         "noise_rate": round(float(off.sum()), 4),
         "interval": None if interval is None else [round(end, 4) for end in interval],
         "worst_pair": pairs[0] if pairs else None,
@@ -314,17 +326,29 @@ def summarize(
     }
 
 
+def _split_rates(issues: LabelIssues) -> dict[str, dict[str, Any]]:
+    """Return size and estimated noise rate of each split."""
+    found = {}
+    names = np.array(issues.splits)
+    for split in dict.fromkeys(issues.splits):
+        rows = (names == split) & issues.readable
+        rate = round(1 - float(issues.quality[rows].mean(dtype=np.float64)), 4) if rows.any() else None
+        found[split] = {"count": int((names == split).sum()), "noise_rate": rate}
+    return found
+
+
 def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: Array, summary: dict[str, Any]) -> None:
     """Write the files of an audit.
 
-    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (what its rows are), ``audit.json`` and ``report.html``.
+    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (the samples of its rows), ``audit.json`` and
+    ``report.html``.
 
     Args:
-        folder: where to; made if need be.
-        data: what was audited.
-        issues: what was found.
+        folder: output folder; created if missing.
+        data: the audited set.
+        issues: the table of label issues.
         probs: class probabilities, shape (N, C).
-        summary: from :func:`summarize`.
+        summary: content of ``audit.json``, from :func:`summarize`.
 
     Raises:
         OSError: if a file cannot be written.
@@ -368,13 +392,40 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
     )
 
 
+def read_noise_rate(path: str | Path) -> float:
+    """Return the estimated fraction of wrong labels of an audit.
+
+    Args:
+        path: run folder of the audit, or its ``audit.json``.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file does not belong to an audit.
+    """
+    path = Path(path)
+    path = path / "audit.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a number or the audit.json of an audit, got {str(path)!r}; run sanm audit first"
+        )
+    try:
+        rate = float(json.loads(path.read_text(encoding="utf-8"))["noise_rate"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"expected audit.json of an audit in {str(path)!r}, got an invalid file ({error}); use that of sanm audit"
+        ) from error
+    return rate
+
+
 def verdict(summary: dict[str, Any]) -> str:
     """Return the result in one line."""
-    span = summary["interval"]
+    span, pair, splits = summary["interval"], summary["worst_pair"], dict(summary["splits"])
+    first = "train" if "train" in splits else next(iter(splits))
+    where = f"{splits[first]['count']:,} labels" + (f" of {first}" if len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
-    pair = summary["worst_pair"]
+    others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
-    return f"about {summary['noise_rate']:.1%} of {summary['num_images']:,} labels are wrong{known}{worst}"
+    return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"
 
 
 def _picture(image: Any) -> Array:

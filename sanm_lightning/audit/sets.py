@@ -1,4 +1,4 @@
-"""What is audited: labelled images of a folder or of a data module."""
+"""Sets to audit: labeled images of a folder or a data module."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class AuditSet:
-    """N labelled images to be audited.
+    """N labeled images to audit.
 
     Attributes:
         images: paths of the files, or a map-style data set of uint8 tensors (3, H, W).
         labels: given labels, shape (N,), int64, in [0, C).
-        class_names: C names.
+        class_names: C class names.
         splits: name of the split of each image, N of them.
-        paths: paths relative to ``root`` with ``/``; None where there are no files.
-        index: position of each image in its original set, shape (N,), where there are no files.
+        paths: paths relative to ``root`` with ``/``; None without files.
+        index: position of each image in its original set, shape (N,), for data without files.
         root: folder that the paths are relative to.
-        notes: sentences for the reader, such as which files were passed over.
+        notes: sentences for the summary, such as the number of skipped files.
     """
 
     images: Any
@@ -41,14 +41,14 @@ class AuditSet:
 
 
 def folder_audit_set(root: str | Path) -> AuditSet:
-    """Return the images of class folders, or of ``train/`` (``val/``, ``test/``) of class folders.
+    """Return the images of class folders, or of ``train/`` (``val/``, ``test/``) with class folders.
 
     Args:
-        root: the folder.
+        root: path of the folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if it has no images, or one class only.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if there are no images, or only one class.
     """
     root = Path(root)
     listing = list_images(root)
@@ -65,7 +65,7 @@ def folder_audit_set(root: str | Path) -> AuditSet:
 
 
 class _SplitImages:
-    """The decoded images of a split of a data module, as it serves them."""
+    """Decoded images of a split of a data module."""
 
     def __init__(self, images: Any, origin: Tensor) -> None:
         self.images, self.origin = images, origin.tolist()
@@ -79,22 +79,22 @@ class _SplitImages:
 
 
 def audit_set_of(data: Any, split: str = "train") -> AuditSet:
-    """Return a split of a data module of this package with the labels that a training is given.
+    """Return a split of a data module of this package, with the labels of a training run.
 
     Args:
         data: the data module.
         split: ``train``, ``val`` or ``test``.
 
     Raises:
-        ValueError: if it has no such split, or is of another kind.
+        ValueError: if the split does not exist, or the data module is not a subclass of `NoisyDataModule`.
     """
     if not all(hasattr(data, name) for name in ("table", "source_images", "class_names")):
         raise ValueError(
-            f"expected a data module with labels by index, got {type(data).__name__}; derive it from NoisyDataModule, or give "
-            "a folder"
+            f"expected a data module with labels by index, got {type(data).__name__}; use a subclass of "
+            "NoisyDataModule, or a folder"
         )
     if split not in ("train", "val", "test"):
-        raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; choose one")
+        raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; use one of these")
     data.prepare_data()
     table = data.table(split)
     paths = data.sample_paths(split)

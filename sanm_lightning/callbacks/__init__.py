@@ -1,4 +1,4 @@
-"""What every method needs of training, one concern per callback: no subclass breaks them by a missing ``super()``."""
+"""Training logic shared by all methods, one concern per callback, independent of ``super()`` calls in subclasses."""
 
 from sanm_lightning.callbacks.compiled import CompileNetworks
 from sanm_lightning.callbacks.epoch_start import EpochStart

@@ -11,10 +11,10 @@ HALVES = ("forward_features", "forward_head")
 
 
 class CompileNetworks(L.Callback):
-    """Compile both halves of each network from ``setup`` to ``teardown``.
+    """Compile ``forward_features`` and ``forward_head`` of each network from ``setup`` to ``teardown``.
 
-    The methods call the halves, so that a compiled ``forward`` would serve no training step. Copies, checkpoints and exports
-    are those of the plain networks.
+    The methods call these two functions in training, not ``forward``. Copies, checkpoints and exports contain the
+    uncompiled networks.
 
     Args:
         backend: name of a ``torch.compile`` backend.
@@ -24,14 +24,14 @@ class CompileNetworks(L.Callback):
         self.backend = backend
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Put the compiled halves before the plain ones."""
+        """Override both functions by their compiled versions."""
         for network in pl_module.networks:
             for half in HALVES:
                 if half not in network.__dict__:
                     setattr(network, half, torch.compile(getattr(network, half), backend=self.backend))
 
     def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Take them off."""
+        """Remove the compiled versions."""
         for network in pl_module.networks:
             for half in HALVES:
                 network.__dict__.pop(half, None)

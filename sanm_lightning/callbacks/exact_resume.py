@@ -1,4 +1,4 @@
-"""Resume a run so that it ends as one that was never stopped."""
+"""Make resumed runs identical to uninterrupted runs."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ __all__ = ["ExactResume", "require_same_method"]
 class ExactResume(L.Callback):
     """Save and restore the global random stream of each process, and check that a checkpoint belongs to the run.
 
-    Dropout draws from the global stream. Everything else that is random has streams named by epoch and step.
+    Dropout uses the global stream. All other random numbers come from streams named by epoch and step.
 
     Raises:
-        ValueError: if training is resumed from a checkpoint of another method or number of classes, or the learning-rate
-            schedule of the checkpoint has another length.
+        ValueError: if training is resumed from a checkpoint with another method, number of classes, or length of the
+            learning-rate schedule.
     """
 
     def __init__(self) -> None:
@@ -29,8 +29,8 @@ class ExactResume(L.Callback):
         self._steps: int | None = None  # length of the schedule in the checkpoint
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Add the streams of all processes, and the method's name, classes and length of schedule."""
-        # a run that is resumed after its last step draws nothing, and its stream is still to be restored
+        """Add the streams of all processes, and the method's name, number of classes and schedule length."""
+        # a run resumed after its last step has not restored its stream yet
         streams = [torch.get_rng_state() if self._stream is None else self._stream]
         if several_processes():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -42,36 +42,36 @@ class ExactResume(L.Callback):
         )  # fmt: skip
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` added."""
+        """Restore the values added by :meth:`on_save_checkpoint`."""
         require_same_method(pl_module, checkpoint)
         state = checkpoint.get("method", {})
         if trainer.state.fn == TrainerFn.FITTING:
             resume_evaluation(checkpoint["loops"]["fit_loop"])
             self._steps = state.get("schedule_steps")
         streams = state.get("stream")
-        # On more processes than before, a stream is missing until the next epoch draws anew. Cloned: torch 2.14 ends with a
-        # segmentation fault when the state is a view.
+        # With more processes than before, streams repeat until the next epoch reseeds them. Cloned, because a view
+        # causes a segmentation fault in torch 2.14.
         self._stream = None if streams is None else streams[process_rank() % len(streams)].clone()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compare the length of the schedule with that of the checkpoint."""
+        """Compare the schedule length with that of the checkpoint."""
         steps, self._steps = self._steps, None
         if steps is not None and pl_module.schedule_steps not in (None, steps):
             raise ValueError(
                 f"expected a training of {steps} steps, the length of the checkpoint's learning-rate schedule, got "
-                f"{pl_module.schedule_steps}; give max_epochs, max_steps, batches and processes as they were, or begin a new "
-                "run"
+                f"{pl_module.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start "
+                "a new run"
             )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the stream, so that dropout draws what it would have drawn."""
+        """Restore the stream that dropout uses."""
         if self._stream is not None:
             torch.set_rng_state(self._stream)
             self._stream = None
 
 
 def require_same_method(pl_module: Any, checkpoint: dict[str, Any]) -> None:
-    """Raise ValueError if a checkpoint has other classes than the data, or (to go on training) is of another method."""
+    """Raise ValueError if a checkpoint has other classes than the data or, when fitting, another method."""
     state, mine = checkpoint.get("method", {}), type(pl_module).__name__
     refuse_other_classes(named_classes(getattr(pl_module._trainer, "datamodule", None)), checkpoint.get("class_names"))
     name, classes = state.get("name", mine), state.get("num_classes", pl_module.num_classes)
@@ -80,5 +80,5 @@ def require_same_method(pl_module: Any, checkpoint: dict[str, Any]) -> None:
     if classes != pl_module.num_classes or (fitting and name != mine):
         raise ValueError(
             f"expected a checkpoint of {mine} with {pl_module.num_classes} classes, got one of {name} with "
-            f"{classes}; give the method and the data that it was made with"
+            f"{classes}; use the method and the data of the checkpoint"
         )

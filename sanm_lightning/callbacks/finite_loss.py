@@ -1,4 +1,4 @@
-"""Log the loss of a run, and stop the run when a loss is NaN or infinite."""
+"""Log the training loss, and stop the run if it is NaN or infinite."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ __all__ = ["FiniteLoss"]
 
 
 class FiniteLoss(L.Callback):
-    """Log ``train/loss``, and stop on a loss that is NaN or infinite before it reaches a checkpoint.
+    """Log ``train/loss``, and stop the run if a loss is NaN or infinite before a checkpoint is saved.
 
-    A loss is looked at on the device. The result is read at the logging interval, at the end of an epoch and before a
+    The check runs on the device. Its result is read at the logging interval, at the end of an epoch and before a
     checkpoint, in all processes together.
 
     Raises:
-        ValueError: if a loss was not finite; names the first such step.
+        ValueError: if a loss was not finite; the message contains the first such step.
     """
 
     def __init__(self) -> None:
         self._bad_step: Tensor | None = None  # step of the first loss that was not finite, or -1, on the device
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Note whether the loss is finite."""
+        """Record whether the loss is finite."""
         if self._bad_step is None or self._bad_step.device != loss.device:
             self._bad_step = torch.full((), -1, device=loss.device)
         first = (self._bad_step < 0) & ~torch.isfinite(loss.detach())
@@ -52,18 +52,19 @@ class FiniteLoss(L.Callback):
         self._require_finite(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Write nothing after such a loss."""
+        """Check the losses before a checkpoint is written."""
         self._require_finite(pl_module)
 
     def _require_finite(self, pl_module: L.LightningModule) -> None:
         never = torch.iinfo(torch.int64).max
         bad = torch.full((), -1) if self._bad_step is None else self._bad_step
         first = torch.where(bad < 0, never, bad).to(pl_module.device)
-        if several_processes():  # or one process would stop, and the others wait for it
+        if several_processes():  # otherwise, one process stops and the others deadlock
             torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
         step = int(first)
         if step < never:
             raise ValueError(
-                f"expected finite losses, got NaN or infinity from {type(pl_module).__name__}, first at step {step} (epoch "
-                f"{pl_module.current_epoch} or before); lower the learning rate, clip gradients, or check the images"
+                f"expected finite losses, got NaN or infinity from {type(pl_module).__name__}, first at step {step} "
+                f"(epoch {pl_module.current_epoch} or before); lower the learning rate, clip gradients, or check the "
+                "images"
             )

@@ -1,4 +1,4 @@
-"""Stages of a training: warm-up and what follows it, each with its own length, learning rate and fresh or frozen parts."""
+"""Training stages, such as warm-up, with separate length, learning rate, and reset or frozen parameters."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,21 +16,23 @@ __all__ = ["Stage", "Stages", "locate", "reset_parameters", "stage_epochs"]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a training.
+    """Training stage.
 
-    The stage of an epoch is a function of the epoch alone, so that there is nothing to save.
+    The stage of an epoch is a function of the epoch only, so checkpoints contain no stage.
 
     Args:
-        name: such as ``"warmup"``.
-        epochs: length; None lasts to the end of the training. A stage of length 0 is left out.
-        reset: what is drawn anew when the stage begins: ``"none"``, the ``"head"`` (classifier) or the whole ``"network"`` of
-            every network, with its decoder and averaged copies. The optimizer forgets its state for them.
-        lr: learning rate in place of the optimizer's and its schedule; None leaves it to them.
-        weight_decay: in place of the optimizer's.
-        factor: of ``lr`` (or the optimizer's rate), a function of the stage's own step and its number of steps.
-        gradient_clip_val: norm that the gradients of each network are clipped to, in place of the trainer's setting.
-        frozen: names of submodules whose parameters the optimizer leaves as they are. Their gradients are still computed, so
-            that ``ddp`` finds every parameter used.
+        name: name of the stage, such as ``"warmup"``.
+        epochs: length in epochs; None lasts until the end of training. Stages of length 0 are skipped.
+        reset: parameters that are reinitialized at the start of the stage: ``"none"``, the ``"head"`` (classifier) or
+            the whole ``"network"`` of every network, with its decoder and averaged copies. Their optimizer state is
+            deleted.
+        lr: learning rate that overrides that of the optimizer and its schedule; None keeps theirs.
+        weight_decay: weight decay that overrides that of the optimizer; None keeps it.
+        factor: factor of ``lr`` (or the optimizer's rate), a function of the step within the stage and the number of
+            steps of the stage.
+        gradient_clip_val: norm for gradient clipping of each network, which overrides the trainer's setting.
+        frozen: names of submodules whose parameters are not updated. Their gradients are still computed, so ``ddp``
+            finds no unused parameters.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Stage:
 
 
 def locate(stages: Iterable[Stage], epoch: int) -> tuple[int, Stage, int]:
-    """Return number and stage of an epoch, and the epoch in which that stage begins."""
+    """Return number and stage of an epoch, and the first epoch of that stage."""
     first, last = 0, None
     for number, stage in enumerate(stages):
         if stage.epochs is None or epoch < first + stage.epochs:
@@ -56,31 +58,31 @@ def locate(stages: Iterable[Stage], epoch: int) -> tuple[int, Stage, int]:
 
 
 def stage_epochs(stages: Iterable[Stage], epochs: int) -> dict[str, int]:
-    """Return how many of the first ``epochs`` epochs of a run belong to each stage; 0 where a stage did not begin."""
+    """Return the number of the first ``epochs`` epochs in each stage; 0 for stages that are not reached."""
     found, left = {}, epochs
     for stage in stages:
         length = left if stage.epochs is None else min(stage.epochs, left)
         found[stage.name] = length
         left -= length
-    if left > 0 and found:  # beyond the last one, which goes on
+    if left > 0 and found:  # epochs after the last stage count as that stage
         found[stage.name] += left
     return found
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Draw the parameters of a module anew, where it can; for ``Module.apply``."""
+    """Reinitialize the parameters of a module with a ``reset_parameters`` method; for ``Module.apply``."""
     if callable(reset := getattr(module, "reset_parameters", None)):
         reset()
 
 
 class Stages(L.Callback):
-    """Apply the stages of a method: :meth:`begin` at the start of an epoch, learning rates and frozen parts in every step.
+    """Apply the stages of a method: resets at the start of an epoch, learning rates and frozen parts in every step.
 
-    A stage's learning rate and weight decay are those of the optimizer during its step only: a schedule that computes the
-    next rate from the last one never sees them.
+    Learning rate and weight decay of a stage are set during the optimizer step only, so that schedules that compute the
+    next rate from the last one are unaffected.
 
     Raises:
-        ValueError: if nothing after the first stage can begin within ``max_epochs``.
+        ValueError: if no stage after the first one is reached within ``max_epochs``.
     """
 
     def __init__(self) -> None:
@@ -88,20 +90,21 @@ class Stages(L.Callback):
         self._before: list[dict[str, float]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check that the stages fit into the training, and attach to the optimizers."""
+        """Check the stages against ``max_epochs``, and register optimizer hooks."""
         stages = [stage for stage in pl_module.stages() if stage.epochs != 0]
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and not getattr(trainer, "fast_dev_run", False):
             late = [stage.name for stage in stages if stage_epochs(stages, epochs)[stage.name] == 0]
             if late and len(late) == len(stages) - 1:
                 raise ValueError(
-                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage {stages[0].name!r}, got {epochs}; "
-                    f"raise max_epochs, or lower {'warmup_epochs' if stages[0].name == 'warmup' else 'the length of the stage'}"
+                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage {stages[0].name!r}, got "
+                    f"{epochs}; raise max_epochs, or lower "
+                    f"{'warmup_epochs' if stages[0].name == 'warmup' else 'the length of the stage'}"
                 )
             for name in late:
                 rank_zero_warn(
-                    f"{type(pl_module).__name__}: the stage {name!r} does not begin within max_epochs {epochs}; "
-                    "results.json lists it with 0 epochs"
+                    f"expected max_epochs that reach the stage {name!r} of {type(pl_module).__name__}, got {epochs}; "
+                    "results.json lists the stage with 0 epochs"
                 )
         if any((stage.lr, stage.weight_decay, stage.factor) != (None, None, None) for stage in stages):
             for optimizer in trainer.optimizers:
@@ -111,7 +114,7 @@ class Stages(L.Callback):
                 self._handles.append(optimizer.register_step_post_hook(lambda optimizer, *_: self._leave(optimizer)))
 
     def begin(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Draw anew what the stage of this epoch asks for, if it begins with the epoch. The same in every process."""
+        """Reinitialize the parameters configured by the stage, in its first epoch. The same in every process."""
         number, stage, first = locate(pl_module.stages(), trainer.current_epoch)
         if trainer.current_epoch != first or number == 0 or stage.reset == "none":
             return
@@ -135,7 +138,7 @@ class Stages(L.Callback):
                 group["weight_decay"] = stage.weight_decay
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradients of what is frozen: the optimizer neither moves nor decays a parameter without gradient."""
+        """Set the gradients of frozen parameters to None, so that the optimizer neither updates nor decays them."""
         for name in pl_module.stage.frozen:
             for parameter in pl_module.get_submodule(name).parameters():
                 parameter.grad = None
@@ -145,6 +148,6 @@ class Stages(L.Callback):
             group.update(before)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Detach from the optimizers."""
+        """Remove the optimizer hooks."""
         while self._handles:
             self._handles.pop().remove()

@@ -1,27 +1,38 @@
-"""Commands of ``sanm`` beside those of LightningCLI. Each is a module with ``main(words)``, which returns an exit status."""
+"""Commands of ``sanm`` in addition to those of LightningCLI.
+
+Each is a module with ``main(words)``, which returns an exit status.
+"""
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 
 __all__ = ["COMMANDS", "run"]
 
 COMMANDS = {
     "audit": "sanm_lightning.commands.audit",
+    "export": "sanm_lightning.commands.export",
+    "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",
 }
-"""Modules by the first word of the command line."""
+"""Modules by command name; ``predict`` without ``--images`` is a command of LightningCLI."""
 
 
 def run(words: Sequence[str]) -> int | None:
-    """Run the command that the first word names.
+    """Run the command named by the first argument.
 
     Args:
         words: the arguments of the command line.
 
     Returns:
-        The exit status of the command; None where the first word names none of :data:`COMMANDS`.
+        The exit status of the command; None if the arguments name none of :data:`COMMANDS`.
     """
-    if not words or words[0] not in COMMANDS:
+    name = words[0] if words else ""
+    if name == "predict" and any(word.split("=")[0] == "--images" for word in words):
+        name = "predict --images"
+    if name not in COMMANDS:
         return None
-    status: int = importlib.import_module(COMMANDS[words[0]]).main(list(words[1:]))
+    sys.path.insert(0, os.getcwd())  # a console script cannot import modules of the working directory otherwise
+    status: int = importlib.import_module(COMMANDS[name]).main(list(words[1:]))
     return status

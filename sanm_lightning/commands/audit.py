@@ -1,4 +1,4 @@
-"""``sanm audit``: list the samples whose labels are likely to be wrong."""
+"""``sanm audit``: list samples with likely wrong labels."""
 
 import contextlib
 import os
@@ -41,30 +41,31 @@ def audit(
     device: str = "auto",
     seed: int = 0,
 ) -> int:
-    """List the samples whose labels are likely to be wrong, without training a network.
+    """List samples with likely wrong labels, without training a network.
 
     Args:
-        root: folder of class folders, or of ``train/`` (``val/``, ``test/``) of class folders.
-        data: data module, in place of a folder; labels are those that a training would be given.
-        split: of the data module: ``train``, ``val`` or ``test``.
-        out: folder that is made for the results; by default ``audits/version_<n>``.
-        network: timm model name whose pre-trained features are used; by default ``tf_efficientnet_lite0``.
-        checkpoint: file of weights for the network, or checkpoint of a ``sanm`` run, whose encoder is used.
-        image_size: side in pixels at which the network sees the images; by default chosen by the size of the images.
-        cache: folder of cached features; by default in the user's cache folder.
-        baseline: ``label_issues.csv`` of an earlier audit: only issues that it does not hold are reported.
-        fail_over: end with exit status 1 if a larger fraction of the labels, in [0, 1], is estimated to be wrong; with a
-            baseline, if a larger fraction of the images is a new issue.
-        batch_size: images per forward of the network.
-        num_workers: processes that read and decode images; by default one per processor, four at most, none on one.
+        root: folder that contains class folders, or ``train/`` (``val/``, ``test/``) with class folders.
+        data: data module, instead of a folder; the audited labels are those of a training run.
+        split: split of the data module: ``train``, ``val`` or ``test``.
+        out: new folder for the results. Default: ``audits/version_<n>``.
+        network: timm model name of a pre-trained network. Default: ``tf_efficientnet_lite0``.
+        checkpoint: weight file of the network, or checkpoint of a ``sanm`` run, whose encoder is used.
+        image_size: input size of the network in pixels. Default: selected from the size of the images.
+        cache: folder of cached features. Default: the cache folder of the user.
+        baseline: ``label_issues.csv`` of a previous audit: only issues that it does not contain are reported.
+        fail_over: exit with status 1 if the estimated fraction of wrong labels exceeds this value, in [0, 1]; with a
+            baseline, if the fraction of images with new issues exceeds it.
+        batch_size: number of images per forward pass.
+        num_workers: number of worker processes that read and decode images. Default: one per CPU, up to four, none for
+            one CPU.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        seed: of the folds.
+        seed: random seed of the folds.
 
     Returns:
         Exit status: 0, or 1 above ``fail_over``.
 
     Raises:
-        ValueError: if an argument is out of its range, or there is nothing to audit.
+        ValueError: if an argument is out of range, or there is nothing to audit.
         OSError: if a file cannot be read or written, or ``out`` exists.
     """
     if (root is None) == (data is None):
@@ -73,7 +74,7 @@ def audit(
             f"expected a folder or a data module, got {got}; use 'sanm audit ROOT' or 'sanm audit --data CLASS'"
         )
     if fail_over is not None and not 0 <= fail_over <= 1:
-        raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for five in a hundred")
+        raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for 5 %")
     old = read_label_issues(baseline) if baseline is not None else None
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     folder = _new_folder(out)
@@ -124,12 +125,10 @@ def audit(
         new = _new_issues(result.issues, old)
         _write_new(folder / "new_issues.csv", result.issues, new)
         share = len(new) / len(pool.labels)
-        console.print(
-            f"{len(new)} issues that the baseline does not hold, in {folder / 'new_issues.csv'}", markup=False
-        )
-    console.print(f"results: {folder}; open {folder / 'report.html'} to look and to tick", markup=False)
+        console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
+    console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
     if fail_over is not None and share > fail_over:
-        console.print(f"{share:.2%} is more than the {fail_over:.2%} of --fail_over", markup=False)
+        console.print(f"{share:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1
     return 0
 
@@ -147,7 +146,7 @@ def _new_folder(out: str | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"expected a folder to write to in {str(folder)!r}, got {error.strerror}; name another"
+            f"expected a writable folder in {str(folder)!r}, got {error.strerror}; use another --out"
         ) from error
     return folder
 
@@ -170,7 +169,7 @@ def _is_issue(issues: LabelIssues) -> np.ndarray[Any, Any]:
 
 
 def _new_issues(now: LabelIssues, old: LabelIssues) -> list[int]:
-    """Return the rows that are issues now, and were none with this label in an earlier audit; worst first."""
+    """Return the rows of issues that were no issues with this label in the baseline, by increasing quality."""
     known = {(old.names[row], old.class_names[old.given[row]]) for row in np.flatnonzero(_is_issue(old))}
     issue = _is_issue(now)
     return [int(r) for r in now.order() if issue[r] and (now.names[r], now.class_names[now.given[r]]) not in known]
@@ -213,14 +212,14 @@ def _plain(text: str) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Parse the words after ``sanm audit`` and run it; return the exit status."""
-    parser = ArgumentParser(prog="sanm audit", description="List the samples whose labels are likely to be wrong.")
+    """Parse the arguments of ``sanm audit``, run it and return the exit status."""
+    parser = ArgumentParser(prog="sanm audit", description="List samples with likely wrong labels.")
     parser.add_argument(
-        "root", nargs="?", type=str | None, default=None, help="folder of class folders, or of splits of them"
+        "root", nargs="?", type=str | None, default=None, help="folder that contains class folders or split folders"
     )
     parser.add_function_arguments(audit, skip={"root", "data"}, sub_configs=True)
     parser.add_subclass_arguments(
-        L.LightningDataModule, "data", required=False, help="data module in place of a folder"
+        L.LightningDataModule, "data", required=False, help="data module, instead of a folder"
     )
     parsed = parser.instantiate_classes(
         parser.parse_args([re.sub(r"^--fail-over(?=$|=)", "--fail_over", word) for word in words])

@@ -17,15 +17,15 @@ def main(words: list[str]) -> int:
         Exit status 0.
 
     Raises:
-        OSError: something cannot be read or written, or exists already.
-        ValueError: the options contradict each other, or the verdicts are not of this audit.
+        OSError: if a file cannot be read or written, or already exists.
+        ValueError: if the options are contradictory, or the verdicts do not belong to this audit.
     """
     parser = ArgumentParser(
         prog="sanm relabel",
-        description="Write the labels of an audited data set anew, with corrections; the originals are not touched.",
+        description="Write the corrected labels of an audited data set; the originals are not modified.",
     )
-    parser.add_argument("audit_folder", nargs="?", type=str, help="folder that sanm audit wrote")
-    parser.add_argument("--undo", type=str, help="remove what an earlier call wrote: its label file or linked folder")
+    parser.add_argument("audit_folder", nargs="?", type=str, help="folder written by sanm audit")
+    parser.add_argument("--undo", type=str, help="label file or linked folder of an earlier call to remove")
     parser.add_function_arguments(relabel, skip={"audit_folder"}, as_group=False, sub_configs=False)
     options = vars(parser.parse_args(words))
     undo, audit_folder = options.pop("undo"), options["audit_folder"]

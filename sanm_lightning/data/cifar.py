@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), from the files that torchvision uses."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), read with torchvision."""
 
 from typing import Any, ClassVar
 
@@ -31,14 +31,14 @@ class _CIFAR(NoisyDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names in the order of the class indices."""
+        """Class names, in the order of the class indices."""
         return list(self.names)
 
     def prepare_data(self) -> None:
-        """Downloads the files to the root if they are not there.
+        """Download the files to ``root`` if they are missing.
 
         Raises:
-            FileNotFoundError: the files are not there and cannot be downloaded.
+            FileNotFoundError: if the files are missing and cannot be downloaded.
         """
         try:
             self._open(train=True)
@@ -49,17 +49,17 @@ class _CIFAR(NoisyDataModule):
                 self.files(self.root, train=True, download=True)
             except (OSError, RuntimeError) as error:  # URLError is an OSError; a broken archive is a RuntimeError
                 raise FileNotFoundError(
-                    f"{type(self).__name__} could not be downloaded ({error}): put the folder "
-                    f"{self.files.base_folder!r} of its Python version into {self.root!r}, or name its place with "
-                    "--data.root."
+                    f"expected a download to {self.root!r}, got no files of {type(self).__name__} and a failed "
+                    f"download ({error}); copy the folder {self.files.base_folder!r} of its Python version to "
+                    f"{self.root!r}, or set its location with --data.root"
                 ) from error
 
     def load_train(self) -> Source:
-        """The training set."""
+        """Return the training set."""
         return self._read(train=True)
 
     def load_test(self) -> Source:
-        """The test set."""
+        """Return the test set."""
         return self._read(train=False)
 
     def _read(self, train: bool) -> Source:
@@ -72,24 +72,24 @@ class _CIFAR(NoisyDataModule):
             return self.files(self.root, train=train, download=False)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f"{type(self).__name__} was not found in {self.root!r}, or its files are damaged: put the folder "
-                f"{self.files.base_folder!r} of its Python version there, name its place with --data.root, or let "
-                "it be downloaded."
+                f"expected the files of {type(self).__name__} in {self.root!r}, got missing or damaged files; copy the "
+                f"folder {self.files.base_folder!r} of its Python version there, set its location with --data.root, or "
+                "enable the download"
             ) from error
 
 
 class CIFAR10(_CIFAR):
-    """CIFAR-10: 32 x 32 colour images of 10 classes, equally many of each.
+    """CIFAR-10: 32 x 32 color images of 10 balanced classes.
 
     Args:
-        root: folder that holds ``cifar-10-batches-py``, or into which it is downloaded.
-        download: download the files if they are not there.
+        root: folder that contains ``cifar-10-batches-py``, or the destination of the download.
+        download: whether to download missing files.
         mean: channel means of the training images.
         std: channel standard deviations of the training images.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        FileNotFoundError: when data are needed, there are none, and the download is off or fails.
+        FileNotFoundError: on access, if files are missing and the download is disabled or fails.
     """
 
     files = torchvision.datasets.CIFAR10
@@ -107,17 +107,17 @@ class CIFAR10(_CIFAR):
 
 
 class CIFAR100(_CIFAR):
-    """CIFAR-100: 32 x 32 colour images of 100 classes (the fine labels), equally many of each.
+    """CIFAR-100: 32 x 32 color images of 100 balanced classes (the fine labels).
 
     Args:
-        root: folder that holds ``cifar-100-python``, or into which it is downloaded.
-        download: download the files if they are not there.
+        root: folder that contains ``cifar-100-python``, or the destination of the download.
+        download: whether to download missing files.
         mean: channel means of the training images.
         std: channel standard deviations of the training images.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        FileNotFoundError: when data are needed, there are none, and the download is off or fails.
+        FileNotFoundError: on access, if files are missing and the download is disabled or fails.
     """
 
     files = torchvision.datasets.CIFAR100

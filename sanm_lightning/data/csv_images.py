@@ -1,4 +1,4 @@
-"""Image files that a CSV table lists with their labels."""
+"""Image files listed with their labels in a CSV table."""
 
 import csv
 import posixpath
@@ -22,26 +22,27 @@ class _Row(NamedTuple):
 class CSVImages(ImageFiles):
     """Images whose paths and labels are columns of a CSV file with a header; one row per image.
 
-    Classes are the different labels of the training rows: whole numbers in their order, other labels sorted as text. A class
-    index is the place in that order; ``class_names`` holds the labels. Rows of the validation split may have wrong labels, as
-    those of the training split; those of the test split are taken to be right. Images are read as in `ImageFolder`.
+    Classes are the distinct labels of the training rows: whole numbers are sorted as numbers, other labels as text. The
+    class index is the position in this order; ``class_names`` contains the labels. Labels of training and validation
+    rows may be wrong; those of test rows are assumed correct. Images are read as in `ImageFolder`.
 
     Args:
         file: the CSV file, UTF-8, separated by commas, or a ``.tsv`` file, separated by tabs.
         path_column: name of the column of paths.
         label_column: name of the column of labels, text or numbers.
-        split_column: name of the column that says ``train``, ``val`` (or ``valid``, ``validation``) or ``test``, in any
-            case; by default all rows are for training. Without test and validation rows, a part of the training rows is held
-            out (``holdout_fraction``).
-        root: folder that the paths are relative to; by default that of the file. With a root, no path may be absolute.
+        split_column: name of the column with the splits ``train``, ``val`` (or ``valid``, ``validation``) and ``test``,
+            case-insensitive. Default: all rows are training rows. Without test and validation rows, a fraction of the
+            training rows is held out (``holdout_fraction``).
+        root: folder that paths are relative to. Default: the folder of the file. With a root, absolute paths raise an
+            error.
         image_size: side of the square images in pixels.
-        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
+        decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 1; later, if columns are missing, there are no rows, or rows have no path, no
+        ValueError: if image_size is smaller than 1; on access, if columns or rows are missing, or rows have no path, no
             label, an unknown split, or the path of another row.
-        FileNotFoundError: later, if the file or images that it lists do not exist.
+        FileNotFoundError: on access, if the file or listed images do not exist.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class CSVImages(ImageFiles):
 
     @property
     def class_names(self) -> list[str]:
-        """The labels of the training rows, or of all rows where none is for training."""
+        """The labels of the training rows, or of all rows if there are no training rows."""
         if self._class_names is None:
             rows = self._splits()
             labels = {row.label for row in rows.get("train") or [row for part in rows.values() for row in part]}
@@ -75,26 +76,27 @@ class CSVImages(ImageFiles):
 
     @property
     def own_splits(self) -> tuple[str, ...]:
-        """``val`` and ``test``, where the file has rows of them."""
+        """``val`` and ``test``, if the file has rows of these splits."""
         return tuple(split for split in ("val", "test") if split in self._splits())
 
     def source(self, split: str) -> Source:
         """List the files of ``train``, ``val`` or ``test``."""
         rows = self._splits().get(split, [])
         if not rows:
-            raise ValueError(f"expected rows of the {split} split in {self.file!r}, got none; add some")
+            raise ValueError(f"expected rows of the {split} split in {self.file!r}, got none; add rows")
         label_of = {name: label for label, name in enumerate(self.class_names)}
         other = [row for row in rows if row.label not in label_of]
         if other:
             raise ValueError(
-                f"expected the labels of the {split} rows of {self.file!r} among the {len(label_of)} of the training rows, "
-                f"got {len(other)} others (first: {other[0].label!r} of {other[0].path!r}); correct or remove these rows"
+                f"expected labels of the {split} rows of {self.file!r} among the {len(label_of)} labels of the training "
+                f"rows, got {len(other)} others (first: {other[0].label!r} of {other[0].path!r}); correct or remove "
+                "these rows"
             )
         files = [Path(self.root) / row.path for row in rows]
         return self._made(split, files, [label_of[row.label] for row in rows], [row.path for row in rows])
 
     def _splits(self) -> dict[str, list[_Row]]:
-        """The rows of each split that has some."""
+        """Return the rows of each split that is not empty."""
         if self._rows is None:
             rows = self._checked(self._read())
             self._rows = {split: part for split in SPLITS if (part := [row for row in rows if row.split == split])}
@@ -110,7 +112,7 @@ class CSVImages(ImageFiles):
                 table = [row for row in csv.reader(file, delimiter=separator) if any(cell.strip() for cell in row)]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(
-                f"expected a CSV file of UTF-8 text in {self.file!r}, got another ({error}); convert it"
+                f"expected a CSV file of UTF-8 text in {self.file!r}, got an invalid one ({error}); convert it"
             ) from error
         header = [cell.strip() for cell in table[0]] if table else []
         wanted = [self.path_column, self.label_column, *([] if self.split_column is None else [self.split_column])]
@@ -118,22 +120,22 @@ class CSVImages(ImageFiles):
         if missing:
             raise ValueError(
                 f"expected the columns {', '.join(wanted)} in {self.file!r}, got {', '.join(header) or 'an empty file'} "
-                f"without {', '.join(missing)}; name them with path_column, label_column and split_column"
+                f"without {', '.join(missing)}; set path_column, label_column and split_column"
             )
         if len(table) == 1:
-            raise ValueError(f"expected rows in {self.file!r}, got a header alone; add one row per image")
+            raise ValueError(f"expected rows in {self.file!r}, got only a header; add one row per image")
         uneven = [(number, row) for number, row in enumerate(table[1:], 1) if len(row) != len(header)]
         if uneven:
             raise ValueError(
                 f"expected {len(header)} columns in every row of {self.file!r}, got {len(uneven)} other rows (first: row "
-                f"{uneven[0][0]} with {len(uneven[0][1])}); quote cells that hold a comma"
+                f"{uneven[0][0]} with {len(uneven[0][1])}); quote cells that contain a comma"
             )
         columns = [header.index(name) for name in wanted]
         rows = [[row[column] for column in columns] for row in table[1:]]
         return [_Row(_normal(row[0]), row[1].strip(), row[2].strip() if len(row) > 2 else "train") for row in rows]
 
     def _checked(self, rows: list[_Row]) -> list[_Row]:
-        """Return the rows with the names of splits that we use."""
+        """Check the rows and return them with normalized split names."""
         number = range(1, len(rows) + 1)
         self._refuse("a path in every row", [f"row {n}" for n, row in zip(number, rows, strict=True) if not row.path])
         self._refuse(
@@ -144,25 +146,25 @@ class CSVImages(ImageFiles):
             kinds = ", ".join(map(repr, dict.fromkeys(strange)))
             raise ValueError(
                 f"expected train, val or test in the column {self.split_column!r} of {self.file!r}, got {kinds} in "
-                f"{len(strange)} rows; rename them, or leave split_column out"
+                f"{len(strange)} rows; rename them, or omit split_column"
             )
         if self._root_is_given:
             self._refuse(
                 "paths that are relative to the root", [row.path for row in rows if Path(row.path).is_absolute()],
-                "absolute ones", "leave the root out, or shorten them",
+                "absolute ones", "omit root, or use relative paths",
             )  # fmt: skip
         seen: set[str] = set()
         twice = [row.path for row in rows if row.path in seen or seen.add(row.path)]  # type: ignore[func-returns-value]
-        self._refuse("one row per image", twice, "repeated ones", "keep one row of each")
+        self._refuse("one row per image", twice, "repeated ones", "keep one row per path")
         missing = [row.path for row in rows if not (Path(self.root) / row.path).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"expected the {len(rows)} images that {self.file!r} lists, got {len(missing)} that are no files (first: "
-                f"{missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
+                f"expected files for the {len(rows)} images listed in {self.file!r}, got {len(missing)} missing files "
+                f"(first: {missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
             )
         return [row._replace(split=SPLIT_NAMES[row.split.lower()]) for row in rows]
 
-    def _refuse(self, what: str, bad: list[str], got: str = "without", advice: str = "mend these rows") -> None:
+    def _refuse(self, what: str, bad: list[str], got: str = "without", advice: str = "correct these rows") -> None:
         if bad:
             raise ValueError(f"expected {what} of {self.file!r}, got {len(bad)} {got} (first: {bad[0]!r}); {advice}")
 

@@ -1,4 +1,4 @@
-"""The data module that all data sets share: splits, loaders, and augmentation on the device."""
+"""Base data module of all data sets: splits, loaders, and augmentation on the device."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -23,52 +23,51 @@ NO_NOISE = Noise()
 
 
 class NoisyDataModule(Splits):
-    """Images with labels that may be wrong: the base of all data sets here, and of your own.
+    """Base class of data sets with noisy labels.
 
-    A subclass gives `num_classes` and `image_size`, and `load_train` and `load_test`, each a `Source`; if need be
-    `prepare_data` for a download and `class_names`. From there on everything is shared: a class-balanced subset, label
+    A subclass defines `num_classes` and `image_size`, `load_train` and `load_test`, which return a `Source`, and
+    optionally `prepare_data` for a download and `class_names`. The base class provides class-balanced subsets, label
     noise, a validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
 
-    Loaders serve indices. Images that fit in ``resident_bytes`` are decoded once, lie on the device as uint8, and are
-    looked up there; larger sets are decoded by worker processes as they are needed, each distinct sample of a batch once,
-    whatever the number of its views. Either way a batch reaches the model as a `sanm_lightning.batch.NoisyBatch` with
-    images in [0, 1]. Its ``index`` is the position in the split it comes from, for training 0 to ``num_samples`` - 1. The
-    augmentation of a batch is a function of the seed, the epoch, the number of the batch and the process, so that a
-    resumed run continues exactly.
+    Loaders return indices. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
+    indexed there; larger sets are streamed, that is, decoded by worker processes, each distinct sample of a batch once
+    for all views. The model receives a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the
+    position in the split, 0 to ``num_samples`` - 1 for training. The augmentation of a batch is a function of seed,
+    epoch, batch number and process, so resumed runs continue exactly.
 
-    A module in training may choose the samples of an epoch (``epoch_batches``) and the views of its batches (``views``), as
-    the methods of this package do; for any other module, batches are shuffled and have one view, ``weak``.
+    The module in training may choose the samples of an epoch (``epoch_batches``) and the views of its batches
+    (``views``), as the methods of this package do; for other modules, batches are shuffled and have one view, ``weak``.
 
     Args:
         root: folder of the data.
         batch_size: training samples per step and process.
         eval_batch_size: samples per step and process in validation, test and prediction.
-        max_train_samples: train on a random, class-balanced subset of this size; by default on everything.
-        noise: what is done to the training labels; by default nothing.
-        val_fraction: share of the training samples, in [0, 1), held out for validation with their noisy labels.
-        crop_padding: pixels of zero padding for random crops in training; 0 for no crops.
-        flip: whether training images are mirrored at random.
-        track_test: evaluate the test set after every epoch of training, for the field's "best" figures. For tracking
-            only: a model that is chosen by it has seen the test set.
-        resident_bytes: a split whose images take more bytes than this streams through workers.
-        num_workers: worker processes that decode images.
-        policies: augmentation policies by name, beside or in place of those of this package. A callable with a parameter
-            ``generator`` gets all images of a batch, uint8 (B, 3, H, W), on their device; any other callable is a transform
-            of one image, uint8 (3, H, W), in torchvision's way, and runs in the workers.
-        mean: channel means of the training images, in [0, 1]: a fact of the data, for a network that is not told otherwise.
-        std: channel standard deviations, likewise.
-        holdout_fraction: fraction of the training samples, in [0, 1), held out as ``val`` where the data have neither a test
-            nor a validation split and ``val_fraction`` is 0. Their labels are as noisy as the training labels.
-        seed: of subset, noise, split, order and augmentation; by default torch's initial seed (``seed_everything``).
+        max_train_samples: size of a random, class-balanced training subset. Default: all samples.
+        noise: noise of the training labels. Default: none.
+        val_fraction: fraction of the training samples, in [0, 1), held out for validation with their noisy labels.
+        crop_padding: pixels of zero padding for random crops in training; 0 disables crops.
+        flip: whether to flip training images horizontally at random.
+        track_test: evaluate the test set after every training epoch, for the commonly reported best accuracy. For
+            tracking only: a model selected by this accuracy is selected on the test set.
+        resident_bytes: splits whose images take more bytes are streamed by workers.
+        num_workers: number of worker processes that decode images.
+        policies: augmentation policies by name, which extend or override those of this package. A callable with a
+            parameter ``generator`` receives all images of a batch, uint8 (B, 3, H, W), on their device; any other
+            callable is a torchvision-style transform of one image, uint8 (3, H, W), and runs in the workers.
+        mean: channel means of the training images, in [0, 1], used by networks without configured statistics.
+        std: channel standard deviations of the training images, used likewise.
+        holdout_fraction: fraction of the training samples, in [0, 1), held out as ``val`` if the data have neither a
+            test nor a validation split and ``val_fraction`` is 0. Their labels are as noisy as the training labels.
+        seed: seed of subset, noise, split, order and augmentation. Default: torch's initial seed (``seed_everything``).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     mean: tuple[float, float, float] | None = None
-    """Channel means of the training images, in [0, 1]; None where they are not known."""
+    """Channel means of the training images, in [0, 1]; None if unknown."""
     std: tuple[float, float, float] | None = None
-    """Channel standard deviations, likewise."""
+    """Channel standard deviations of the training images; None if unknown."""
 
     def __init__(
         self,
@@ -111,7 +110,7 @@ class NoisyDataModule(Splits):
         self.seed = torch.initial_seed() if seed is None else seed
         self._seed_is_given = seed is not None
         self.policies: dict[str, Callable[..., Any]] = dict(policies or {})
-        if mean is not None:  # or what the class knows
+        if mean is not None:  # otherwise the class attribute
             self.mean = mean
         if std is not None:
             self.std = std
@@ -122,106 +121,111 @@ class NoisyDataModule(Splits):
         self._train_loader: IndexLoader | None = None
         self._said: set[str] = set()
 
-    # What a data set has to give -----------------------------------------------------------------------------------
+    # Methods of the subclass ---------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
     def num_classes(self) -> int:
-        """C, the number of classes; known as soon as the object exists."""
+        """C, the number of classes; available after construction."""
 
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels; known as soon as the object exists."""
+        """(H, W) in pixels; available after construction."""
 
     @property
     def decode_size(self) -> tuple[int, int]:
-        """(H, W) of a decoded image in pixels, at least ``image_size``; larger ones are cropped to that in every view."""
+        """(H, W) of decoded images in pixels, at least ``image_size``; every view is cropped to ``image_size``."""
         return self.image_size
 
     def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
-        """Choose the positions that an epoch draws from, (M,), the same in every process; by default all.
+        """Return the positions that an epoch samples from, (M,), the same in every process. Default: all positions.
 
-        A data set that draws a balanced subset anew for each epoch returns that, of the same size in every epoch. Methods draw
-        their samples from it, and passes over the training set walk it.
+        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool, and
+        passes over the training set iterate over it.
 
         Args:
-            epoch: counted from 0.
-            peer: network 0 or 1 that the samples are for.
+            epoch: epoch number, from 0.
+            peer: number of the network, 0 or 1.
+
+        Returns:
+            Positions, shape (M,), int64.
         """
         return torch.arange(self.num_samples)
 
     @abstractmethod
     def load_train(self) -> Source:
-        """The whole original training set. Called once; must not decode images before they are used."""
+        """Return the whole original training set. Called once; images should be decoded on access only."""
 
     @abstractmethod
     def load_test(self) -> Source:
-        """The whole test set, whose labels are taken to be right. Called once."""
+        """Return the whole test set, whose labels are assumed correct. Called once."""
 
     def load_val(self) -> Source:
-        """The whole validation set, where `own_splits` names one; its labels may be wrong. Called once."""
-        raise NotImplementedError(f"{type(self).__name__} has no validation set; write load_val")
+        """Return the whole validation set, if `own_splits` includes ``val``; its labels may be wrong. Called once."""
+        raise NotImplementedError(
+            f"expected load_val in {type(self).__name__}, whose own_splits include 'val', got none; define it"
+        )
 
     @property
     def curated(self) -> bool:
-        """Whether the labels of `load_train` are known to be right. Where not, nothing is called a true label."""
+        """Whether the labels of `load_train` are known to be correct; otherwise ``true_labels`` is None."""
         return True
 
     @property
     def class_names(self) -> list[str]:
-        """C names, in the order of the class indices."""
+        """Class names, in the order of the class indices."""
         return [str(c) for c in range(self.num_classes)]
 
-    # What is known about the labels --------------------------------------------------------------------------------
+    # Labels --------------------------------------------------------------------------------------------------------
 
     @property
     def num_samples(self) -> int:
-        """Training samples, after the subset and without the validation split."""
+        """Number of training samples, after the subset and without the validation split."""
         return len(self.table("train").labels)
 
     @property
     def labels(self) -> Tensor:
-        """The given, noisy labels of the training split, shape (N,), int64, on the CPU."""
+        """Given, noisy labels of the training split, shape (N,), int64, on the CPU."""
         return self.table("train").labels
 
     @property
     def true_labels(self) -> Tensor | None:
-        """The right labels of the training split, shape (N,), int64; None where they are not known.
+        """True labels of the training split, shape (N,), int64; None if unknown.
 
-        They are known for curated sets, and where the noise was injected here.
+        They are known for curated sets, and for noise injected by this data module.
         """
         return self.table("train").true_labels
 
     @property
     def noise_kind(self) -> str:
-        """The kind of noise asked for, such as ``symmetric``; ``none`` without."""
+        """Kind of the requested noise, such as ``symmetric`` or ``none``."""
         return self.noise.kind
 
     @property
     def noise_rate(self) -> float | None:
-        """The rate of noise asked for, in [0, 1]; None where none is injected or labels come from a file."""
+        """Requested noise rate, in [0, 1]; None without noise, or with labels from a file."""
         return None if self.noise.kind in ("none", "file") else self.noise.rate
 
     @property
     def measured_noise_rate(self) -> float | None:
-        """Share of the training split whose given label is not the true one, in [0, 1]; None if that is not known."""
+        """Fraction of wrong labels in the training split, in [0, 1]; None if the true labels are unknown."""
         return self.table("train").noise_rate
 
     def save_labels(self, path: str | Path) -> None:
-        """Writes the labels of the training split to a ``.npz`` file; all of it or nothing, also when interrupted.
+        """Write the labels of the training split to a ``.npz`` file, atomically.
 
         The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``paths`` (N,) and
-        ``true_labels`` (N,) where known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan where there
-        is none) and ``seed``. With neither subset nor validation split, ``Noise(kind="file", path=..., key="labels")`` reads
-        them back. With several processes, call it in one of them.
+        ``true_labels`` (N,) if known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan if
+        there is none) and ``seed``. Without a subset and a validation split, ``Noise(kind="file", path=...,
+        key="labels")`` reads the file. With several processes, call it in one of them.
 
         Args:
-            path: must end in ``.npz``; missing folders are made.
+            path: output file with extension ``.npz``; missing folders are created.
 
         Raises:
-            ValueError: the name does not end in ``.npz``.
-            OSError: the file cannot be written; what was there before is untouched.
+            ValueError: if the extension is not ``.npz``.
+            OSError: if the file cannot be written; a previous file is kept.
         """
         noise_seed = self.seed if self.noise.seed is None else self.noise.seed
         save_label_table(
@@ -237,7 +241,7 @@ class NoisyDataModule(Splits):
     # Splits --------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads what the stage needs; may be called again.
+        """Load the splits of a stage; may be called repeatedly.
 
         Args:
             stage: ``fit``, ``validate``, ``test``, ``predict``, or None for everything.
@@ -254,7 +258,7 @@ class NoisyDataModule(Splits):
             self.store(name)
 
     def teardown(self, stage: str) -> None:
-        """Frees the memory on the device; everything is put back when it is needed."""
+        """Free the memory on the device; images and labels are moved again on the next access."""
         self._labels_on_device.clear()
         for store in self._stores.values():
             store.free()
@@ -269,9 +273,11 @@ class NoisyDataModule(Splits):
         return self._sources[name]
 
     def table(self, split: str) -> LabelTable:
-        """Return the labels of ``train``, ``val`` or ``test``; of ``test`` they are taken to be right."""
+        """Return the labels of ``train``, ``val`` or ``test``; those of ``test`` are assumed correct."""
         if split == "val" and "val" not in self.eval_names:
-            raise ValueError("expected a val_fraction above 0 for a validation split, got 0; set it, such as to 0.1")
+            raise ValueError(
+                "expected a val_fraction above 0 for a validation split, got 0; set it to 0.1, for example"
+            )
         if split == "test" and "test" not in self.own_splits:
             raise ValueError("expected a test split in the data, got none; use the split 'val'")
         if split in self._tables:
@@ -283,11 +289,11 @@ class NoisyDataModule(Splits):
             return self._tables[split]
         if self.val_fraction > 0 and "val" in self.own_splits:
             raise ValueError(
-                f"expected val_fraction 0 for data with a validation split of their own, got {self.val_fraction}; leave it out"
+                f"expected val_fraction 0 for data with a validation split, got {self.val_fraction}; omit it"
             )
         source = self._source("train")
         others: list[str] = []
-        if self.noise.kind == "file" and source.paths is not None:  # a file may hold rows of the other splits, too
+        if self.noise.kind == "file" and source.paths is not None:  # a file may also contain rows of the other splits
             others = [path for name in self.own_splits for path in self._source(name).paths or []]
         file = self.noise.read(source.labels, self.class_names, source.paths, others)
         self._tables |= label_tables(
@@ -297,16 +303,16 @@ class NoisyDataModule(Splits):
         )  # fmt: skip
         if file is not None and not file.kept.all():
             dropped = int((~file.kept).sum())
-            self._say(f"{dropped} of {len(file.kept)} training samples dropped, as {self.noise.path} says")
+            self._say(f"{dropped} of {len(file.kept)} training samples dropped, according to {self.noise.path}")
         if self._holds_out:
             self._say(
-                f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; the "
-                "labels of this hold-out are as noisy as the training labels"
+                f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; "
+                "their labels are as noisy as the training labels"
             )
         return self._tables[split]
 
     def sample_paths(self, split: str = "train") -> list[str] | None:
-        """Return the file of each sample of a split, relative to the root, with ``/``; None where there are no files."""
+        """Return the path of each sample of a split, relative to the root, with ``/``; None without files."""
         table, paths = self.table(split), self._source(split if split in self.own_splits else "train").paths
         return None if paths is None else [paths[row] for row in table.origin.tolist()]
 
@@ -336,7 +342,7 @@ class NoisyDataModule(Splits):
     # Loaders -------------------------------------------------------------------------------------------------------
 
     def train_dataloader(self) -> IndexLoader:
-        """Batches of the training split, this process's share; chosen by the module where it does so."""
+        """Return the loader of the training split for this process, with batches chosen by the module if it does so."""
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
         loader = self._loader(
             "train", self.batch_size, shuffle=True, pool=self.epoch_pool,
@@ -347,24 +353,24 @@ class NoisyDataModule(Splits):
         return loader
 
     def val_dataloader(self) -> list[IndexLoader]:
-        """One loader per name in `eval_names`; an empty list if there is none."""
+        """Return one loader per name in `eval_names`; an empty list if there is none."""
         return [self._loader(name, self.eval_batch_size) for name in self.eval_names]
 
     def test_dataloader(self) -> IndexLoader | list[IndexLoader]:
-        """One loader per name in `test_names`, in order, this process's share."""
+        """Return one loader per name in `test_names`, in order, for this process."""
         if not self.test_names:
             raise ValueError(
-                "expected a test or a validation split, got neither; give one, or a holdout_fraction above 0"
+                "expected a test or a validation split, got neither; add one, or set holdout_fraction above 0"
             )
         loaders = [self._loader(name, self.eval_batch_size) for name in self.test_names]
         return loaders[0] if len(loaders) == 1 else loaders
 
     def predict_dataloader(self) -> IndexLoader | list[IndexLoader]:
-        """The same as `test_dataloader`."""
+        """Return the loaders of `test_dataloader`."""
         return self.test_dataloader()
 
     def pass_dataloader(self, split: str = "train") -> IndexLoader:
-        """Every sample of a split once over all processes, in order; of the training split those of the epoch's pool."""
+        """Return an ordered loader of a split (of ``train``: the epoch's pool), each sample once over all processes."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
         pool = (lambda _: self.epoch_pool(epoch)) if split == "train" else None
         return self._loader(split, self.eval_batch_size, pool=pool)

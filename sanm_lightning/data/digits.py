@@ -1,4 +1,4 @@
-"""Handwritten digits that come with scikit-learn: small, real, and never downloaded."""
+"""Handwritten digits included in scikit-learn, which need no download."""
 
 from typing import Any
 
@@ -16,20 +16,20 @@ TEST_SAMPLES = 500
 class Digits(NoisyDataModule):
     """The 1,797 handwritten digits of scikit-learn, 10 classes: 1,297 for training and 500 for testing.
 
-    The 8 x 8 grey images are enlarged bilinearly and repeated in three channels. The split into training and test set is
-    random but fixed: it is the same for every seed. A digit is another one when it is mirrored, and fills its frame, so
-    there are neither flips nor crops by default.
+    The 8 x 8 gray images are resized with bilinear interpolation and repeated in three channels. The split into
+    training and test set is random but fixed, that is, independent of the seed. Flips change the digit, and digits fill
+    the image, so flips and crops are disabled by default.
 
     Args:
-        root: not used, nothing is read from a folder.
+        root: unused; no files are read.
         image_size: side of the square images in pixels; 16 costs a quarter of the default.
         batch_size: training samples per step and process.
-        crop_padding: pixels of zero padding for random crops in training; 0 for no crops.
-        flip: whether training images are mirrored at random.
+        crop_padding: pixels of zero padding for random crops in training; 0 disables crops.
+        flip: whether to flip training images horizontally at random.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 8, the size of the originals.
+        ValueError: if image_size is smaller than 8, the size of the original images.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Digits(NoisyDataModule):
     ) -> None:
         super().__init__(root=root, batch_size=batch_size, crop_padding=crop_padding, flip=flip, **kwargs)
         if image_size < 8:
-            raise ValueError(f"image_size must be 8 pixels or more, the size of the originals, got {image_size}.")
+            raise ValueError(
+                f"expected image_size of 8 pixels, the size of the original images, or more, got {image_size}; choose "
+                "a larger one, such as 32"
+            )
         self._side = image_size
 
     @property
@@ -57,23 +60,23 @@ class Digits(NoisyDataModule):
         return self._side, self._side
 
     def load_train(self) -> Source:
-        """1,297 digits."""
+        """Return 1,297 digits."""
         images, labels, order = _digits(self._side)
         return Source(labels[order[TEST_SAMPLES:]], images[order[TEST_SAMPLES:]])
 
     def load_test(self) -> Source:
-        """500 digits."""
+        """Return 500 digits."""
         images, labels, order = _digits(self._side)
         return Source(labels[order[:TEST_SAMPLES]], images[order[:TEST_SAMPLES]])
 
 
 def _digits(side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """All images, uint8, all labels, and the fixed order in which the first are the test set."""
-    from sklearn.datasets import load_digits  # slow to import, and needed by this data set only
+    """Return all images, uint8, all labels, and a fixed permutation whose first entries are the test set."""
+    from sklearn.datasets import load_digits  # slow to import and used by this data set only
 
     data = load_digits()
-    grey = torch.from_numpy(data.images).float().unsqueeze(1) * (255 / 16)  # scikit-learn counts in 0 to 16
-    grey = F.interpolate(grey, size=(side, side), mode="bilinear", align_corners=False)
-    images = grey.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    gray = torch.from_numpy(data.images).float().unsqueeze(1) * (255 / 16)  # scikit-learn's values are 0 to 16
+    gray = F.interpolate(gray, size=(side, side), mode="bilinear", align_corners=False)
+    images = gray.round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     return images, torch.from_numpy(data.target).long(), order

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which are passed over and why. Nothing is decoded."""
+"""List the image files of a folder, and the skipped files with reasons, without decoding."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -22,21 +22,22 @@ __all__ = [
 ]
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""The split that a folder or a cell of this name (in lower case) means."""
+"""Splits by name of a folder or cell, in lower case."""
 
 SPLITS = ("train", "val", "test")
-LAYOUT = "put images in ROOT/<class>/, or in ROOT/train/<class>/ and, if there are any, ROOT/val/ and ROOT/test/"
+LAYOUT = "use the layout ROOT/<class>/, or ROOT/train/<class>/ with optional ROOT/val/<class>/ and ROOT/test/<class>/"
 
 PassedOver = dict[str, list[Path]]
-"""Files that are no images, by reason."""
+"""Skipped files by reason."""
 
 
 class ClassFolder(NamedTuple):
-    """The files of one folder.
+    """The files of one class folder.
 
     Attributes:
-        files: image files, below the folder, sorted by their path relative to it with ``/``.
-        passed_over: other files by reason, sorted likewise; whole folders where their files are not listed.
+        files: image files in the folder, found recursively, sorted by relative path with ``/``.
+        passed_over: skipped files by reason, sorted likewise; folders whose files are not listed are included as a
+            whole.
     """
 
     files: list[Path]
@@ -44,14 +45,14 @@ class ClassFolder(NamedTuple):
 
 
 class ImageListing(NamedTuple):
-    """The image files of a root; row i of every part is file i.
+    """The image files of a root; row i of every attribute is file i.
 
     Attributes:
-        paths: relative to the root, N of them: by split (train, val, test), class and path.
-        splits: ``train``, ``val`` or ``test``; ``all`` where the root has no folders of splits.
+        paths: N paths relative to the root, sorted by split (train, val, test), class and path.
+        splits: ``train``, ``val`` or ``test``; ``all`` if the root has no split folders.
         labels: class indices, shape (N,), int64.
-        class_names: names of the C class folders of all splits together, sorted; a class may be without images.
-        passed_over: paths relative to the root by reason.
+        class_names: names of the C class folders of all splits, sorted; classes may have no images.
+        passed_over: skipped files by reason, relative to the root.
     """
 
     paths: list[Path]
@@ -62,17 +63,17 @@ class ImageListing(NamedTuple):
 
 
 def list_class_folder(folder: str | Path) -> ClassFolder:
-    """List the image files of a folder and of all folders in it.
+    """List the image files of a folder recursively.
 
-    Links are followed, to files and to folders; a folder that is reached a second time is not listed again. Passed over are
-    files whose ending Pillow cannot open, files without an ending, hidden files and what hidden folders hold, broken links,
-    and what is neither a file nor a folder.
+    Links to files and folders are followed; a folder that is reached a second time is not listed again. Skipped are
+    files with extensions that Pillow cannot open, files without an extension, hidden files and the content of hidden
+    folders, broken links, and special files.
 
     Args:
-        folder: where to begin.
+        folder: path of the folder.
 
     Raises:
-        OSError: the folder itself cannot be read.
+        OSError: if the folder cannot be read.
     """
     files: list[Path] = []
     passed_over: PassedOver = {}
@@ -106,13 +107,13 @@ def _walk(
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, by name; true folders before links to them, so that a file has the path of its own folder."""
+    """Return the entries of a folder by name, folders before links, so that files have the path of their own folder."""
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
 
 
 def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
-    """Say why something is no image, by its kind and name: ``folder``, or another reason; None where it is one."""
+    """Return why an entry is skipped, by its kind and name; ``folder`` for folders, None for images."""
     try:
         if entry.is_dir():
             return "folder"
@@ -122,40 +123,40 @@ def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
         return "broken link"
     ending = os.path.splitext(entry.name)[1].lower()
     if not ending:
-        return "no ending"
-    return None if ending in endings else f"ending {ending} unknown to Pillow"
+        return "no extension"
+    return None if ending in endings else f"extension {ending} unknown to Pillow"
 
 
 def _endings() -> set[str]:
-    known = Image.registered_extensions()  # fills Image.OPEN; a plug-in may add to both at any time
+    known = Image.registered_extensions()  # fills Image.OPEN; plug-ins may extend both at any time
     return {ending for ending, kind in known.items() if kind in Image.OPEN}
 
 
 def count_passed_over(passed_over: Mapping[str, Iterable[Path]]) -> str:
-    """Return a phrase such as ``3 files passed over (2 hidden, 1 no ending)``; empty where there are none."""
+    """Return a phrase such as ``3 files skipped (2 hidden, 1 no extension)``; an empty string if there are none."""
     counts = {reason: len(list(paths)) for reason, paths in sorted(passed_over.items())}
     total = sum(counts.values())
     if total == 0:
         return ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    return f"{total} file{'s' if total > 1 else ''} passed over ({reasons})"
+    return f"{total} file{'s' if total > 1 else ''} skipped ({reasons})"
 
 
 def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str], PassedOver]:
-    """Return the names of the class folders in a folder, sorted, and the files that lie beside them.
+    """Return the sorted names of the class folders in a folder, and the other files in it by reason.
 
     Args:
-        folder: of one split.
-        required: whether there must be class folders.
+        folder: folder of one split.
+        required: whether to raise an error if there are no class folders.
 
     Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it holds no folders.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if class folders are required and there are none.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"expected a folder of class folders in {str(folder)!r}, got none; check the path, {LAYOUT}"
+            f"expected a folder of class folders in {str(folder)!r}, got no such folder; check the path, {LAYOUT}"
         )
     names, loose = [], PassedOver()
     endings = _endings()
@@ -172,26 +173,27 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
 
 
 def split_folders(root: str | Path) -> tuple[dict[str, list[Path]], PassedOver]:
-    """Find the folders of the splits in a root.
+    """Find the split folders in a root.
 
-    The root has splits where it has a folder ``train``, unless that holds images of its own beside other class folders.
+    A root has splits if it contains a folder ``train``, unless this folder contains images and there are other class
+    folders.
 
     Args:
-        root: of class folders, or of folders of splits.
+        root: folder that contains class folders or split folders.
 
     Returns:
-        The folders of ``train``, ``val`` and ``test``, those that are there; or of ``all``, which is the root itself. And what
-        else lies in a root of splits, by reason.
+        The folders of ``train``, ``val`` and ``test`` that exist, or the root itself as ``all``; and the other entries
+        of a root with splits, by reason.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has folders of other splits and no ``train``.
-        ValueError: it holds no folders.
+        FileNotFoundError: if the root does not exist, or has other split folders but no ``train``.
+        ValueError: if the root contains no folders.
     """
     root = Path(root)
     folders, passed_over = class_folders(root)
     others = [name for name in folders if name not in SPLIT_NAMES]
     if "train" not in folders and not others:
-        raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got {', '.join(folders)} alone; {LAYOUT}")
+        raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got only {', '.join(folders)}; {LAYOUT}")
     endings = _endings()
     if "train" not in folders or (
         others and any(_reason(entry, endings) is None for entry in _entries(root / "train"))
@@ -205,17 +207,17 @@ def split_folders(root: str | Path) -> tuple[dict[str, list[Path]], PassedOver]:
 
 
 def list_images(root: str | Path) -> ImageListing:
-    """List the images of a root of class folders, or of ``train`` (and ``val``, ``test``), each of class folders.
+    """List the images of a root of class folders, or of ``train`` (and ``val``, ``test``) with class folders.
 
-    Classes are matched by name over all splits; a class may be missing from a split, or be without images. Images that lie in
-    no class folder are passed over. For the layout see :func:`split_folders`.
+    Classes are matched by name over all splits; a class may be missing from a split, or have no images. Images outside
+    of class folders are skipped. For the layout see :func:`split_folders`.
 
     Args:
-        root: the folder.
+        root: path of the root.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it has folders of other splits and no ``train``.
-        ValueError: there are no class folders or no images, or images of one class only.
+        FileNotFoundError: if the root does not exist, or has other split folders but no ``train``.
+        ValueError: if there are no class folders, or fewer than two classes with images.
     """
     root = Path(root)
     parts, passed_over = split_folders(root)
@@ -234,7 +236,7 @@ def list_images(root: str | Path) -> ImageListing:
     if len(filled) < 2:
         raise ValueError(
             f"expected images of two or more classes in {str(root)!r}, got {len(found)} of {len(filled)} "
-            f"({count_passed_over(passed_over) or 'no file was passed over'}); {LAYOUT}"
+            f"({count_passed_over(passed_over) or 'no files skipped'}); {LAYOUT}"
         )
     class_names = sorted(names)
     number = {name: label for label, name in enumerate(class_names)}
@@ -248,6 +250,6 @@ def list_images(root: str | Path) -> ImageListing:
 
 
 def add_passed_over(passed_over: PassedOver, more: PassedOver) -> None:
-    """Add what was passed over elsewhere, in place."""
+    """Add skipped files to a mapping, in place."""
     for reason, paths in more.items():
         passed_over.setdefault(reason, []).extend(paths)

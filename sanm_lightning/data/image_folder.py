@@ -1,4 +1,4 @@
-"""Images in files; any folder of images, one sub-folder per class."""
+"""Data sets of image files, and image folders with one subfolder per class."""
 
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,27 +22,27 @@ from sanm_lightning.data.image_files import (
 __all__ = ["ImageFiles", "ImageFolder", "read_image"]
 
 MAX_PIXELS = 2**26
-"""Pixels of the largest image that is decoded: a file of a few bytes can claim any size, and each takes 3 bytes or more."""
+"""Largest number of pixels of a decoded image, because a small file can declare any size (decompression bombs)."""
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""What Pillow raises; the last one where warnings are errors."""
+"""Exceptions raised by Pillow; the last one if warnings are errors."""
 
 
 class ImageFiles(NoisyDataModule):
-    """Data sets of image files: an image is decoded when it is needed, in any format and mode that Pillow reads.
+    """Base class of data sets of image files, which are decoded on access, in any format and mode supported by Pillow.
 
-    An image is turned upright (EXIF), put on white where it is transparent, resized until its short side is ``decode_size``,
-    and cropped to the square in its middle. Views are crops of that square of ``image_size``: at random places in training, in
-    the middle in evaluation.
+    Images are rotated according to EXIF, composited on white if transparent, resized to a short side of
+    ``decode_size``, and center-cropped to a square. Views of ``image_size`` are random crops of that square in training
+    and center crops in evaluation.
 
     Args:
-        root: folder that paths are relative to.
+        root: folder that contains the files; paths are relative to it.
         image_size: side of the square images in pixels.
-        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
+        decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 1, or decode_size smaller than image_size.
+        ValueError: if image_size is smaller than 1, or decode_size is smaller than image_size.
     """
 
     def __init__(
@@ -72,12 +72,12 @@ class ImageFiles(NoisyDataModule):
 
     @property
     def decode_size(self) -> tuple[int, int]:
-        """(side, side) of the squares that are decoded, in pixels."""
+        """(side, side) of the decoded squares in pixels."""
         return self._decoded, self._decoded
 
     @property
     def curated(self) -> bool:
-        """False: the labels are what somebody gave, right or wrong."""
+        """False: the given labels may be wrong."""
         return False
 
     def source(self, split: str) -> Source:
@@ -85,42 +85,41 @@ class ImageFiles(NoisyDataModule):
         raise NotImplementedError
 
     def load_train(self) -> Source:
-        """The training files."""
+        """Return the training files."""
         return self.source("train")
 
     def load_val(self) -> Source:
-        """The validation files."""
+        """Return the validation files."""
         return self.source("val")
 
     def load_test(self) -> Source:
-        """The test files."""
+        """Return the test files."""
         return self.source("test")
 
     def _made(self, split: str, files: list[Path], labels: list[int], paths: list[str], more: str = "") -> Source:
-        """Make a source, and say how large it is."""
+        """Create a source and log its size."""
         self._say(f"{split}: {len(files)} images of {len(set(labels))} classes{more and ', ' + more}")
         return Source(torch.tensor(labels, dtype=torch.int64), _Files(files, self._decoded), paths)
 
 
 class ImageFolder(ImageFiles):
-    """Images in ``root/train/<class>/`` and, if there are any, ``root/val/<class>/`` and ``root/test/<class>/``.
+    """Images in ``root/train/<class>/`` and, optionally, ``root/val/<class>/`` and ``root/test/<class>/``.
 
-    Classes are the sub-folders of ``root/train``, sorted by name; folders in them are searched, too. Files that are no images
-    are passed over, and a line in the log counts them; see `list_class_folder`. A root of class folders, without ``train``,
-    is a training set. Without a test and a validation folder, a part of the training set is held out
-    (``holdout_fraction``). The labels are what somebody sorted: nothing is known about the true ones, unless noise is
-    injected here.
+    Classes are the subfolders of ``root/train``, sorted by name, and are searched recursively. Other files are skipped,
+    and their number is logged; see `list_class_folder`. A root of class folders, without ``train``, is a training set.
+    Without a test and a validation folder, a fraction of the training set is held out (``holdout_fraction``). The
+    labels are those of the folders; the true labels are unknown, unless this data module injects noise.
 
     Args:
-        root: folder that holds ``train`` or class folders.
+        root: folder that contains ``train`` or class folders.
         image_size: side of the square images in pixels.
-        decode_size: side of the squares that are decoded, such as 256 for an image size of 224; None takes the image size.
+        decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: image_size is smaller than 1; later, if there are no classes, or a class has no images, or a class of
-            another split is not a training class, or a file cannot be decoded.
-        FileNotFoundError: later, if the folder does not exist or has no training set.
+        ValueError: if image_size is smaller than 1; on access, if there are no classes, a class has no images, a class
+            of another split is not a training class, or a file cannot be decoded.
+        FileNotFoundError: on access, if the folder does not exist or has no training set.
     """
 
     def __init__(
@@ -141,7 +140,7 @@ class ImageFolder(ImageFiles):
 
     @property
     def own_splits(self) -> tuple[str, ...]:
-        """``val`` and ``test``, where their folders have class folders in them."""
+        """``val`` and ``test``, if their folders contain class folders."""
         if self._own_splits is None:
             self._own_splits = tuple(
                 split
@@ -164,14 +163,14 @@ class ImageFolder(ImageFiles):
             for name in names:
                 if name not in label_of:
                     raise ValueError(
-                        f"expected the {split} classes among the {len(label_of)} training classes, got {name!r}; rename or "
+                        f"expected {split} classes among the {len(label_of)} training classes, got {name!r}; rename or "
                         f"remove {str(base / name)!r}"
                     )
                 files, others = list_class_folder(base / name)
                 if not files:
                     raise ValueError(
-                        f"expected images in the class folder {str(base / name)!r}, got none "
-                        f"({count_passed_over(others) or 'it is empty'}); add some, or remove it"
+                        f"expected images in {str(base / name)!r}, got none "
+                        f"({count_passed_over(others) or 'empty folder'}); add images, or remove the folder"
                     )
                 add_passed_over(passed_over, others)
                 found += files
@@ -180,7 +179,7 @@ class ImageFolder(ImageFiles):
         return self._made(split, found, labels, paths, count_passed_over(passed_over))
 
     def _folders(self) -> dict[str, list[Path]]:
-        """The folders of each split; a root of class folders is a training set."""
+        """Return the folders of each split; a root of class folders is a training set."""
         if self._found is None:
             parts, passed_over = split_folders(self.root)
             self._found = {"train" if split == "all" else split: bases for split, bases in parts.items()}, passed_over
@@ -188,7 +187,7 @@ class ImageFolder(ImageFiles):
 
 
 class _Files:
-    """Decodes file i when it is asked for."""
+    """Map-style data set that decodes file i on access."""
 
     def __init__(self, paths: list[Path], side: int) -> None:
         self.paths = paths
@@ -204,33 +203,35 @@ class _Files:
 def read_image(
     path: str | Path | BinaryIO, side: int, interpolation: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
 ) -> Tensor:
-    """Decodes an image file to a square RGB image; of an animation the first frame.
+    """Decode an image file, or the first frame of an animation, to a square RGB image.
 
-    Grey values of more than 8 bits are brought to 8: integers are taken to count to 65,535, or to their maximum if it
-    is larger; floating values to count to 1, 255 or 65,535, the smallest that is not exceeded, or to their maximum.
-    Negative values and NaN become black.
+    Gray values of more than 8 bits are scaled to 8 bits. The assumed range of integers is 65,535, or their maximum if
+    it is larger; that of floating-point values is the smallest of 1, 255 and 65,535 that is not exceeded, or their
+    maximum. Negative values and NaN become black.
 
     Args:
-        path: the file, or its content as a binary file object.
-        side: S, pixels of the result.
-        interpolation: of torchvision, for the resize.
+        path: path of the file, or a binary file object.
+        side: S, side of the result in pixels.
+        interpolation: torchvision interpolation mode of the resize.
 
     Returns:
-        Shape (3, S, S), uint8.
+        The image, shape (3, S, S), uint8.
 
     Raises:
-        ValueError: the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; its name is given.
+        ValueError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; the message contains the
+            path.
     """
     try:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()  # an orientation may stand behind the pixels
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose copies upright images too
+            image.load()  # orientation metadata may follow the pixel data
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose also copies upright images
             rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UNREADABLE as error:
         raise ValueError(
-            f"The image {str(path)!r} cannot be decoded ({str(error).rstrip('.')}): replace or remove the file."
+            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace "
+            "or remove the file"
         ) from error
     resized = TF.resize(rgb, [side], interpolation=interpolation, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
@@ -248,7 +249,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow itself would cut values off at 255."""
+    """Scale gray values to 8 bits; Pillow's own conversion clips at 255."""
     values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
     largest = float(values.max())
     scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)

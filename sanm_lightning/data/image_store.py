@@ -1,4 +1,4 @@
-"""The images of one split: resident on the device as bytes, or decoded by workers as they are needed."""
+"""Images of one split: resident on the device as bytes, or streamed by workers."""
 
 import contextlib
 import random
@@ -16,7 +16,7 @@ from sanm_lightning.random_streams import named_generator, named_seed
 __all__ = ["ImageDataset", "ImageStore", "Row", "RowRequest", "Transform"]
 
 Transform = Callable[[Tensor], Any]
-"""A transform of one image in torchvision's way: (3, H, W) uint8 -> (3, h, w) uint8."""
+"""A torchvision-style transform of one image: (3, H, W) uint8 -> (3, h, w) uint8."""
 
 
 class ImageDataset(Protocol):
@@ -28,38 +28,38 @@ class ImageDataset(Protocol):
 
 
 class RowRequest(NamedTuple):
-    """What a worker is asked for: the samples of one step, and which of their views it makes itself."""
+    """Request to a worker: the samples of one step, and the transforms to apply to them."""
 
     indices: Tensor
     """(B,), positions in the split; a position may occur several times."""
     transforms: tuple[tuple[Transform | None, ...], ...] = ()
-    """For each view one transform per block of the row; None is left to the device."""
+    """For each view, one transform per block of the row; None for views augmented on the device."""
     name: tuple[int, ...] = ()
-    """Names the random streams of the transforms: seed, rank, epoch, step."""
+    """Numbers that identify the random streams of the transforms: seed, rank, epoch, step."""
 
 
 class Row(NamedTuple):
-    """What a worker answers: each distinct sample decoded once."""
+    """Response of a worker: each distinct sample decoded once."""
 
     indices: Tensor
     """(B,), positions in the split."""
     images: Tensor
     """(D, 3, H, W), uint8: the distinct samples."""
     place: Tensor
-    """(B,): where in ``images`` each sample of the row is; 0 to B - 1 in a row without duplicates."""
+    """(B,): position of each sample of the row in ``images``; 0 to B - 1 in a row without duplicates."""
     views: list[Tensor]
-    """For each view, (b, 3, h, w), uint8, of the blocks that have a transform; empty where there is none."""
+    """For each view, (b, 3, h, w), uint8, of the blocks with a transform; empty if there is none."""
 
 
 class _Rows(Dataset[Row]):
-    """Serve whole rows; runs in the workers."""
+    """Data set of whole rows; runs in the workers."""
 
     def __init__(self, images: Tensor | ImageDataset, origin: Tensor) -> None:
         self.images, self.origin = images, origin
 
     def __getitem__(self, request: Any) -> Row:
         distinct, place = torch.unique(request.indices, return_inverse=True)
-        if len(distinct) == len(place):  # in the order of the row: it need not be put together on the device
+        if len(distinct) == len(place):  # in the order of the row, which avoids a gather on the device
             distinct, place = request.indices, torch.arange(len(place))
         decoded = default_collate([self.images[row] for row in self.origin[distinct].tolist()])  # into shared memory
         views = [
@@ -81,21 +81,21 @@ class _Rows(Dataset[Row]):
             if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.ndim != 3:
                 what = f"{tuple(view.shape)} of {view.dtype}" if isinstance(view, Tensor) else type(view).__name__
                 raise ValueError(
-                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; leave "
-                    "conversions to float and normalization to the network"
+                    f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; "
+                    "remove conversions to float and normalization, which the network applies"
                 )
             made.append(view)
         if len({view.shape for view in made}) > 1:
             raise ValueError(
-                f"expected views of one size from {type(transform).__name__}, got {tuple(made[0].shape)} and others; end "
-                "with a crop"
+                f"expected views of one size from {type(transform).__name__}, got {tuple(made[0].shape)} and others; "
+                "add a crop as the last transform"
             )
         return torch.stack(made)
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed the global streams of torch, numpy and random for a while, and leave them as they were."""
+    """Context manager that seeds the global streams of torch, numpy and random, and restores them at exit."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)
     np.random.seed(seed)
@@ -109,14 +109,14 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class ImageStore:
-    """The images of one split.
+    """Images of one split.
 
     Args:
-        images: of the original set, shape (N, 3, H, W), uint8, or a data set that decodes them.
+        images: images of the original set, shape (N, 3, H, W), uint8, or a data set that decodes them.
         origin: position of each sample of the split in the original set, shape (n,).
         size: H, W of a decoded image in pixels.
         resident_bytes: images that take more bytes are streamed.
-        num_workers: worker processes that decode.
+        num_workers: number of worker processes that decode images.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ImageStore:
         self.num_workers = num_workers
         self.rows = _Rows(images, origin)
         self.resident: Tensor | None = None
-        """(n, 3, H, W), uint8, or None where the images are streamed."""
+        """(n, 3, H, W), uint8; None if the images are streamed."""
         self._on_device: dict[torch.device, Tensor] = {}
         if len(origin) * 3 * size[0] * size[1] > resident_bytes:
             return
@@ -143,19 +143,19 @@ class ImageStore:
                 self.resident[index] = row.images
 
     def decode(self, requests: list[RowRequest], seed: int = 0) -> Iterator[Row]:
-        """Serve rows in order, decoded by the workers."""
+        """Iterate over rows in order, decoded by the workers."""
         loader = DataLoader(
             self.rows,
             batch_size=None,
-            sampler=requests,  # type: ignore[arg-type]  # anything with a length that can be walked
+            sampler=requests,  # type: ignore[arg-type]  # any sized iterable
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=named_generator("workers", seed),  # or every epoch would draw from the global stream
+            generator=named_generator("workers", seed),  # otherwise every epoch uses the global stream
         )
         return iter(cast(Any, loader))
 
     def on_device(self, device: torch.device) -> Tensor | None:
-        """Return the resident images on a device, moved once; None where the images are streamed."""
+        """Return the resident images on a device, moved once; None if the images are streamed."""
         if self.resident is None:
             return None
         if device not in self._on_device:
@@ -163,7 +163,7 @@ class ImageStore:
         return self._on_device[device]
 
     def look_up(self, index: Tensor) -> Tensor:
-        """Return the images of a split's positions (B,), uint8, on their device; streamed ones are decoded in this process."""
+        """Return images by position (B,), uint8, on the device of ``index``; streamed images are decoded here."""
         resident = self.on_device(index.device)
         if resident is not None:
             return select_rows(resident, index)

@@ -1,4 +1,4 @@
-"""Label files whose rows say which sample they belong to, by path or by index, and which samples to drop."""
+"""Label files with one row per sample, identified by path or index, and samples to drop."""
 
 import csv
 import posixpath
@@ -17,17 +17,17 @@ from sanm_lightning.data.label_files import read_labels
 __all__ = ["FileLabels", "read_label_file"]
 
 LABEL_COLUMNS = ("new_label", "label", "labels")
-"""Names of the label column, the first that is there, where no key is given."""
+"""Names of the label column in order of precedence, without a key."""
 VERDICTS = {"1": True, "true": True, "yes": True, "drop": True, "0": False, "false": False, "no": False, "": False}
-"""What a cell of the column ``drop`` means."""
+"""Values of the cells of the column ``drop``."""
 
 
 class FileLabels(NamedTuple):
-    """What a label file says about a training set of N samples.
+    """Labels from a file for a training set of N samples.
 
     Attributes:
-        labels: class indices, shape (N,), int64; of a dropped sample without a label the given one.
-        kept: False for samples that are to leave the training set, shape (N,), bool.
+        labels: class indices, shape (N,), int64; the given label for dropped samples without a label.
+        kept: False for samples to drop from the training set, shape (N,), bool.
     """
 
     labels: Tensor
@@ -49,24 +49,26 @@ def read_label_file(
     other_paths: Collection[str] = (),
     key: str | None = None,
 ) -> FileLabels:
-    """Read labels of a training set.
+    """Read the labels of a training set.
 
-    A ``.csv`` file with a column ``path`` or ``index``, and a ``.npz`` file with an array ``paths`` or ``index``, has one row
-    per sample, in any order. Labels are class names or, where all of them are numbers and the classes have other names, class
-    indices; in a ``.npz`` file with ``class_names``, indices of those. A column ``drop`` (1 or 0) takes samples out of the
-    training set. Any other file has the labels of all samples in their order; see :func:`read_labels`.
+    A ``.csv`` file with a column ``path`` or ``index``, and a ``.npz`` file with an array ``paths`` or ``index``, has
+    one row per sample, in any order. Labels are class names or, if all labels are numbers and the classes have other
+    names, class indices; in a ``.npz`` file with ``class_names``, indices of these names. A column ``drop`` (1 or 0)
+    drops samples from the training set. Any other file contains the labels of all samples in their order; see
+    :func:`read_labels`.
 
     Args:
-        path: the file.
+        path: path of the file.
         labels: given labels, shape (N,), int64.
         class_names: C names in the order of the class indices.
-        paths: path of each sample, as the file has them; None where there are no files.
-        other_paths: paths of samples of other splits, whose rows are passed over.
-        key: name of the label column or array; by default the first of ``new_label``, ``label``, ``labels``.
+        paths: path of each sample, as in the file; None without files.
+        other_paths: paths of samples of other splits, whose rows are ignored.
+        key: name of the label column or array; default: the first of ``new_label``, ``label``, ``labels``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read; rows are missing, duplicated or of unknown samples; or a label is no class.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read, rows are missing, duplicated or of unknown samples, or a label is not a
+            class.
     """
     path = Path(path)
     rows = None
@@ -75,10 +77,10 @@ def read_label_file(
             rows = READERS[path.suffix](path, key, paths is not None, real_names(class_names) is not None)
         except _ClearError:
             raise
-        except Exception as error:  # numpy and csv fail in many ways on a damaged file
+        except Exception as error:  # numpy and csv raise various exceptions for damaged files
             reason = str(error).split(".")[0]
             raise ValueError(
-                f"expected a label file in {str(path)!r}, which cannot be read ({reason}); mend it"
+                f"expected a readable label file, got {str(path)!r}, which cannot be read ({reason}); save it again"
             ) from error
     if rows is None:
         return FileLabels(
@@ -86,7 +88,7 @@ def read_label_file(
         )
     if rows.by_path and paths is None:
         raise ValueError(
-            f"expected a column 'index' in {str(path)!r}, got 'path' for a data set without files; number the samples"
+            f"expected a column 'index' in {str(path)!r}, got 'path' for a data set without files; use indices"
         )
     where = _samples(path, rows, len(labels), paths, set(other_paths))
     order = torch.tensor([sample for sample in where if sample is not None])
@@ -98,12 +100,14 @@ def read_label_file(
     values = torch.tensor([-1 if number is None else number for number in found])
     new[order] = torch.where(values < 0, labels[order], values)
     if not kept.any():
-        raise ValueError(f"expected samples to train on in {str(path)!r}, got all {len(labels)} dropped; keep some")
+        raise ValueError(
+            f"expected samples to train on in {str(path)!r}, got all {len(labels)} dropped; keep at least one"
+        )
     return FileLabels(new, kept)
 
 
 class _ClearError(ValueError):
-    """A sentence meant for the user, not to be wrapped again."""
+    """Error with a complete message, which is raised unchanged."""
 
 
 def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
@@ -116,7 +120,7 @@ def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
     bad = next((number for number, row in enumerate(table) if len(row) != len(header)), None)
     if bad is not None:
         raise _ClearError(
-            f"expected {len(header)} columns in {str(path)!r}, got {len(table[bad])} in row {bad}; mend it"
+            f"expected {len(header)} columns in {str(path)!r}, got {len(table[bad])} in row {bad}; correct it"
         )
     sample = "path" if by_path else "index"
     others = [name for name in header if name not in (sample, "drop")]
@@ -139,7 +143,9 @@ def _npz_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
         own = arrays["class_names"].tolist() if "class_names" in names else []
     sizes = {len(samples), len(values), len(drops) or len(samples)}
     if values.ndim != 1 or len(sizes) > 1:
-        raise _ClearError(f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; mend it")
+        raise _ClearError(
+            f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; correct it"
+        )
     if values.dtype.kind in "iuf" and np.array_equal(values, values.round()):
         values = values.astype(np.int64)
         if named and real_names(own) and len(values) and values.min() >= 0 and values.max() < len(own):
@@ -151,7 +157,7 @@ READERS = {".csv": _csv_rows, ".npz": _npz_rows}
 
 
 def _label_name(path: Path, names: list[str], others: list[str], key: str | None) -> str:
-    """Return the name of the label column: the key, a usual name, or the only other column."""
+    """Return the name of the label column: the key, a default name, or the only other column."""
     if key is None:
         usual = [name for name in LABEL_COLUMNS if name in names]
         candidates = usual[:1] or (others if len(others) == 1 else [])
@@ -160,13 +166,13 @@ def _label_name(path: Path, names: list[str], others: list[str], key: str | None
     if not candidates:
         wanted = f"one of {', '.join(LABEL_COLUMNS)}" if key is None else repr(key)
         raise _ClearError(
-            f"expected labels under {wanted} in {str(path)!r}, got {', '.join(names)}; name one as the noise's key"
+            f"expected labels under {wanted} in {str(path)!r}, got {', '.join(names)}; set the key of the noise to one of them"
         )
     return candidates[0]
 
 
 def _forms(cell: str) -> tuple[str, ...]:
-    """A cell as it is, without the apostrophe that guards it in spreadsheets, without blanks, as a whole number."""
+    """Return the variants of a cell: unchanged, without the spreadsheet escape, stripped, and as a whole number."""
     guarded = cell[1:] if re.match(r"'+[=+\-@\t\r]", cell) else cell
     bare = cell.strip()
     return cell, guarded, bare, bare.removesuffix(".0") if re.fullmatch(r"\d+\.0", bare) else bare
@@ -177,7 +183,7 @@ def _look_up(cell: str, known: Mapping[str, int]) -> int | None:
 
 
 def _samples(path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, others: set[str]) -> list[int | None]:
-    """Return the position of each row's sample; None for rows of other splits."""
+    """Return the position of the sample of each row; None for rows of other splits."""
     names = [str(number) for number in range(size)] if not rows.by_path or paths is None else paths
     known = {name: number for number, name in enumerate(names)}
     where: list[int | None] = []
@@ -200,7 +206,7 @@ def _samples(path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, ot
     if faults:
         raise ValueError(
             f"expected one row for each of the {size} training samples in {str(path)!r}, got rows that are "
-            f"{', '.join(faults)}; check that the file belongs to this data set"
+            f"{', '.join(faults)}; use a label file of this data set"
         )
     return where
 
@@ -209,7 +215,8 @@ def _dropped(path: Path, cells: list[str]) -> list[bool]:
     bad = [cell for cell in cells if cell.strip().lower() not in VERDICTS]
     if bad:
         raise ValueError(
-            f"expected 0 or 1 in the column 'drop' of {str(path)!r}, got {len(bad)} others, such as {bad[0]!r}; mend them"
+            f"expected 0 or 1 in the column 'drop' of {str(path)!r}, got {len(bad)} others, such as {bad[0]!r}; correct "
+            "them"
         )
     return [VERDICTS[cell.strip().lower()] for cell in cells]
 
@@ -217,7 +224,7 @@ def _dropped(path: Path, cells: list[str]) -> list[bool]:
 def _classes(path: Path, cells: list[str], dropped: list[bool], class_names: Sequence[str]) -> list[int | None]:
     """Return the class index of each row; None for dropped rows without a class."""
     tables = [{name: number for number, name in enumerate(class_names)}]
-    if not all(re.fullmatch(r"[+-]?\d+", name) for name in class_names):  # numbers as names are never indices
+    if not all(re.fullmatch(r"[+-]?\d+", name) for name in class_names):  # numeric names are not interpreted as indices
         tables.append({str(number): number for number in range(len(class_names))})
     found: list[int | None] = []
     bad: list[list[str]] = []
@@ -232,6 +239,6 @@ def _classes(path: Path, cells: list[str], dropped: list[bool], class_names: Seq
     examples = ", ".join(map(repr, list(dict.fromkeys(unknown))[:3]))
     some = ", ".join(class_names[:5]) + (", ..." if len(class_names) > 5 else "")
     raise ValueError(
-        f"expected labels among the {len(class_names)} classes ({some}) in {str(path)!r}, got {len(unknown)} others, such as "
-        f"{examples}; correct them, or drop the rows"
+        f"expected labels among the {len(class_names)} classes ({some}) in {str(path)!r}, got {len(unknown)} others, "
+        f"such as {examples}; correct them, or drop the rows"
     )

@@ -1,4 +1,4 @@
-"""The labels of a training set: subset, noise, validation split. Pure: no images, no trainer."""
+"""Labels of a training set: subset, noise, validation split. Independent of images and trainer."""
 
 import zlib
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class LabelTable(NamedTuple):
 
     Attributes:
         labels: given labels, shape (n,), int64.
-        true_labels: right labels, shape (n,), int64; None where they are not known.
+        true_labels: true labels, shape (n,), int64; None if unknown.
         origin: position of each sample in the original set, shape (n,), int64.
     """
 
@@ -33,24 +33,24 @@ class LabelTable(NamedTuple):
 
     @property
     def noise_rate(self) -> float | None:
-        """Fraction of the given labels that are wrong, in [0, 1]; None where true labels are not known."""
+        """Fraction of the given labels that are wrong, in [0, 1]; None if the true labels are unknown."""
         if self.true_labels is None:
             return None
         return (self.labels != self.true_labels).double().mean().item()
 
     def check_sum(self) -> int:
-        """Return a check sum of labels and samples."""
+        """Return a checksum of labels and sample positions."""
         return zlib.crc32(torch.stack([self.labels, self.origin]).numpy().tobytes())
 
 
 def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> Tensor:
-    """Choose samples at random, as many of each class as there are, or as many as of the others.
+    """Choose a random subset with equal class sizes; classes with too few samples are included completely.
 
     Args:
         labels: shape (N,), int64.
         size: n, from the number of classes to N.
-        num_classes: C.
-        seed: of the choice.
+        num_classes: C, number of classes.
+        seed: random seed.
 
     Returns:
         Positions, shape (n,), sorted.
@@ -60,11 +60,11 @@ def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> T
     """
     if not num_classes <= size <= len(labels):
         raise ValueError(
-            f"expected max_train_samples from {num_classes}, the number of classes, to {len(labels)}, the size of the training "
-            f"set, got {size}; choose one in between, or null for the whole set"
+            f"expected max_train_samples from {num_classes}, the number of classes, to {len(labels)}, the size of the "
+            f"training set, got {size}; choose a number in this range, or null for the whole set"
         )
     order = torch.randperm(len(labels), generator=named_generator("subset", seed))
-    # Number the samples of each class in random order, and take all the firsts, all the seconds, and so on.
+    # Rank the samples of each class in random order, and take all samples of rank 0, then of rank 1, and so on.
     by_class = order[labels[order].argsort(stable=True)]
     counts = labels.bincount(minlength=num_classes)
     number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
@@ -74,21 +74,21 @@ def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> T
 
 
 def stratified_hold_out(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Choose samples at random to hold out, as large a fraction of each class as of the others; one of each class stays.
+    """Choose random samples to hold out, with equal fractions of all classes; at least one sample per class is kept.
 
     Args:
         labels: shape (N,), int64.
-        size: samples to hold out, 0 to N; fewer are where the classes are too small.
-        seed: of the choice.
+        size: number of samples to hold out, 0 to N; fewer are held out if the classes are too small.
+        seed: random seed.
 
     Returns:
-        Whether a sample is held out, shape (N,), bool.
+        Mask of the held-out samples, shape (N,), bool.
     """
     order = torch.randperm(len(labels), generator=named_generator("split", seed))
     by_class = order[labels[order].argsort(stable=True)]
     counts = labels.bincount()
     number = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    # The k-th sample of n comes at (k + 1/2) / n of its class, and the last one never.
+    # Rank sample k of a class of n samples by (k + 1/2) / n; the last sample of each class is never held out.
     turn = (number + 0.5) / counts[labels[by_class]]
     turn[number == counts[labels[by_class]] - 1] = torch.inf
     free = int(turn.isfinite().sum())
@@ -109,19 +109,22 @@ def label_tables(
     file: FileLabels | None = None,
     least: int = 0,
 ) -> dict[str, LabelTable]:
-    """Make the labels of the training split, and of the validation split if one is held out.
+    """Create the labels of the training split, and of the validation split if one is held out.
 
     Args:
-        labels: of the original set, shape (N,), int64.
-        num_classes: C.
-        seed: of subset, split and (unless it has its own) noise.
-        noise: what is done to the labels.
-        max_train_samples: size of a class-balanced subset; None takes everything.
+        labels: labels of the original set, shape (N,), int64.
+        num_classes: C, number of classes.
+        seed: seed of subset and split, and of noise without a ``seed``.
+        noise: label noise.
+        max_train_samples: size of a class-balanced subset; None uses all samples.
         val_fraction: fraction that is held out with its noisy labels, in [0, 1).
-        curated: whether the labels of the original set are known to be right.
-        images: decodes the images of positions, for noise that depends on them; called by that noise only.
-        file: labels that were read from a file, and which samples it keeps; in place of the noise.
-        least: samples to hold out at least.
+        curated: whether the labels of the original set are known to be correct.
+        images: function that decodes the images at given positions; called by instance-dependent noise only.
+        file: labels and kept samples from a label file, which replace the noise.
+        least: minimum number of held-out samples.
+
+    Returns:
+        The tables by split name.
 
     Raises:
         ValueError: if a split would be empty, or an argument is out of its range.
@@ -131,7 +134,7 @@ def label_tables(
     kept = torch.arange(len(labels)) if file is None else file.kept.nonzero().flatten()
     if max_train_samples is not None:
         kept = kept[balanced_subset(labels[kept], max_train_samples, num_classes, seed)]
-    if file is not None:  # it holds the labels of the whole original set
+    if file is not None:  # a file contains the labels of the whole original set
         given = file.labels[kept]
     else:
         given = noise.apply(labels[kept], num_classes, seed, None if images is None else partial(images, kept))
@@ -145,11 +148,10 @@ def label_tables(
         held = torch.zeros(len(kept), dtype=torch.bool)
     if val_fraction > 0 and not 0 < held_out < len(kept):
         raise ValueError(
-            f"expected a fraction to hold out that leaves samples in both splits, got {val_fraction}, which leaves {held_out} "
-            f"for validation and {len(kept) - held_out} for training out of {len(kept)}; change val_fraction or "
-            "holdout_fraction"
+            f"expected a held-out fraction with samples in both splits, got {val_fraction}, which gives {held_out} samples "
+            f"for validation and {len(kept) - held_out} for training; choose another val_fraction or holdout_fraction"
         )
-    # Sorted, so that without a validation split index i is image i of the data set.
+    # Sorted: without a subset and a validation split, index i is image i of the data set.
     rows = {"train": (~held).nonzero().flatten()}
     if held_out:
         rows["val"] = held.nonzero().flatten()
@@ -165,15 +167,15 @@ def save_label_table(
     seed: int,
     paths: list[str] | None = None,
 ) -> None:
-    """Write a label table to a ``.npz`` file, completely or not at all.
+    """Write a label table to a ``.npz`` file, atomically.
 
     Raises:
-        ValueError: if the name does not end in ``.npz``.
-        OSError: if the file cannot be written; what was there before is untouched.
+        ValueError: if the extension is not ``.npz``.
+        OSError: if the file cannot be written; a previous file is kept.
     """
     path = Path(path)
     if path.suffix != ".npz":
-        raise ValueError(f"expected a label file that ends in .npz, got {str(path)!r}; rename it")
+        raise ValueError(f"expected a label file with extension .npz, got {str(path)!r}; rename it")
     arrays: dict[str, Any] = {
         "labels": table.labels.numpy(),
         "index": table.origin.numpy(),

@@ -1,9 +1,9 @@
-"""Label noise: what is done to the labels of a training set, from a seed or from a file.
+"""Label noise for training sets, generated from a seed or read from a file.
 
-Every function takes labels of shape (N,), int64, and returns a new tensor of the same shape; the input is never written
-to. All of them choose **exactly** ``round(rate * N)`` samples, so that a rate is met and not only expected. Which
-published methods use which kind is not uniform, and the two symmetric kinds differ by a factor (C - 1) / C in the share
-of labels that are wrong: say which one a number belongs to.
+Every function takes labels of shape (N,), int64, and returns a new tensor of the same shape; the input is not modified.
+All functions select **exactly** ``round(rate * N)`` samples, so the rate is exact and not an expectation. Published
+methods use different kinds, and the two symmetric kinds differ by a factor (C - 1) / C in the fraction of wrong labels:
+report the kind together with the rate.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -35,8 +35,8 @@ NoiseKind = Literal["none", "symmetric", "symmetric_exclusive", "asymmetric", "p
 # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse (Patrini et al., CVPR 2017).
 CIFAR10_MAP: dict[int, int] = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
 
-# Fine classes of each super-class (Krizhevsky, 2009). Fine ids are the alphabetical ranks of these names, so the
-# classes of one super-class are NOT five consecutive ids.
+# Fine classes of each superclass (Krizhevsky, 2009). Fine ids are the alphabetical ranks of these names, so the
+# classes of one superclass are NOT five consecutive ids.
 CIFAR100_SUPERCLASSES: dict[str, tuple[str, ...]] = {
     "aquatic_mammals": ("beaver", "dolphin", "otter", "seal", "whale"),
     "fish": ("aquarium_fish", "flatfish", "ray", "shark", "trout"),
@@ -62,10 +62,10 @@ CIFAR100_SUPERCLASSES: dict[str, tuple[str, ...]] = {
 
 
 def cifar100_superclass_map() -> dict[int, int]:
-    """Next class inside the true super-class of CIFAR-100, members ordered by fine id, the last to the first.
+    """Return a map from each class to the next class of its CIFAR-100 superclass, cyclic and ordered by fine id.
 
     Returns:
-        A map of all 100 fine ids to another fine id of the same super-class.
+        A map of all 100 fine ids to another fine id of the same superclass.
     """
     fine_id = {name: i for i, name in enumerate(sorted(n for names in CIFAR100_SUPERCLASSES.values() for n in names))}
     mapping: dict[int, int] = {}
@@ -82,33 +82,36 @@ _MAPS: dict[str, Callable[[], dict[int, int]]] = {
 
 
 def class_map(name: str) -> dict[int, int]:
-    """The class-to-class map of a name: ``cifar10`` or ``cifar100_superclass``.
+    """Return the class-to-class map ``cifar10`` or ``cifar100_superclass``.
 
     Raises:
-        ValueError: no map has this name.
+        ValueError: if the name is unknown.
     """
     if name not in _MAPS:
-        raise ValueError(f"The noise mapping {name!r} is unknown: choose one of {sorted(_MAPS)}, or give a map of ids.")
+        raise ValueError(
+            f"expected a noise mapping among {sorted(_MAPS)}, got {name!r}; choose one of them, or use a map of class "
+            "ids"
+        )
     return _MAPS[name]()
 
 
 def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Symmetric noise that **may keep** the label: a uniform draw over all C classes for ``round(rate * N)`` samples.
+    """Apply symmetric noise that **may keep** the label: ``round(rate * N)`` labels are sampled from all C classes.
 
-    The definition of DivideMix (Li et al., ICLR 2020) and of the methods that follow it. The share of wrong labels is
-    about ``rate * (C - 1) / C``, less than asked.
+    This is the definition of DivideMix (Li et al., ICLR 2020) and the methods based on it. The fraction of wrong labels
+    is about ``rate * (C - 1) / C``, lower than the requested rate.
 
     Args:
         labels: shape (N,), int64, in [0, C).
-        rate: share of samples that are drawn anew, in [0, 1].
+        rate: fraction of samples with a resampled label, in [0, 1].
         num_classes: C.
-        generator: source of all randomness.
+        generator: random generator.
 
     Returns:
         Noisy labels, shape (N,), int64.
 
     Raises:
-        ValueError: labels or rate are not as described.
+        ValueError: if labels or rate are invalid.
     """
     chosen = _choose(labels, rate, num_classes, generator)
     drawn = torch.randint(num_classes, (len(chosen),), generator=generator, device=generator.device)
@@ -116,14 +119,14 @@ def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Ge
 
 
 def symmetric_exclusive(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Symmetric noise that **always flips**: a uniform draw over the other C - 1 classes, ``round(rate * N)`` times.
+    """Apply symmetric noise that **always flips**: ``round(rate * N)`` labels are sampled from the other C - 1 classes.
 
-    The definition of Co-teaching (Han et al., NeurIPS 2018). The share of wrong labels is the rate that was asked for.
-    Arguments, result and errors as for `symmetric`; a single class cannot be flipped and raises ValueError.
+    This is the definition of Co-teaching (Han et al., NeurIPS 2018). The fraction of wrong labels is the requested
+    rate. Arguments, return value and errors as for `symmetric`; fewer than two classes raise ValueError.
     """
     chosen = _choose(labels, rate, num_classes, generator)
     if num_classes < 2:
-        raise ValueError(f"A label can flip to another class only with 2 or more classes, got {num_classes}: use more.")
+        raise ValueError(f"expected 2 or more classes for noise that flips labels, got {num_classes}; use other noise")
     step = torch.randint(1, num_classes, (len(chosen),), generator=generator, device=generator.device)
     return _replaced(labels, chosen, (labels[chosen] + step.to(labels.device)) % num_classes)
 
@@ -131,31 +134,31 @@ def symmetric_exclusive(labels: Tensor, rate: float, num_classes: int, generator
 def asymmetric(
     labels: Tensor, rate: float, num_classes: int, generator: torch.Generator, mapping: Mapping[int, int]
 ) -> Tensor:
-    """Asymmetric noise: ``round(rate * N)`` samples of **all** classes are sent through a class-to-class map.
+    """Apply asymmetric noise: a class-to-class map is applied to ``round(rate * N)`` samples of **all** classes.
 
-    Classes that are not in the map keep their label, so the share of wrong labels is the rate times the share of mapped
-    classes (half the rate for balanced CIFAR-10). All labels are read before any is written: a cat that became a dog is
-    not a candidate for the way back. Class by class in place, as in some released code, would be another noise.
+    Classes that are not in the map keep their label, so the fraction of wrong labels is the rate times the fraction of
+    samples in mapped classes (half the rate for balanced CIFAR-10). The map is applied to the original labels: a cat
+    relabeled as dog is not mapped back. Some released code maps class by class in place, which gives different noise.
 
     Args:
         labels: shape (N,), int64, in [0, C).
-        rate: share of samples that are sent through the map, in [0, 1].
+        rate: fraction of samples that the map is applied to, in [0, 1].
         num_classes: C.
-        generator: source of all randomness.
-        mapping: from class to class, both in [0, C).
+        generator: random generator.
+        mapping: map from class to class, both in [0, C).
 
     Returns:
         Noisy labels, shape (N,), int64.
 
     Raises:
-        ValueError: labels, rate or map are not as described.
+        ValueError: if labels, rate or map are invalid.
     """
     chosen = _choose(labels, rate, num_classes, generator)
     outside = sorted(c for c in {*mapping.keys(), *mapping.values()} if not 0 <= c < num_classes)
     if outside:
         raise ValueError(
-            f"The noise mapping names classes {outside[:5]}, but there are only {num_classes} classes (0 to "
-            f"{num_classes - 1}): choose a mapping for this data set."
+            f"expected a noise mapping of classes in 0 to {num_classes - 1}, got classes {outside[:5]}; choose a "
+            "mapping for this data set"
         )
     table = torch.arange(num_classes, device=labels.device)
     table[list(mapping.keys())] = torch.tensor(list(mapping.values()), dtype=torch.int64, device=labels.device)
@@ -163,20 +166,18 @@ def asymmetric(
 
 
 def pair_flip(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Pair noise: ``round(rate * N)`` samples move from class i to class (i + 1) mod C (Han et al., NeurIPS 2018).
+    """Apply pair noise: ``round(rate * N)`` labels change from i to (i + 1) mod C (Han et al., NeurIPS 2018).
 
-    Arguments, result and errors as for `symmetric_exclusive`; the share of wrong labels is the rate.
+    Arguments, return value and errors as for `symmetric_exclusive`; the fraction of wrong labels is the rate.
     """
     chosen = _choose(labels, rate, num_classes, generator)
     if num_classes < 2:
-        raise ValueError(
-            f"A label can flip to the next class only with 2 or more of them, got {num_classes}: use more."
-        )
+        raise ValueError(f"expected 2 or more classes for noise that flips labels, got {num_classes}; use other noise")
     return _replaced(labels, chosen, (labels[chosen] + 1) % num_classes)
 
 
 def _choose(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Indices of exactly ``round(rate * N)`` random samples, after a check of the arguments."""
+    """Return the indices of exactly ``round(rate * N)`` random samples, after a check of the arguments."""
     _check_labels(labels, num_classes, "labels")
     _check_rate(rate)
     order = torch.randperm(len(labels), generator=generator, device=generator.device)
@@ -191,38 +192,38 @@ def _replaced(labels: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
 
 def _check_rate(rate: float) -> None:
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise ValueError(f"The noise rate must be a share in [0, 1], got {rate!r}: write 0.5 for half of the samples.")
+        raise ValueError(f"expected a noise rate in [0, 1], got {rate!r}; use 0.5 for half of the samples")
 
 
 def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     if labels.dim() != 1 or labels.dtype != torch.int64:
         raise ValueError(
-            f"The {what} must be a tensor of shape (N,) and type int64, got shape {tuple(labels.shape)} and type "
-            f"{labels.dtype}: give one class index per sample."
+            f"expected {what} of shape (N,) and type int64, got shape {tuple(labels.shape)} and type {labels.dtype}; "
+            "use one class index per sample"
         )
     if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ValueError(
-            f"The {what} must lie in 0 to {num_classes - 1}, got values from {int(labels.min())} to "
-            f"{int(labels.max())}: number the classes from 0 and check the number of classes."
+            f"expected {what} in 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}; number the "
+            "classes from 0 and check the number of classes"
         )
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What is done to the training labels. By default nothing.
+    """Noise of the training labels. Default: none.
 
     Args:
         kind: ``none``; ``symmetric`` (uniform over all classes, may keep the label); ``symmetric_exclusive`` (always
-            another class); ``asymmetric`` (through a class map); ``pair`` (to the next class); ``file`` (labels read
-            from a file that covers the whole original training set).
-        rate: share of the training samples that is treated, in [0, 1]; not used by ``none`` and ``file``.
+            another class); ``asymmetric`` (class map); ``pair`` (next class); ``file`` (labels read from a file for the
+            whole original training set).
+        rate: fraction of the training samples that is selected, in [0, 1]; not used by ``none`` and ``file``.
         mapping: for ``asymmetric``: ``cifar10``, ``cifar100_superclass`` or a map from class index to class index.
         path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_label_file` and `read_labels`.
-        key: for ``file``: name of the array or column, where there are several.
-        seed: seed of the noise alone; by default the seed of the data module.
+        key: for ``file``: name of the array or column, if there are several.
+        seed: seed of the noise; default: the seed of the data module.
 
     Raises:
-        ValueError: a part is missing, unknown or out of range.
+        ValueError: if an argument is missing, unknown or out of range.
     """
 
     kind: NoiseKind = "none"
@@ -235,30 +236,32 @@ class Noise:
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
         if self.kind not in kinds:
-            raise ValueError(f"The noise kind {self.kind!r} is unknown: choose one of {list(kinds)}.")
+            raise ValueError(f"expected a noise kind among {list(kinds)}, got {self.kind!r}; choose one of them")
         _check_rate(self.rate)
         if self.kind in ("none", "file") and self.rate:
             raise ValueError(
-                f"Noise of kind {self.kind!r} has no rate, got {self.rate}: leave the rate out, or choose a kind that "
-                "has one, such as 'symmetric'."
+                f"expected no rate for noise of kind {self.kind!r}, got {self.rate}; omit the rate, or choose a kind "
+                "with a rate, such as 'symmetric'"
             )
         if self.kind == "asymmetric" and not self.mapping:
             raise ValueError(
-                f"Noise of kind 'asymmetric' needs a mapping, got {self.mapping!r}: give one of {sorted(_MAPS)} or a "
-                "map of class ids."
+                f"expected a mapping for noise of kind 'asymmetric', got {self.mapping!r}; choose one of "
+                f"{sorted(_MAPS)}, or use a map of class ids"
             )
         if self.kind == "file" and not self.path:
-            raise ValueError(f"Noise of kind 'file' needs the path of a label file, got {self.path!r}: give a path.")
+            raise ValueError(
+                f"expected the path of a label file for noise of kind 'file', got {self.path!r}; set noise.path"
+            )
         if isinstance(self.mapping, str):
             class_map(self.mapping)
         if self.seed is not None and self.seed < 0:
-            raise ValueError(f"The seed of the noise must be 0 or more, got {self.seed}: choose another, such as 0.")
+            raise ValueError(f"expected a noise seed of 0 or more, got {self.seed}; choose another, such as 0")
 
     def build(self, num_classes: int) -> "LabelNoise":
-        """Return the noise of this kind for C classes, as a callable (labels, generator, images=None) -> labels.
+        """Create the noise of this kind for C classes, as a callable (labels, generator, images=None) -> labels.
 
         Args:
-            num_classes: C.
+            num_classes: C, number of classes.
         """
         match self.kind:
             case "symmetric":
@@ -281,28 +284,29 @@ class Noise:
         paths: Sequence[str] | None = None,
         other_paths: Collection[str] = (),
     ) -> FileLabels | None:
-        """Return the labels of the file, and which samples it keeps; None where the noise is of another kind.
+        """Read the labels and the kept samples from the file; return None for other kinds of noise.
 
-        Arguments and errors as for :func:`~sanm_lightning.data.label_rows.read_label_file`.
+        For arguments and errors see :func:`~sanm_lightning.data.label_rows.read_label_file`.
         """
         if self.kind != "file" or self.path is None:
             return None
         return read_label_file(self.path, labels, class_names, paths, other_paths, self.key)
 
     def apply(self, labels: Tensor, num_classes: int, seed: int, images: Any = None) -> Tensor:
-        """Return noisy labels: the same for the same labels, noise and seed, on every machine and process.
+        """Apply the noise; the result is deterministic for given labels, noise and seed.
 
         Args:
             labels: shape (N,), int64, in [0, C).
-            num_classes: C.
-            seed: used where the noise has no seed of its own.
-            images: of the samples, or a callable that gives them, for noise that depends on them.
+            num_classes: C, number of classes.
+            seed: seed to use if the noise has no ``seed``.
+            images: images of the samples, or a callable that returns them, for instance-dependent noise.
 
         Returns:
-            A new tensor, shape (N,), int64.
+            Noisy labels, shape (N,), int64.
 
         Raises:
-            ValueError, FileNotFoundError: as the function of this kind.
+            ValueError: if labels, rate, mapping or file are invalid.
+            FileNotFoundError: if the label file does not exist.
         """
         _check_labels(labels, num_classes, "labels")
         generator = named_generator("noise", seed if self.seed is None else self.seed)
@@ -310,14 +314,14 @@ class Noise:
 
 
 class LabelNoise(Protocol):
-    """A kind of noise: given labels (N,), a generator and, if need be, images, it returns new labels (N,)."""
+    """Label noise: a callable of labels (N,), a generator and optional images that returns new labels (N,)."""
 
     def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class NoNoise:
-    """Labels as they are."""
+    """No noise: labels are unchanged."""
 
     def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
         """Return a copy of the labels."""
@@ -350,7 +354,7 @@ class SymmetricExclusive:
 
 @dataclass(frozen=True)
 class Asymmetric:
-    """Noise of :func:`asymmetric`, through a map from class to class."""
+    """Noise of :func:`asymmetric`, with a map from class to class."""
 
     rate: float
     num_classes: int
@@ -375,12 +379,12 @@ class PairFlip:
 
 @dataclass(frozen=True)
 class FromFile:
-    """Labels of :func:`read_labels`, in place of the given ones."""
+    """Labels of :func:`read_labels`, which replace the given labels."""
 
     path: str
     num_classes: int
     key: str | None = None
 
     def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return the labels in the file."""
+        """Return the labels of the file."""
         return read_labels(self.path, len(labels), self.num_classes, self.key).to(labels.device)

@@ -1,11 +1,13 @@
-"""Image operations on a whole batch of bytes, each image with a strength of its own, on any device.
+"""Image operations on batches of uint8 images with one strength per image, on any device.
 
-Each equals the function of ``torchvision.transforms.v2.functional`` with the same name, image by image: the same rounding, and
-for what moves pixels the nearest one. Strengths are float32 tensors (B,); no function waits for the device.
+Each operation equals the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image,
+with the same rounding, and nearest-neighbor interpolation for geometric operations. Strengths are float32 tensors (B,).
+No function synchronizes with the device.
 
-There are three kinds. What changes a byte by its value alone makes a table of 256 values for each image and channel, and one
-look-up serves all such operations of a batch. What moves pixels makes a matrix for each image, and one resampling serves all.
-The others (:data:`NEIGHBOURS`) look at neighbours or at other channels.
+There are three kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel;
+one look-up applies all pointwise operations of a batch. Geometric operations (:data:`MOVES`) return a matrix for each
+image; one resampling applies all of them. The others (:data:`NEIGHBORS`) depend on neighboring pixels or other
+channels.
 """
 
 import math
@@ -19,6 +21,7 @@ from sanm_lightning.data.views import CropFlip
 
 __all__ = [
     "MOVES",
+    "NEIGHBORS",
     "NEIGHBOURS",
     "OPERATIONS",
     "TABLES",
@@ -44,24 +47,24 @@ def _each(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Bytes (B, 3, H, W) -> luma (B, 1, H, W), float32, whole numbers."""
+def _gray(images: Tensor) -> Tensor:
+    """Convert bytes (B, 3, H, W) to luma (B, 1, H, W), float32, whole numbers."""
     red, green, blue = images.float().split(1, dim=1)
     luma: Tensor = 0.2989 * red + 0.587 * green + 0.114 * blue
     return luma.floor_()
 
 
 def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """Return other + factor (images - other), cut off at 0 and 255, as bytes."""
-    share = _each(factor)
-    return (images * share).add_(other * (1 - share)).clamp_(0, 255).to(torch.uint8)
+    """Return other + factor (images - other), clamped to [0, 255], as bytes."""
+    weight = _each(factor)
+    return (images * weight).add_(other * (1 - weight)).clamp_(0, 255).to(torch.uint8)
 
 
-# By value alone: tables of bytes (B, 3, 256), from images and amounts ------------------------------------------------
+# Pointwise operations: tables of bytes (B, 3, 256), from images and amounts ------------------------------------------
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each byte by its entry: bytes (B, 3, H, W), tables (B, 3, 256) -> bytes (B, 3, H, W)."""
+    """Replace each byte by its table entry: bytes (B, 3, H, W), tables (B, 3, 256) -> bytes (B, 3, H, W)."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -74,8 +77,8 @@ def _brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    share, mean = factor.view(-1, 1, 1), _grey(images).mean((1, 2, 3)).view(-1, 1, 1)
-    return (_values(images) * share + mean * (1 - share)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
+    weight, mean = factor.view(-1, 1, 1), _gray(images).mean((1, 2, 3)).view(-1, 1, 1)
+    return (_values(images) * weight + mean * (1 - weight)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
 
 
 def _autocontrast(images: Tensor, amount: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ def _autocontrast(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _equalize(images: Tensor, amount: Tensor) -> Tensor:
-    """Spread the values evenly, as Pillow does: value v becomes (half a step + pixels below v) / step, rounded down."""
+    """Equalize the histogram as Pillow does: value v becomes (half a step + pixels below v) / step, rounded down."""
     flat = images.flatten(2).long()
     count = torch.zeros(len(images), 3, 256, device=images.device, dtype=torch.int32)
     count.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
@@ -113,12 +116,12 @@ def _invert(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Bytes (B, 3, H, W) times ``factor`` (B,), >= 0."""
+    """Multiply bytes (B, 3, H, W) by ``factor`` (B,), >= 0."""
     return look_up(images, _brightness(images, factor))
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with their mean luma: ``factor`` (B,), 0 is flat, 1 the image."""
+    """Blend bytes (B, 3, H, W) with their mean luma: ``factor`` (B,), 0 gives a uniform image, 1 the original."""
     return look_up(images, _contrast(images, factor))
 
 
@@ -142,16 +145,19 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     return look_up(images, _solarize(images, threshold))
 
 
-# By neighbours or other channels -------------------------------------------------------------------------------------
+# Operations on neighboring pixels or other channels ------------------------------------------------------------------
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with their luma: ``factor`` (B,), 0 is grey, 1 the image."""
-    return _blend(images, _grey(images), factor)
+    """Blend bytes (B, 3, H, W) with their luma: ``factor`` (B,), 0 gives a gray image, 1 the original."""
+    return _blend(images, _gray(images), factor)
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with a smoothed copy: ``factor`` (B,), 0 is smooth, 1 the image. The edge stays as it is."""
+    """Blend bytes (B, 3, H, W) with a smoothed copy: ``factor`` (B,), 0 gives the smoothed image, 1 the original.
+
+    Pixels at the border are unchanged.
+    """
     if min(images.shape[2:]) <= 2:
         return images
     whole = images.to(torch.int16)
@@ -160,14 +166,14 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
     middle = whole[..., 1:-1, 1:-1]
     smooth = (
         (box + 4 * middle) / 13
-    ).round_()  # the middle counts 5 of 13, each neighbour 1; a sum over 13 is never a tie
+    ).round_()  # weights: center 5 / 13, neighbors 1 / 13; division by 13 never gives a tie
     out = images.clone()
     out[..., 1:-1, 1:-1] = (middle + (smooth - middle) * (1 - _each(factor))).clamp_(0, 255).to(torch.uint8)
     return out
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of bytes (B, 3, H, W) by ``shift`` (B,) turns, in [-0.5, 0.5]."""
+    """Shift the hue of bytes (B, 3, H, W) by ``shift`` (B,) turns, in [-0.5, 0.5]."""
     rgb = images.float() / 255
     value, low = rgb.amax(1), rgb.amin(1)
     spread = value - low
@@ -179,22 +185,26 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
     turned = sixths + 6 * shift.view(-1, 1, 1)
-    # How far each channel lies below the value, none to all: by the distance of the hue from the channel's opposite, in sixths.
+    # Fraction of the spread by which each channel is below the value, from the hue's distance to the channel's
+    # opposite.
     away = torch.stack([turned + 3, turned + 1, turned - 1], dim=1)
-    share = (2 - (away - 6 * (away / 6).round_()).abs_()).clamp_(0, 1)
-    out = value.unsqueeze(1) - spread.unsqueeze(1) * share
+    fraction = (2 - (away - 6 * (away / 6).round_()).abs_()).clamp_(0, 1)
+    out = value.unsqueeze(1) - spread.unsqueeze(1) * fraction
     return out.mul_(256 - 1e-3).clamp_(0, 255).to(torch.uint8)
 
 
 def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 127) -> Tensor:
-    """Paint a square of one grey over each image, clipped at the border.
+    """Fill a square of each image with a constant gray value, clipped at the border.
 
     Args:
         images: bytes, shape (B, 3, H, W).
-        row: of the pixel right below the middle, shape (B,).
-        column: of the pixel right of the middle, shape (B,).
-        side: of the square in pixels, even.
-        grey: 0 to 255.
+        row: row of the pixel directly below the center of the square, shape (B,).
+        column: column of the pixel directly right of the center, shape (B,).
+        side: side of the square in pixels, even.
+        grey: gray value, 0 to 255.
+
+    Returns:
+        New images, bytes, shape (B, 3, H, W).
     """
     rows = torch.arange(images.shape[2], device=images.device) - row.view(-1, 1)
     columns = torch.arange(images.shape[3], device=images.device) - column.view(-1, 1)
@@ -202,10 +212,10 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
     inside = ((rows >= -half) & (rows < half))[:, None, :, None] & ((columns >= -half) & (columns < half))[
         :, None, None
     ]
-    return images * ~inside + grey * inside.to(torch.uint8)  # on the CPU four times as fast as a fill under a mask
+    return images * ~inside + grey * inside.to(torch.uint8)  # four times as fast as masked_fill on the CPU
 
 
-# By place ------------------------------------------------------------------------------------------------------------
+# Geometric operations ------------------------------------------------------------------------------------------------
 
 
 def affine_matrix(
@@ -216,16 +226,17 @@ def affine_matrix(
     shear_x: Tensor | float = 0.0,
     shear_y: Tensor | float = 0.0,
 ) -> Tensor:
-    """Return where each pixel comes from: (B, 2, 3), float32, from (x, y, 1) of the output to x, y of the input.
+    """Return affine matrices from output to input coordinates: (B, 2, 3), float32, from (x, y, 1) to (x, y).
 
-    Places are counted in pixels from the middle of the image. Arguments are those of :func:`affine`, each a number or (B,).
+    Coordinates are in pixels from the center of the image. Arguments are those of :func:`affine`, each a number or
+    (B,).
     """
     given = (angle, scale, shear_x, shear_y, translate_x, translate_y)
     device = next((part.device for part in given if isinstance(part, Tensor)), torch.device("cpu"))
     filled = (part if isinstance(part, Tensor) else torch.full((1,), part, device=device) for part in given)
     turn, larger, sx, sy, across, down = torch.broadcast_tensors(*(part.double() for part in filled))
     turn, sx, sy = (part * (math.pi / 180) for part in (turn, sx, sy))
-    # forward: rotation after shear; its determinant is 1, so that its inverse needs no division
+    # forward: rotation after shear; the determinant is 1, so the inverse needs no division
     a, c = (turn - sy).cos() / sy.cos(), (turn - sy).sin() / sy.cos()
     b, d = -(a * sx.tan() + turn.sin()), turn.cos() - c * sx.tan()
     inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / larger.view(-1, 1, 1)
@@ -234,21 +245,25 @@ def affine_matrix(
 
 
 def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, padding: int = 0) -> Tensor:
-    """Move the pixels of each image in one pass: the nearest one is taken, and what comes from outside is 0.
+    """Apply an affine transform to each image, with nearest-neighbor interpolation and 0 outside of the image.
 
     Args:
         images: bytes, shape (B, 3, H, W).
         matrix: from :func:`affine_matrix`, shape (B, 2, 3).
-        crop: a crop and flip of each image before that; the result is that of :func:`sanm_lightning.data.views.crop_flip`
-            and then this, since those move whole pixels.
-        padding: of the crop, in pixels.
+        crop: optional crop and flip of each image before the transform, equal to
+            :func:`sanm_lightning.data.views.crop_flip`, which moves whole pixels.
+        padding: padding of the crop, in pixels.
+
+    Returns:
+        New images, bytes, shape (B, 3, H, W).
     """
     batch, _, height, width = images.shape
     device = images.device
     rows = (torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2).view(-1, 1)
     columns = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
 
-    # No matrix product: under autocast it would be one of bf16. The scaling to [-1, 1] and back rounds as torchvision does.
+    # No matrix product, which autocast would run in bf16. Scaling to [-1, 1] and back reproduces torchvision's
+    # rounding.
     def place(which: int, size: int) -> Tensor:
         across, down, offset = (part.view(-1, 1, 1) for part in (matrix[:, which] * (2 / size)).unbind(1))
         return ((across * columns + (down * rows + offset) + 1) * (size / 2) - 0.5).round_().to(torch.int32)
@@ -274,38 +289,44 @@ def affine(
     shear_x: Tensor | float = 0.0,
     shear_y: Tensor | float = 0.0,
 ) -> Tensor:
-    """Rotate, shift, scale and shear each image; the nearest pixel is taken, and what comes from outside is 0.
+    """Rotate, translate, scale and shear each image, with nearest-neighbor interpolation and 0 outside of the image.
 
     Args:
         images: bytes, shape (B, 3, H, W).
-        angle: degrees, clockwise as torchvision's ``affine`` has it (its ``rotate`` turns the other way).
+        angle: degrees, clockwise as in torchvision's ``affine`` (``rotate`` has the opposite sign).
         translate_x: pixels to the right.
         translate_y: pixels down.
-        scale: > 0; 2 shows the middle twice as large.
+        scale: > 0; 2 enlarges the center by a factor of two.
         shear_x: degrees.
         shear_y: degrees.
 
     Every parameter is one number, or one per image, shape (B,).
+
+    Returns:
+        New images, bytes, shape (B, 3, H, W).
     """
     matrix = affine_matrix(angle, translate_x, translate_y, scale, shear_x, shear_y)
     return resample(images, matrix.to(images.device).expand(len(images), -1, -1))
 
 
 def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Cut a window out of each image and enlarge it to the image's size, bilinearly.
+    """Crop a window from each image and resize it to the image size with bilinear interpolation.
 
     Args:
         images: bytes, shape (B, 3, H, W).
         top: first row of each window, shape (B,).
         left: first column, shape (B,).
-        height: rows, shape (B,), 1 to H.
-        width: columns, shape (B,), 1 to W.
+        height: number of rows, shape (B,), 1 to H.
+        width: number of columns, shape (B,), 1 to W.
+
+    Returns:
+        New images, bytes, shape (B, 3, H, W).
     """
     grids = []
     for size, first, count in ((images.shape[3], left, width), (images.shape[2], top, height)):
         first, count = first.float().view(-1, 1), count.float().view(-1, 1)
         middles = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
-        place = first + torch.minimum((middles * count / size - 0.5).clamp(min=0), count - 1)  # never beyond the window
+        place = first + torch.minimum((middles * count / size - 0.5).clamp(min=0), count - 1)  # clamped to the window
         grids.append((place + 0.5) * (2 / size) - 1)
     across, down = grids
     shape = (len(images), images.shape[2], images.shape[3])
@@ -331,7 +352,7 @@ Move = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
 def _matrix(amount: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
-    """The matrix that moves nothing, for each of ``amount`` (B,), but for some entries (B,)."""
+    """Return the identity matrix for each of ``amount`` (B,), with some entries replaced by values (B,)."""
     matrix = torch.eye(2, 3, device=amount.device).repeat(len(amount), 1, 1)
     for (row, column), entry in entries.items():
         matrix[:, row, column] = entry
@@ -353,13 +374,16 @@ MOVES: dict[str, Move] = {
 }
 """Name -> function (amount, (H, W)) to matrices (B, 2, 3) for :func:`resample`."""
 
-NEIGHBOURS: dict[str, Operation] = {
-    "grey": lambda images, amount: _grey(images).to(torch.uint8).expand_as(images),
+NEIGHBORS: dict[str, Operation] = {
+    "grey": lambda images, amount: _gray(images).to(torch.uint8).expand_as(images),
     "saturation": adjust_saturation,
     "sharpness": adjust_sharpness,
     "hue": adjust_hue,
 }
 """Name -> function (images, amount) to images."""
+
+NEIGHBOURS = NEIGHBORS
+"""Alias of :data:`NEIGHBORS` for earlier imports."""
 
 
 def _by_table(table: Operation) -> Operation:
@@ -374,8 +398,8 @@ OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, amount: images,
     **{name: _by_table(table) for name, table in TABLES.items()},
     **{name: _by_move(move) for name, move in MOVES.items()},
-    **NEIGHBOURS,
+    **NEIGHBORS,
 }
-"""Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold, degrees,
-a slope, pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner, as there. In this order:
-identity, tables, moves, neighbours."""
+"""Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold,
+degrees, a slope or pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner fixed,
+as there. The order is: identity, :data:`TABLES`, :data:`MOVES`, :data:`NEIGHBORS`."""

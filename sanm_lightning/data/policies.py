@@ -1,6 +1,6 @@
-"""Augmentation policies by name: what is drawn for each image, on the CPU, and then applied to the whole batch, where it lies.
+"""Augmentation policies by name: parameters are sampled per image on the CPU and applied to the batch on its device.
 
-Parameters are drawn first, so that no step has to read from the device which images an operation is for.
+Sampling on the CPU avoids a synchronization with the device to find the images of each operation.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.data.operations import (
     MOVES,
-    NEIGHBOURS,
+    NEIGHBORS,
     OPERATIONS,
     TABLES,
     affine_matrix,
@@ -48,20 +48,20 @@ class Stage(NamedTuple):
     operation: Tensor
     """Positions in :data:`NAMES`, shape (B,), int64, on the CPU."""
     amount: Tensor
-    """What :data:`OPERATIONS` takes, shape (B,), float32, on the CPU."""
+    """Amount of the operation, see :data:`OPERATIONS`, shape (B,), float32, on the CPU."""
 
 
 def apply_stage(images: Tensor, stage: Stage) -> Tensor:
-    """Apply its operation to each image: bytes (B, 3, H, W) on any device -> new bytes.
+    """Apply one operation to each image: bytes (B, 3, H, W) on any device -> new bytes.
 
-    The images are put in the order of their operations, so that each operation, and each kind of it, is one slice.
+    The images are sorted by operation, so that each operation, and each kind of operation, is one slice.
     """
     order = stage.operation.argsort(stable=True)
     counts = stage.operation.bincount(minlength=len(NAMES)).tolist()
     here, back = (part.to(images.device, non_blocking=True) for part in (order, order.argsort()))
     amount = stage.amount[order].to(images.device, non_blocking=True)
     size = (images.shape[2], images.shape[3])
-    ordered, first = select_rows(images, here), 0  # of whole images: several times faster than an index on the CPU
+    ordered, first = select_rows(images, here), 0  # several times faster than indexing on the CPU
     tables, moves = [], []
     table_rows, move_rows = [], []
     for name, count in zip(NAMES, counts, strict=True):
@@ -72,10 +72,10 @@ def apply_stage(images: Tensor, stage: Stage) -> Tensor:
         elif count and name in MOVES:
             moves.append(MOVES[name](amount[rows], size))
             move_rows.append(rows)
-        elif count and name in NEIGHBOURS:
-            ordered[rows] = NEIGHBOURS[name](ordered[rows], amount[rows])
+        elif count and name in NEIGHBORS:
+            ordered[rows] = NEIGHBORS[name](ordered[rows], amount[rows])
     if tables:
-        rows = slice(table_rows[0].start, table_rows[-1].stop)  # without gaps: each kind lies together
+        rows = slice(table_rows[0].start, table_rows[-1].stop)  # contiguous: operations of one kind are adjacent
         ordered[rows] = look_up(ordered[rows], torch.cat(tables))
     if moves:
         rows = slice(move_rows[0].start, move_rows[-1].stop)
@@ -114,20 +114,23 @@ POOL: tuple[tuple[str, Callable[[Tensor, Tensor, int, int], Tensor]], ...] = (
     ("translate_x", lambda m, sign, height, width: (0.3 * m * width).round() * sign),
     ("translate_y", lambda m, sign, height, width: (0.3 * m * height).round() * sign),
 )
-"""FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12): name, and its amount at strength m = level / 10."""
+"""FixMatch's fourteen operations (Sohn et al., NeurIPS 2020, Table 12): name, and amount at strength m = level / 10."""
 
 
 def draw_rand_augment(
     batch: int, height: int, width: int, generator: torch.Generator, operations: int = 2
 ) -> list[Stage]:
-    """Draw RandAugment as FixMatch's PyTorch ports have it: each operation with probability 1/2, at a level of 1 to 9.
+    """Sample RandAugment as in FixMatch's PyTorch ports: each operation with probability 1/2, at a level of 1 to 9.
 
     Args:
-        batch: B.
-        height: of the images in pixels.
-        width: of the images in pixels.
-        generator: source of all randomness, on the CPU.
-        operations: stages, each drawn from the pool with replacement.
+        batch: B, number of images.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        generator: random generator, on the CPU.
+        operations: number of stages, each sampled from the pool with replacement.
+
+    Returns:
+        The stages, to be applied in order.
     """
     numbers = torch.tensor([NUMBER[name] for name, _ in POOL])
     stages = []
@@ -161,7 +164,7 @@ CIFAR10_POLICY = tuple(
     )
     for sub in _SUB_POLICIES
 )
-"""AutoAugment's policy for CIFAR-10 (Cubuk et al., CVPR 2019, Table 7): 25 pairs of (operation, probability, level 0 to 9)."""
+"""AutoAugment's CIFAR-10 policy (Cubuk et al., CVPR 2019, Table 7): 25 pairs of (operation, probability, level 0-9)."""
 
 
 def _auto_augment_amount(name: str, level: int, sign: Tensor, height: int, width: int) -> Tensor:
@@ -180,7 +183,7 @@ def _auto_augment_amount(name: str, level: int, sign: Tensor, height: int, width
 
 
 def draw_auto_augment(batch: int, height: int, width: int, generator: torch.Generator) -> list[Stage]:
-    """Draw one of the 25 pairs of AutoAugment's policy for CIFAR-10 for each image; each of the two with its probability.
+    """Sample one of the 25 pairs of AutoAugment's policy for CIFAR-10 per image, each operation with its probability.
 
     Arguments are those of :func:`draw_rand_augment`.
     """
@@ -196,20 +199,25 @@ def draw_auto_augment(batch: int, height: int, width: int, generator: torch.Gene
     return stages
 
 
-# Colour jitter, resized crops ----------------------------------------------------------------------------------------
+# Color jitter, resized crops -----------------------------------------------------------------------------------------
 
 
 def draw_color_jitter(
     batch: int, strength: float, hue: float, generator: torch.Generator, probability: float = 1.0
 ) -> list[Stage]:
-    """Draw brightness, contrast and saturation factors from U(1 - strength, 1 + strength) and a hue shift, in any order.
+    """Sample brightness, contrast and saturation factors from U(1 - strength, 1 + strength) and a hue shift.
+
+    The order of the four operations is random for each image.
 
     Args:
-        batch: B.
+        batch: B, number of images.
         strength: in [0, 1].
-        hue: largest shift, in turns, in [0, .5].
-        generator: source of all randomness, on the CPU.
-        probability: that an image is jittered at all.
+        hue: largest hue shift, in turns, in [0, .5].
+        generator: random generator, on the CPU.
+        probability: probability that an image is jittered.
+
+    Returns:
+        The stages, to be applied in order.
     """
     numbers = torch.tensor([NUMBER[name] for name in ("brightness", "contrast", "saturation", "hue")])
     order = torch.rand((batch, 4), generator=generator).argsort(1)
@@ -225,9 +233,17 @@ def draw_color_jitter(
 def draw_resized_crop(
     batch: int, height: int, width: int, smallest: float, generator: torch.Generator, tries: int = 10
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw windows of a fraction U(smallest, 1) of the area and a log-uniform aspect of 3/4 to 4/3, as torchvision does.
+    """Sample windows with area fraction U(smallest, 1) and log-uniform aspect in [3/4, 4/3], as torchvision does.
 
-    A window that does not fit is drawn again; after ``tries``, the largest one in the middle is taken.
+    Windows that do not fit are resampled; after ``tries``, the largest centered window is used.
+
+    Args:
+        batch: B, number of images.
+        height: height of the images in pixels.
+        width: width of the images in pixels.
+        smallest: smallest fraction of the area, in (0, 1].
+        generator: random generator, on the CPU.
+        tries: number of samples per image.
 
     Returns:
         top, left, height, width of each window, shape (B,), int64.
@@ -243,7 +259,7 @@ def draw_resized_crop(
     rows = torch.where(found, rows.gather(0, first)[0], largest[0])
     columns = torch.where(found, columns.gather(0, first)[0], largest[1])
     corner = torch.where(found, torch.rand((2, batch), generator=generator), 0.5)
-    # 1/2 is the middle: a window of largest size leaves no room in one direction, and its rest is halved in the other
+    # 1/2 is the center: the largest window has no margin in one direction, and its margin is halved in the other
     top, left = ((corner[0] * (height - rows + found)).floor(), (corner[1] * (width - columns + found)).floor())
     return top.long(), left.long(), rows.long(), columns.long()
 
@@ -265,7 +281,7 @@ def _auto_augment(images: Tensor, generator: torch.Generator, padding: int, flip
 
 
 def _rand_augment(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """RandAugment, then always a grey square of half the image's side."""
+    """Apply RandAugment, then cutout with a gray square of half the image's side."""
     images = _weak(images, generator, padding, flip)
     batch, height, width = len(images), images.shape[2], images.shape[3]
     for stage in draw_rand_augment(batch, height, width, generator):
@@ -291,14 +307,14 @@ def _jitter_affine(images: Tensor, generator: torch.Generator, padding: int, fli
 
 
 def _simclr(images: Tensor, generator: torch.Generator, padding: int, flip: bool) -> Tensor:
-    """Resized crop of a fifth to all of the area, flip, colour jitter in four of five, grey in one of five; no blur."""
+    """Apply a resized crop of .2 to 1 of the area, flip, color jitter (p = .8) and grayscale (p = .2); no blur."""
     batch, device = len(images), images.device
     window = draw_resized_crop(batch, images.shape[2], images.shape[3], 0.2, generator)
     images = resized_crop(images, *(part.to(device, non_blocking=True) for part in window))
     flipped = _coin((batch,), generator).to(device, non_blocking=True)
     images = torch.where(flipped.view(-1, 1, 1, 1), images.flip(-1), images)
-    grey = torch.rand((batch,), generator=generator) < 0.2
-    last = Stage(torch.where(grey, NUMBER["grey"], NUMBER["identity"]), torch.zeros(batch))
+    gray = torch.rand((batch,), generator=generator) < 0.2
+    last = Stage(torch.where(gray, NUMBER["grey"], NUMBER["identity"]), torch.zeros(batch))
     for stage in [*draw_color_jitter(batch, 0.4, 0.1, generator, 0.8), last]:
         images = apply_stage(images, stage)
     return images
@@ -312,9 +328,9 @@ POLICIES: dict[str, Callable[[Tensor, torch.Generator, int, bool], Tensor]] = {
     "jitter_affine": _jitter_affine,
     "simclr": _simclr,
 }
-"""Name -> function (images, generator, padding, flip). Sources: AutoAugment (Cubuk et al., CVPR 2019, the CIFAR-10 policy) and
-RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 2020); the warm-up views of C2D's code, colour
-jitter before crop and flip, an affine map after them."""
+"""Name -> function (images, generator, padding, flip). Sources: AutoAugment (Cubuk et al., CVPR 2019, CIFAR-10 policy)
+and RandAugment as in FixMatch, each after crop and flip; SimCLR (Chen et al., ICML 2020); the warm-up views of C2D's
+code: color jitter before crop and flip, an affine transform after them."""
 
 
 def augment(
@@ -325,22 +341,22 @@ def augment(
     flip: bool = True,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Make one view of each image.
+    """Augment each image.
 
     Args:
         images: shape (B, 3, H, W), uint8. Not modified.
         policy: a name in :data:`POLICIES`.
-        generator: source of all randomness, on the CPU; torch's global stream is not drawn from.
-        padding: pixels of zero padding for the crop, where the policy crops.
-        flip: whether a policy that crops may mirror as well.
-        size: h, w of the views, at most that of the images. Larger images are cropped at random places before the policy
-            (``none``: in the middle), ``simclr`` takes its windows from the whole image and resizes the view.
+        generator: random generator, on the CPU; torch's global stream is not used.
+        padding: pixels of zero padding for the crop, in policies that crop.
+        flip: whether policies that crop also flip horizontally.
+        size: h, w of the views, at most those of the images. Larger images are cropped at random positions before the
+            policy (``none``: at the center); ``simclr`` crops from the whole image and resizes the view.
 
     Returns:
         Views, shape (B, 3, h, w), uint8, on the device of the images.
 
     Raises:
-        ValueError: the policy is not known, or the size is larger than the images.
+        ValueError: if the policy is unknown, or the size is larger than the images.
     """
     if policy not in POLICIES:
         raise ValueError(f"expected a view among {', '.join(POLICIES)}, got {policy!r}; choose one of them")
@@ -355,7 +371,7 @@ def augment(
         viewed = POLICIES[policy](images, generator, padding, flip)
         resized = F.interpolate(viewed.float(), size, mode="bilinear", align_corners=False, antialias=True)
         return resized.round_().clamp_(0, 255).to(torch.uint8)
-    if policy != "jitter_affine":  # they begin with the crop themselves, which takes its window from the larger image
+    if policy != "jitter_affine":  # these policies start with the crop, which is taken from the larger image
         cropped = crop_flip(
             images, draw_crop_flip(len(images), padding, flip, generator, _rest(images, size)), padding, size
         )
@@ -368,19 +384,19 @@ def _rest(images: Tensor, size: tuple[int, int]) -> tuple[int, int]:
     rest = images.shape[2] - size[0], images.shape[3] - size[1]
     if min(rest) < 0:
         raise ValueError(
-            f"expected views no larger than the images {tuple(images.shape[2:])}, got {size}; decode larger"
+            f"expected views no larger than the images {tuple(images.shape[2:])}, got {size}; increase decode_size"
         )
     return rest
 
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the middle of images (B, 3, H, W), of ``size`` (h, w); the images themselves where they have it."""
+    """Crop images (B, 3, H, W) to ``size`` (h, w) at the center."""
     top, left = (rest // 2 for rest in _rest(images, size))
     return images[:, :, top : top + size[0], left : left + size[1]]
 
 
 def takes_batches(policy: Callable[..., Any]) -> bool:
-    """Return whether a policy takes (uint8 images, generator); otherwise it transforms one image in torchvision's way."""
+    """Return whether a policy takes (uint8 images, generator); others transform one image, as in torchvision."""
     try:
         return "generator" in inspect.signature(policy).parameters
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Turn what loaders serve into batches, with the views of the module in training."""
+"""Convert the output of loaders to batches, with the views of the module in training."""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -35,26 +35,26 @@ class ServedBatches(L.LightningDataModule):
     @property
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels; known as soon as the object exists."""
+        """(H, W) in pixels; available after construction."""
 
     @property
     @abstractmethod
     def num_samples(self) -> int:
-        """Training samples."""
+        """Number of training samples."""
 
     @property
     @abstractmethod
     def eval_names(self) -> list[str]:
-        """What the loaders of validation are, in their order."""
+        """Names of the validation loaders, in order."""
 
     @property
     @abstractmethod
     def test_names(self) -> list[str]:
-        """What the loaders of the test are, in their order."""
+        """Names of the test loaders, in order."""
 
     @abstractmethod
     def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
-        """Choose the positions that an epoch draws from, (M,)."""
+        """Return the positions that an epoch samples from, (M,)."""
 
     @abstractmethod
     def table(self, split: str) -> LabelTable:
@@ -64,10 +64,11 @@ class ServedBatches(L.LightningDataModule):
     def store(self, split: str) -> ImageStore:
         """Return the images of a split."""
 
-    # What the module in training wants ----------------------------------------------------------------------------------
+    # Samples and views of the module in training
+    # ------------------------------------------------------------------------
 
     def _choose(self, epoch: int) -> Tensor | None:
-        """Let the module begin the epoch and choose its batches."""
+        """Prepare the epoch of the module and return its batches."""
         module: Any = cast(Any, self.trainer).lightning_module
         loader = cast(IndexLoader, self._train_loader)
         module.prepare_epoch()
@@ -94,7 +95,7 @@ class ServedBatches(L.LightningDataModule):
         return self.policies.get(name) or POLICIES[name]
 
     def _transforms(self) -> tuple[tuple[Transform | None, ...], ...]:
-        """For each view, the transforms of its blocks that workers apply; None for what is done on the device."""
+        """Return, for each view, the transforms of its blocks; None for policies applied on the device."""
         found = []
         for view in self._views():
             policies = [self._policy(name) for name in ((view,) if isinstance(view, str) else view)]
@@ -108,11 +109,11 @@ class ServedBatches(L.LightningDataModule):
     # Batches -------------------------------------------------------------------------------------------------------
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> NoisyBatch:
-        """Turns what a loader served, now on the device, into images and labels."""
-        assert self.trainer is not None  # only a trainer calls this hook
+        """Convert the output of a loader, on the device, to images and labels."""
+        assert self.trainer is not None  # this hook is called by a trainer only
         split = self._current_split(dataloader_idx)
         made = self._training_batch(batch) if split == "train" else self.pass_batch(batch, split)
-        # Pure 16- or 64-bit training converts batches before this hook, when there were no images yet.
+        # Pure 16- or 64-bit training converts batches before this hook, when the batch contains no images yet.
         return cast(NoisyBatch, self.trainer.precision_plugin.convert_input(made))
 
     def _training_batch(self, item: Tensor | Row) -> NoisyBatch:
@@ -142,14 +143,17 @@ class ServedBatches(L.LightningDataModule):
         policy: str = "none",
         generator: torch.Generator | None = None,
     ) -> NoisyBatch:
-        """Turns what a loader of a split served into a batch of one view, un-augmented by default.
+        """Convert the output of a loader to a batch with one view, not augmented by default.
 
         Args:
-            item: from `pass_dataloader` or another loader, on the device.
+            item: output of `pass_dataloader` or another loader, on the device.
             split: ``train``, ``val`` or ``test``.
-            device: of the batch; None takes that of the item.
-            policy: name of the view; a transform of one image cannot be used here.
-            generator: source of the view's randomness.
+            device: device of the batch; None uses that of the item.
+            policy: name of the view; transforms of one image are not supported.
+            generator: random generator of the view.
+
+        Returns:
+            The batch.
         """
         index, images, _ = self._images(item, split)
         if device is not None:
@@ -166,21 +170,21 @@ class ServedBatches(L.LightningDataModule):
         generator: torch.Generator | None = None,
         policy: str = "weak",
     ) -> NoisyBatch:
-        """Looks samples up, outside of a training; of a set that streams, they are decoded in this process.
+        """Return samples by position, without a loader; images of streamed sets are decoded in this process.
 
         Args:
             split: ``train``, ``val`` or ``test``.
             index: positions in the split, shape (B,), int64.
-            images: shape (B, 3, H, W), uint8, where they are at hand.
-            generator: the view is drawn from it; no augmentation is made without.
-            policy: which view, see `policies`.
+            images: decoded images, shape (B, 3, H, W), uint8; None looks them up.
+            generator: random generator of the view; None disables augmentation.
+            policy: name of the view, see `policies`.
 
         Returns:
             Images in [0, 1], float32, with the given labels, on the device of the index; true labels for training and
-            validation where known. The labels of the test set are true ones, and given as labels.
+            validation if known. The labels of the test set are assumed correct and returned as labels.
 
         Raises:
-            ValueError: an unknown split or policy.
+            ValueError: if the split or policy is unknown.
         """
         if split not in ("train", "val", "test"):
             raise ValueError(f"expected the split 'train', 'val' or 'test', got {split!r}; choose one of them")
@@ -190,7 +194,7 @@ class ServedBatches(L.LightningDataModule):
         return NoisyBatch(_unit(viewed), labels, index, true_labels)
 
     def _augmented(self, images: Tensor, name: str, generator: torch.Generator | None) -> Tensor:
-        """Make a view of bytes (B, 3, H, W): cropped to the image size, augmented while the images are bytes."""
+        """Return a view of bytes (B, 3, H, W), augmented and cropped to the image size, as bytes."""
         if name == "none" and name not in self.policies:
             return center_crop(images, self.image_size)
         policy = self.policies.get(name)
@@ -200,12 +204,13 @@ class ServedBatches(L.LightningDataModule):
             )
         if not takes_batches(policy):
             raise ValueError(
-                f"expected a policy of whole batches here, got {name!r}, a transform of one image; use it for training views"
+                f"expected a batch policy outside of training views, got {name!r}, a transform of one image; add a "
+                "parameter 'generator' and process whole batches"
             )
         return cast(Tensor, policy(images, generator=generator))
 
     def _images(self, item: Tensor | Row, split: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Index, images of the row as bytes, and the views that workers made."""
+        """Return index, images of the row as bytes, and the views computed by workers."""
         if isinstance(item, Tensor):
             return item, self.store(split).look_up(item), []
         index, images, place, views = item

@@ -1,4 +1,4 @@
-"""What a data set consists of before labels are changed and splits are made."""
+"""Original data sets, before subset, noise and splits."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,12 @@ __all__ = ["Source", "check_source"]
 
 
 class Source(NamedTuple):
-    """What a data set consists of, before subset, noise and splits.
+    """Labels and images of an original data set, before subset, noise and splits.
 
     Attributes:
         labels: class indices, shape (N,), int64.
-        images: shape (N, 3, H, W), uint8; or a map-style data set that decodes image i to (3, H, W), uint8, when it is
-            asked for it, and not before.
-        paths: file of each sample, relative to the root of the data set, with ``/``; None where there are no files.
+        images: shape (N, 3, H, W), uint8; or a map-style data set that decodes image i to (3, H, W), uint8, on access.
+        paths: path of the file of each sample, relative to the root of the data set, with ``/``; None without files.
     """
 
     labels: Tensor
@@ -26,26 +25,27 @@ class Source(NamedTuple):
 
 
 def check_source(source: Source, num_classes: int, size: tuple[int, int], what: str) -> None:
-    """Check the types, sizes and ranges of a set.
+    """Check the types, shapes and ranges of a data set.
 
     Args:
-        source: the set.
-        num_classes: C.
-        size: H, W of its images in pixels.
-        what: name of the set in errors.
+        source: the data set.
+        num_classes: C, number of classes.
+        size: H, W of the images in pixels.
+        what: name of the data set for error messages.
 
     Raises:
-        ValueError: labels or images are not what a data module expects.
+        ValueError: if the labels or images are invalid.
     """
     labels, images, paths = source
     if labels.dim() != 1 or labels.dtype != torch.int64 or len(labels) == 0 or len(images) != len(labels):
         raise ValueError(
             f"expected int64 labels (N,) for the {len(images)} images of the {what} set, got {tuple(labels.shape)} of "
-            f"{labels.dtype}; give one label per image"
+            f"{labels.dtype}; return one label per image"
         )
     if paths is not None and len(paths) != len(labels):
         raise ValueError(
-            f"expected one path for each of the {len(labels)} images of the {what} set, got {len(paths)}; give all or none"
+            f"expected one path for each of the {len(labels)} images of the {what} set, got {len(paths)}; return all "
+            "paths or none"
         )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Which splits a data module has, and what a checkpoint says of them: seed, labels, class names."""
+"""Splits of a data module, and their state in checkpoints: seed, labels and class names."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,11 @@ from sanm_lightning.data.source import Source
 __all__ = ["Splits"]
 
 DRAWS = 3
-"""Version of the random streams of noise, subset and split; a checkpoint says which one its labels were drawn by."""
+"""Version of the random streams of noise, subset and split, saved in checkpoints."""
 
 
 class Splits(ServedBatches):
-    """The part of `NoisyDataModule` that names its splits and holds a later run to those of a checkpoint."""
+    """Base class of `NoisyDataModule` that defines the split names and compares splits with those of a checkpoint."""
 
     val_fraction: float
     holdout_fraction: float
@@ -31,49 +32,58 @@ class Splits(ServedBatches):
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
 
     @property
+    @abstractmethod
+    def decode_size(self) -> tuple[int, int]:
+        """(H, W) of decoded images in pixels; available after construction."""
+
+    @property
     def own_splits(self) -> tuple[str, ...]:
-        """The splits that the data come with beside the training set: ``val``, ``test``, both or none."""
+        """Splits of the data besides the training set: ``val``, ``test``, both or none."""
         return ("test",)
 
     @property
     def held_out_fraction(self) -> float:
-        """Fraction of the training samples that is held out as ``val``: ``val_fraction``, or ``holdout_fraction`` in need."""
+        """Fraction of the training samples that is held out as ``val``.
+
+        This is ``val_fraction``, or ``holdout_fraction`` if ``val_fraction`` is 0 and `own_splits` is empty.
+        """
         return self.val_fraction if self.val_fraction > 0 or self.own_splits else self.holdout_fraction
 
     @property
     def _holds_out(self) -> bool:
-        """Whether samples are held out because the data have no other ones to evaluate on."""
+        """Whether samples are held out because the data have no evaluation split."""
         return self.val_fraction == 0 < self.held_out_fraction
 
     @property
     def eval_names(self) -> list[str]:
-        """What the loaders of `val_dataloader` are, in their order: ``val`` if there is one, ``test`` if tracked."""
+        """Names of the loaders of `val_dataloader`, in order: ``val`` if it exists, ``test`` if tracked."""
         val = self.held_out_fraction > 0 or "val" in self.own_splits
         return (["val"] if val else []) + (["test"] if self.track_test and "test" in self.own_splits else [])
 
     @property
     def test_names(self) -> list[str]:
-        """What the loaders of `test_dataloader` are, in their order: ``test``, or ``val`` where the data have no test split."""
+        """Names of the loaders of `test_dataloader`, in order: ``test``, or ``val`` without a test split."""
         return ["test"] if "test" in self.own_splits else self.eval_names
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seed, the class names, and a check sum of the training labels, so that a resumed run has the same."""
+        """Return seed, class names, a checksum of the training labels, which a resumed run compares, and the decoded size."""
         return {
             "draws": DRAWS,
             "seed": self.seed,
             "labels": self.table("train").check_sum() if "train" in self._tables else None,
             "class_names": named_classes(self),
+            "decode_size": list(self.decode_size),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the seed of the run, and compare class names and labels.
+        """Restore the seed of the resumed run, and compare class names and labels.
 
-        A trained model may be evaluated on whatever data have its classes; but a held-out split has to be the one that was held
-        out in training.
+        A trained model can be evaluated on any data with the same classes, but a held-out split must be identical to
+        that of training.
 
         Raises:
-            ValueError: the classes are others; or training is resumed, or its held-out split evaluated, with other labels than
-                it was begun with, or another seed was given: the split and the order of the samples depend on it.
+            ValueError: if the classes differ; or if training is resumed, or its held-out split evaluated, with
+                different training labels or a different given seed (split and order of the samples depend on it).
         """
         refuse_other_classes(named_classes(self), state_dict.get("class_names"))
         evaluating = self.trainer is not None and self.trainer.state.fn != "fit"
@@ -82,26 +92,26 @@ class Splits(ServedBatches):
         if state_dict["seed"] != self.seed:
             if self._seed_is_given:
                 raise ValueError(
-                    f"expected the seed of the data of the run that is resumed, {state_dict['seed']}, got {self.seed}; give "
-                    "the same, or none"
+                    f"expected the data seed of the resumed run, {state_dict['seed']}, got {self.seed}; use the same "
+                    "seed, or omit it"
                 )
             self._restart_from_seed(state_dict["seed"])
         if state_dict["labels"] not in (None, self.table("train").check_sum()):
             if state_dict.get("draws") != DRAWS:
                 raise ValueError(
-                    "expected the training labels of the run that is resumed, got others: the checkpoint is of an earlier "
-                    "version, whose noise, subset and split it drew with its own random streams; go on with that version, or "
-                    "begin a new run from its weights"
+                    "expected the training labels of the resumed run, got different labels from a checkpoint of an "
+                    "earlier version, which used other random streams for noise, subset and split; resume with that "
+                    "version, or start a new run from its weights"
                 )
             if evaluating:
                 raise ValueError(
-                    "expected the training labels of the checkpoint, from which the split 'val' is held out, got others; give "
-                    f"the data module the same data, noise, subset and split, and seed {state_dict['seed']}, or data with a "
-                    "test split"
+                    "expected the training labels of the checkpoint, from which the split 'val' is held out, got "
+                    "different labels; use the same data, noise, subset and split, and seed "
+                    f"{state_dict['seed']}, or data with a test split"
                 )
             raise ValueError(
-                "expected the training labels of the run that is resumed, got others; give the data module the same data, "
-                f"noise, subset and split, and seed {state_dict['seed']}"
+                "expected the training labels of the resumed run, got different labels; use the same data, noise, "
+                f"subset and split, and seed {state_dict['seed']}"
             )
 
     def _evaluates_held_out(self) -> bool:
@@ -110,14 +120,14 @@ class Splits(ServedBatches):
         return self.held_out_fraction > 0 and "val" in names
 
     def _share_seed(self) -> None:
-        """Without ``seed_everything`` every process would have labels and an order of its own."""
+        """Broadcast the seed; without ``seed_everything``, labels and order would differ between processes."""
         if self.trainer is not None and self.trainer.world_size > 1 and not self._seed_is_given:
             seed = self.trainer.strategy.broadcast(self.seed)
             if seed != self.seed:
                 self._restart_from_seed(seed)
 
     def _restart_from_seed(self, seed: int) -> None:
-        """Everything that was loaded is loaded again: sources may depend on the seed, and labels and splits do."""
+        """Reload everything that was loaded: sources may depend on the seed; labels and splits do."""
         self.seed = seed
         ready = list(self._stores)
         for held in (self._sources, self._tables, self._stores, self._labels_on_device):

@@ -1,4 +1,4 @@
-"""Coloured blobs: a data set for tests and for trying out a configuration in a second."""
+"""Colored blobs: a synthetic data set for tests and for checks of a configuration within a second."""
 
 from typing import Any
 
@@ -12,20 +12,20 @@ __all__ = ["Toy"]
 
 
 class Toy(NoisyDataModule):
-    """Blobs on a noisy ground; a class has a colour and a place. Made in memory, a function of the seed.
+    """Blobs on a noisy background, with a color and a position per class. Generated in memory from the seed.
 
     Args:
-        num_samples: training images, the classes in turn.
-        num_classes: C.
+        num_samples: number of training images, with balanced classes.
+        num_classes: C, number of classes.
         image_size: side of the square images in pixels.
-        num_test_samples: test images.
+        num_test_samples: number of test images.
         batch_size: training samples per step and process.
-        crop_padding: pixels of zero padding for random crops in training; 0 for no crops.
-        flip: whether training images are mirrored at random.
+        crop_padding: pixels of zero padding for random crops in training; 0 disables crops.
+        flip: whether to flip training images horizontally at random.
         **kwargs: as for `NoisyDataModule`.
 
     Raises:
-        ValueError: a number is smaller than 1.
+        ValueError: if a number is smaller than 1.
     """
 
     def __init__(
@@ -42,8 +42,8 @@ class Toy(NoisyDataModule):
         super().__init__(batch_size=batch_size, crop_padding=crop_padding, flip=flip, **kwargs)
         if min(num_samples, num_classes, image_size, num_test_samples) < 1:
             raise ValueError(
-                "num_samples, num_classes, image_size and num_test_samples must be 1 or more, got "
-                f"{num_samples}, {num_classes}, {image_size} and {num_test_samples}: choose larger numbers."
+                "expected num_samples, num_classes, image_size and num_test_samples of 1 or more, got "
+                f"{num_samples}, {num_classes}, {image_size} and {num_test_samples}; choose larger numbers"
             )
         self._sizes = num_samples, num_test_samples
         self._num_classes = num_classes
@@ -51,7 +51,7 @@ class Toy(NoisyDataModule):
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """C, the number of classes."""
         return self._num_classes
 
     @property
@@ -60,27 +60,27 @@ class Toy(NoisyDataModule):
         return self._side, self._side
 
     def load_train(self) -> Source:
-        """``num_samples`` images."""
+        """Return ``num_samples`` images."""
         return self._blobs(self._sizes[0], named_generator("toy", self.seed, 0))
 
     def load_test(self) -> Source:
-        """``num_test_samples`` images."""
+        """Return ``num_test_samples`` images."""
         return self._blobs(self._sizes[1], named_generator("toy", self.seed, 1))
 
     def _blobs(self, size: int, generator: torch.Generator) -> Source:
-        looks = named_generator("toy", self.seed, 2)  # of the classes, the same for training and test images
-        colours = torch.rand(self._num_classes, 3, 1, 1, generator=looks)
+        looks = named_generator("toy", self.seed, 2)  # colors and positions, the same for training and test images
+        colors = torch.rand(self._num_classes, 3, 1, 1, generator=looks)
         places = torch.rand(self._num_classes, 2, generator=looks) * 0.6 + 0.2
         labels = torch.arange(size) % self._num_classes
         jitter = (torch.rand(size, 2, generator=generator) - 0.5) * 0.1
         blob = _bump(places[labels] + jitter, self._side)
         ground = torch.rand(size, 3, self._side, self._side, generator=generator) * 0.4 + 0.3
-        images = ground + blob * (colours[labels] - ground)
+        images = ground + blob * (colors[labels] - ground)
         return Source(labels, (images * 255).round().to(torch.uint8))
 
 
 def _bump(places: Tensor, side: int) -> Tensor:
-    """Round bumps of height 1 at places (N, 2) in fractions of the side -> (N, 1, side, side)."""
+    """Return Gaussian bumps of height 1 at places (N, 2), in fractions of the side, shape (N, 1, side, side)."""
     pixel = (torch.arange(side) + 0.5) / side
     row = (pixel - places[:, :1]).square().view(-1, 1, side, 1)
     column = (pixel - places[:, 1:]).square().view(-1, 1, 1, side)

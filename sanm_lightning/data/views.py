@@ -1,4 +1,4 @@
-"""Random views of a batch of images: first draw the parameters of every image, then apply them to the whole batch."""
+"""Random crops and flips of a batch of images: sample the parameters of each image, then apply them to the batch."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ __all__ = ["CropFlip", "crop_flip", "draw_crop_flip", "select_rows"]
 
 
 LARGE = 3 * 64 * 64
-"""Values of an image from which on its views are copied line by line on a processor."""
+"""Number of values from which on the views of an image are copied row by row on the CPU."""
 
 
 class CropFlip(NamedTuple):
@@ -18,8 +18,8 @@ class CropFlip(NamedTuple):
 
     Attributes:
         top: first row of the crop in the padded image, shape (B,), int64, in [0, 2 * padding].
-        left: first column likewise, shape (B,), int64.
-        flipped: True where the crop is mirrored left to right, shape (B,), bool.
+        left: first column of the crop, shape (B,), int64, in the same range.
+        flipped: whether the crop is flipped horizontally, shape (B,), bool.
     """
 
     top: Tensor
@@ -30,22 +30,22 @@ class CropFlip(NamedTuple):
 def draw_crop_flip(
     batch: int, padding: int, flip: bool, generator: torch.Generator, rest: tuple[int, int] = (0, 0)
 ) -> CropFlip:
-    """Uniform crop positions, and a flip with probability 1/2 where flips are asked for.
+    """Sample uniform crop positions, and flips with probability 1/2 if ``flip``.
 
-    The same numbers are drawn with and without flips, so switching flips off leaves the crops as they were.
+    The same random numbers are consumed with and without flips, so the crops do not depend on ``flip``.
 
     Args:
-        batch: B.
+        batch: B, number of images.
         padding: pixels added on each side, 0 or more; 0 means no shift.
-        flip: whether images may be mirrored.
-        generator: source of all randomness; the result lies on its device.
-        rest: rows and columns by which the images are larger than the crops.
+        flip: whether to flip images horizontally at random.
+        generator: random generator; the result is on its device.
+        rest: rows and columns by which the images exceed the crops.
 
     Returns:
         Parameters of B views.
 
     Raises:
-        ValueError: padding is negative.
+        ValueError: if padding is negative.
     """
     _check_padding(padding)
     device = generator.device
@@ -60,27 +60,27 @@ def draw_crop_flip(
 
 
 def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[int, int] | None = None) -> Tensor:
-    """Pads every image with zeros, cuts out a window, of the original size by default, and mirrors it where asked.
+    """Pad each image with zeros, crop a window (default: the original size), and flip it as in ``parameters``.
 
-    Equal to ``pad``, ``crop`` and ``hflip`` of torchvision, image by image, on any device and for any type.
+    Equal to ``pad``, ``crop`` and ``hflip`` of torchvision, applied to each image, on any device and for any dtype.
 
     Args:
         images: shape (B, C, H, W).
         parameters: one view per image, from `draw_crop_flip` with the same padding.
         padding: pixels added on each side.
-        size: h, w of the views; None takes the size of the images.
+        size: h, w of the views; None uses the size of the images.
 
     Returns:
-        Views, shape (B, C, h, w), type and device of the images.
+        Views, shape (B, C, h, w), dtype and device of the images.
 
     Raises:
-        ValueError: images are not four-dimensional, the number of views differs, or padding is negative.
+        ValueError: if images are not four-dimensional, the number of views differs, or padding is negative.
     """
     _check_padding(padding)
     if images.dim() != 4 or len(parameters.top) != len(images):
         raise ValueError(
-            f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; draw one "
-            "view per image"
+            f"expected images (B, C, H, W) and B views, got {tuple(images.shape)} and {len(parameters.top)} views; "
+            "sample one view per image"
         )
     height, width = images.shape[2:] if size is None else size
     padded = F.pad(images, (padding,) * 4) if padding else images
@@ -97,8 +97,7 @@ def crop_flip(images: Tensor, parameters: CropFlip, padding: int, size: tuple[in
 def select_rows(images: Tensor, index: Tensor) -> Tensor:
     """Return the images at positions (K,), on their device; equal to ``images.index_select(0, index)``.
 
-    Large images on a processor are copied with NumPy: torch would start all its threads for each of them, which the workers
-    that decode are in the way of.
+    Large images on the CPU are copied with NumPy: torch would use all threads, which compete with the decoding workers.
     """
     if images.device.type == "cpu" and images.dtype == torch.uint8 and images[:1].numel() >= LARGE:
         return torch.from_numpy(images.numpy().take(index.numpy(), axis=0))
@@ -106,9 +105,9 @@ def select_rows(images: Tensor, index: Tensor) -> Tensor:
 
 
 def _window_by_window(padded: Tensor, parameters: CropFlip, height: int, width: int) -> Tensor:
-    """Copy whole lines, which on a processor is several times faster than to gather the pixels of large images.
+    """Copy whole rows, which is several times faster on the CPU than gathering the pixels of large images.
 
-    With NumPy: torch would start all its threads for each image, which the workers that decode are in the way of.
+    It uses NumPy, because torch would use all threads, which compete with the decoding workers.
     """
     views = padded.new_empty((len(padded), padded.shape[1], height, width))
     places = zip(views.numpy(), padded.numpy(), *(part.tolist() for part in parameters), strict=True)

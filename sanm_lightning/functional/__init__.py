@@ -1,4 +1,4 @@
-"""The mathematics of the methods as pure functions: per sample where samples are weighted, from logits."""
+"""Losses, selections and schedules of the methods as pure functions."""
 
 from sanm_lightning.functional.losses import (
     clamped_probs,

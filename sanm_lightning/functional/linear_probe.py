@@ -1,4 +1,4 @@
-"""Out-of-fold predictions on fixed features: a linear probe and a vote among neighbors."""
+"""Out-of-fold predictions from fixed features: linear probe and nearest-neighbor vote."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from torch import Tensor
 __all__ = ["WEIGHT_DECAYS", "ProbeResult", "assign_folds", "linear_probe", "log_loss", "neighbor_probs", "standardize"]
 
 WEIGHT_DECAYS = (5.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.01)
-"""Tried in this order, strong to weak."""
+"""Candidates in the order of the search, strong to weak."""
 ROWS = 8192
-"""Rows of the features that are multiplied at once."""
+"""Number of feature rows per matrix product."""
 MAX_ITERATIONS = 100
 
 Array = np.ndarray[Any, Any]
@@ -24,8 +24,8 @@ class ProbeResult(NamedTuple):
 
     Attributes:
         probs: class probabilities, shape (N, C), float32.
-        weight_decay: the one of lowest out-of-fold log-loss on the given labels.
-        log_losses: that log-loss by weight decay.
+        weight_decay: weight decay with the lowest out-of-fold log-loss on the given labels.
+        log_losses: out-of-fold log-loss by weight decay.
     """
 
     probs: Array
@@ -34,7 +34,7 @@ class ProbeResult(NamedTuple):
 
 
 def standardize(features: Array, rows: Array) -> Array:
-    """Return features (N, D), float32, of mean 0 and variance 1 over ``rows``; constant ones become 0."""
+    """Scale features (N, D), float32, to mean 0 and variance 1 over ``rows``; constant features become 0."""
     total, squares = np.zeros(features.shape[1]), np.zeros(features.shape[1])
     for part in np.array_split(rows, max(1, len(rows) // 4096)):  # no copy of the whole set in double precision
         block = np.asarray(features[part], np.float64)
@@ -49,15 +49,15 @@ def standardize(features: Array, rows: Array) -> Array:
 
 
 def assign_folds(labels: Array, groups: Array, num_folds: int, seed: int) -> Array:
-    """Assign each sample to a fold, evenly within each class; a group stays together.
+    """Assign samples to folds, stratified by class; the samples of a group are assigned to the same fold.
 
-    Copies of an image in other folds would let a wrong label confirm itself.
+    Copies of an image in different folds would support each other's wrong label.
 
     Args:
         labels: shape (N,).
         groups: shape (N,), equal for copies of one image.
         num_folds: number of folds.
-        seed: of the assignment.
+        seed: random seed.
 
     Returns:
         Fold of each sample, shape (N,), in [0, num_folds).
@@ -86,23 +86,24 @@ def linear_probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
-    """Predict each sample by a multinomial logistic regression on the samples of the other folds.
+    """Predict each sample by multinomial logistic regression on the samples of the other folds.
 
-    The objective is the mean cross-entropy plus ``weight_decay`` times the sum of the squared weights. The weight decay is that
-    of the lowest out-of-fold log-loss on the given labels, which needs no true label; it is chosen on a random part of the
-    set where that is large.
+    The objective is the mean cross-entropy plus ``weight_decay`` times the sum of the squared weights. The weight decay
+    with the lowest out-of-fold log-loss on the given labels is selected, which requires no true labels; for large sets,
+    a random subset is used for the selection.
 
     Args:
         features: shape (N, D), standardized, float32.
         labels: given labels, shape (N,), in [0, C).
         folds: shape (N,), from :func:`assign_folds`.
-        num_classes: C.
-        learn: shape (N,), bool: samples that the regression is fitted to, such as those of the training split; None is all.
-            Every sample gets a prediction.
-        weight_decays: candidates, strong to weak. The search ends when two in a row are worse than the best.
-        selection_size: samples that the weight decay is chosen on, at most.
-        seed: of the choice of these.
-        device: that the regressions are fitted on.
+        num_classes: C, number of classes.
+        learn: mask of the samples used for fitting, such as the training split, shape (N,), bool; None uses all
+            samples. All samples are predicted.
+        weight_decays: candidates, strong to weak. The search stops after two consecutive candidates worse than the
+            best.
+        selection_size: maximum number of samples used to select the weight decay.
+        seed: random seed of the subset.
+        device: device used for fitting.
     """
     learn = np.ones(len(labels), bool) if learn is None else learn
     rows = np.flatnonzero(learn)
@@ -127,10 +128,11 @@ def linear_probe(
 
 
 class _Regressions:
-    """One regression per fold, fitted together by L-BFGS in the eigenbasis of the features.
+    """One regression per fold, fitted jointly by L-BFGS in the eigenbasis of the features.
 
-    The product of the features with the weights of all folds at once takes little longer than with those of one: reading the
-    features is what takes time. Divided by the square root of its curvature, each direction converges at the same speed.
+    The product of the features with the weights of all folds takes little longer than with those of one fold, because
+    it is limited by reading the features. Each direction is scaled by the square root of its curvature, for equal
+    convergence rates.
     """
 
     def __init__(
@@ -174,7 +176,7 @@ class _Regressions:
         return self._turned(self.basis, self.weights)
 
     def fit(self, decay: float) -> "_Regressions":
-        """Minimize for one weight decay, from the present weights."""
+        """Minimize the objective for one weight decay, starting from the current weights."""
         scale = (0.25 * self.curvature + 2 * decay).rsqrt()
         scale = torch.cat([scale, scale.new_full((1,), 2.0)]).view(-1, 1, 1)
         point = (self.weights / scale).requires_grad_()
@@ -193,7 +195,7 @@ class _Regressions:
         return self
 
     def _objective(self, weights: Tensor, decay: float) -> tuple[Tensor, Tensor]:
-        """Return the sum of the objectives of all folds, and its gradient."""
+        """Return the sum of the objectives of all folds and its gradient."""
         penalized = weights[:-1]
         loss = decay * penalized.square().sum()
         gradient = torch.cat([2 * decay * penalized, torch.zeros_like(weights[-1:])])
@@ -212,7 +214,7 @@ class _Regressions:
         return loss, gradient
 
     def probs(self) -> Array:
-        """Return the prediction of each sample by the regression that was not fitted to its fold, shape (N, C)."""
+        """Return the prediction of each sample by the regression of the other folds, shape (N, C)."""
         found = torch.empty(len(self.rotated), self.num_classes)
         for fold in range(self.num_folds):
             inside = self.folds == fold
@@ -229,15 +231,15 @@ def neighbor_probs(
     prior: Array | None = None,
     prior_weight: float = 1.0,
 ) -> Array:
-    """Turn the given labels of neighbors into class probabilities, with the class frequencies as prior.
+    """Compute class probabilities from the given labels of neighbors, with the class frequencies as prior.
 
     Args:
-        neighbors: positions, shape (N, k); negative ones are left out.
-        similarity: weight of each, shape (N, k), not negative.
-        labels: given labels, shape (M,), that the positions refer to.
-        num_classes: C.
-        prior: class frequencies, shape (C,); None takes those of ``labels``.
-        prior_weight: weight of the prior in neighbors.
+        neighbors: positions of the neighbors, shape (N, k); negative positions are ignored.
+        similarity: weight of each neighbor, shape (N, k), non-negative.
+        labels: given labels of all positions, shape (M,).
+        num_classes: C, number of classes.
+        prior: class frequencies, shape (C,); None uses those of ``labels``.
+        prior_weight: weight of the prior, in units of neighbors.
 
     Returns:
         Shape (N, C), float32.

@@ -1,4 +1,4 @@
-"""Two-component mixtures over per-sample losses, and the posterior that a label is right."""
+"""Two-component mixtures of per-sample losses, and the posterior that a label is correct."""
 
 import warnings
 from typing import NamedTuple
@@ -12,36 +12,37 @@ __all__ = ["Mixture", "clean_probability", "fit_mixture", "mixture_posterior"]
 
 
 class Mixture(NamedTuple):
-    """Two Gaussians over min-max normalised losses; the component of lower mean comes first."""
+    """Mixture of two Gaussians on min-max normalized losses; the component of lower mean is first."""
 
     low: Tensor
     """The smallest loss of the fit, a scalar."""
     high: Tensor
     """The largest loss of the fit, a scalar."""
     weights: Tensor
-    """(2,), sum to 1. (1, 0) when the losses held nothing to tell apart."""
+    """(2,), sum to 1; (1, 0) if all losses are equal."""
     means: Tensor
-    """(2,), of the normalised losses."""
+    """(2,), of the normalized losses."""
     variances: Tensor
-    """(2,), of the normalised losses, positive."""
+    """(2,), of the normalized losses, positive."""
 
 
 def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
-    """Fit two Gaussians to min-max normalised losses.
+    """Fit two Gaussians to min-max normalized losses.
 
-    Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The k-means
-    start has a fixed seed here, so the same losses always give the same mixture.
+    Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The
+        k-means
+    initialization has a fixed seed, so the fit is deterministic.
 
     Args:
         losses: shape (N,), finite, on any device.
-        max_iter: iterations at most; the published number is 10 (C2D takes 200).
+        max_iter: maximum number of iterations; published: 10 (C2D: 200).
 
     Returns:
-        The mixture, on the device of ``losses``. Where all losses are equal, or N < 2, every label is trusted: the
-        mixture has one component.
+        The mixture, on the device of ``losses``. If all losses are equal, or N < 2, it has one component, whose
+        posterior is 1.
 
     Raises:
-        ValueError: if ``losses`` is not (N,), or holds NaN or infinity.
+        ValueError: if ``losses`` is not (N,), or contains NaN or infinity.
     """
     values = _finite(losses.detach().to("cpu", torch.float64))
     low, high = (values.min(), values.max()) if len(values) else (torch.zeros(()), torch.zeros(()))
@@ -53,7 +54,7 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
     else:
         model = GaussianMixture(2, max_iter=max_iter, tol=1e-2, reg_covar=5e-4, random_state=0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations are the published way
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the published number of iterations is small
             model.fit(((values - low) / (high - low)).numpy().reshape(-1, 1))
         order = torch.from_numpy(model.means_[:, 0].argsort())
         weights, means, variances = (
@@ -64,19 +65,19 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
 
 
 def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
-    """Score losses, new ones too, under a fitted mixture: the probability of the component of lower mean.
+    """Return the posterior probability of the component of lower mean, for losses of the fit or new losses.
 
-    Losses beyond the range of the fit count as its edge: the wider Gaussian would claim them from both sides.
+    Losses are clamped to the range of the fit, because the wider Gaussian dominates on both sides of it.
 
     Args:
-        mixture: from :func:`fit_mixture`.
+        mixture: output of :func:`fit_mixture`.
         losses: shape (N,), on the device of ``mixture``.
 
     Returns:
         Shape (N,), float32, in [0, 1].
 
     Raises:
-        ValueError: if ``losses`` is not (N,), or (on CPU) holds NaN or infinity.
+        ValueError: if ``losses`` is not (N,), or (on CPU) contains NaN or infinity.
     """
     span = mixture.high - mixture.low
     scaled = (_finite(losses).to(mixture.low.dtype) - mixture.low) / torch.where(span > 0, span, 1)
@@ -86,9 +87,9 @@ def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
 
 
 def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
-    """Turn the losses of a training set into the probability that each label is right.
+    """Return the probability that each label of a training set is correct, from its losses.
 
-    Source: DivideMix, Section 3.1; used as the label quality G of SANM's Eq. 2. :func:`fit_mixture`, then
+    Source: DivideMix, Section 3.1; used as the label quality G of SANM's Eq. 2. It combines :func:`fit_mixture` and
     :func:`mixture_posterior`.
 
     Args:
@@ -96,10 +97,10 @@ def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
         max_iter: as for :func:`fit_mixture`.
 
     Returns:
-        Shape (N,), float32, in [0, 1], 1 = clean. All 1 where the losses are equal or N < 2.
+        Shape (N,), float32, in [0, 1], 1 = clean. All 1 if the losses are equal or N < 2.
 
     Raises:
-        ValueError: if ``losses`` is not (N,), or holds NaN or infinity.
+        ValueError: if ``losses`` is not (N,), or contains NaN or infinity.
     """
     return mixture_posterior(fit_mixture(losses, max_iter=max_iter), losses)
 
@@ -109,5 +110,7 @@ def _finite(losses: Tensor) -> Tensor:
         raise ValueError(f"expected losses (N,), got shape {tuple(losses.shape)}")
     if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):
         bad = int((~torch.isfinite(losses)).sum())
-        raise ValueError(f"expected finite losses, got {bad} NaN or infinite of {len(losses)}; has training diverged?")
+        raise ValueError(
+            f"expected finite losses, got {bad} NaN or infinite of {len(losses)}; check whether training has diverged"
+        )
     return losses

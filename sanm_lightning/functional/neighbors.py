@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by cosine similarity, chunk by chunk, and votes among them."""
+"""Exact nearest neighbors by cosine similarity, in chunks, and votes of neighbors."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ __all__ = ["balanced_votes", "knn_vote", "nearest_neighbors"]
 
 
 def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk: int = 1024) -> Tensor:
-    """Find the k samples of largest cosine similarity to each sample; no (N, N) matrix is held.
+    """Find the k samples of largest cosine similarity to each sample, without an (N, N) matrix.
 
     Args:
-        features: shape (N, D), of any length.
-        k: neighbors, 1 to N, or to N - 1 without the sample itself.
-        exclude_self: leave the sample itself out, by its index.
-        chunk: rows searched at once.
+        features: shape (N, D), not necessarily normalized.
+        k: number of neighbors, 1 to N, or to N - 1 with ``exclude_self``.
+        exclude_self: whether to exclude the sample itself, by index.
+        chunk: number of rows searched at once.
 
     Returns:
         Positions, shape (N, k), int64, most similar first.
@@ -37,14 +37,14 @@ def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk
 
 
 def knn_vote(features: Tensor, labels: Tensor, k: int, num_classes: int, chunk: int = 1024) -> Tensor:
-    """Let the k nearest samples vote on the class of each sample, which is among them.
+    """Return the votes of the k nearest samples, including the sample, on the class of each sample.
 
     Args:
-        features: shape (N, D), of any length.
-        labels: the votes, shape (N,).
-        k: neighbors, 1 to N.
-        num_classes: C.
-        chunk: rows searched at once.
+        features: shape (N, D), not necessarily normalized.
+        labels: labels of the samples, shape (N,).
+        k: number of neighbors, 1 to N.
+        num_classes: C, number of classes.
+        chunk: number of rows searched at once.
 
     Returns:
         Fractions of the votes, shape (N, C); each row sums to 1.
@@ -58,7 +58,7 @@ def knn_vote(features: Tensor, labels: Tensor, k: int, num_classes: int, chunk: 
 
 
 def balanced_votes(votes: Tensor, labels: Tensor) -> Tensor:
-    """Divide votes (N, C) by the frequency of each class among the labels (N,), and normalize the rows again."""
+    """Divide votes (N, C) by the frequency of each class among the labels (N,), and renormalize the rows."""
     prior = F.one_hot(labels, votes.shape[1]).float().mean(0)
     weighted = votes / (prior + 1e-10)
     return weighted / weighted.sum(1, keepdim=True).clamp(min=1e-10)

@@ -1,25 +1,33 @@
-"""From out-of-fold probabilities of noisy labels to the probability that a given label is right, and to the noise rate."""
+"""Estimate the noise rate, and the probability that each given label is correct, from out-of-fold probabilities."""
 
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["NoiseModel", "confident_joint", "deconvolve", "fit_noise_model", "label_posterior", "transition_of"]
+__all__ = [
+    "NoiseModel",
+    "confident_joint",
+    "deconvolve",
+    "fit_noise_model",
+    "judge_labels",
+    "label_posterior",
+    "transition_of",
+]
 
 ITERATIONS = 10
-"""Of the deconvolution: few, since more of them amplify what is random in the probabilities."""
+"""Number of iterations of the deconvolution; more iterations amplify noise of the probabilities."""
 CHUNK = 65_536
 Array = np.ndarray[Any, Any]
 
 
 class NoiseModel(NamedTuple):
-    """What the given labels of N samples are believed to be made of.
+    """Estimated noise of the given labels of N samples.
 
     Attributes:
-        posterior: probability of each class being the right one, given the image and its label, shape (N, C), float32.
-        joint: joint distribution of given (rows) and right labels (columns), shape (C, C), sums to 1.
-        transition: probability of each given label (columns) for each right one (rows), shape (C, C), rows sum to 1.
+        posterior: probability that each class is the true class, given image and label, shape (N, C), float32.
+        joint: joint distribution of given (rows) and true labels (columns), shape (C, C), sums to 1.
+        transition: probability of each given label (columns) for each true label (rows), shape (C, C), rows sum to 1.
         noise_rate: estimated fraction of wrong labels, in [0, 1].
         interval: lowest and highest estimate of that fraction.
     """
@@ -32,11 +40,11 @@ class NoiseModel(NamedTuple):
 
 
 def confident_joint(probs: Array, labels: Array) -> Array:
-    """Estimate the joint distribution of given and right labels.
+    """Estimate the joint distribution of given and true labels.
 
-    Source: confident learning (Northcutt et al., JAIR 2021), Eq. 1 to 3: a sample counts for a class whose probability reaches
-    the mean probability of that class among the samples that are labelled so, and for the likeliest of several such classes.
-    The counts are scaled to the class frequencies of the given labels.
+    Source: confident learning (Northcutt et al., JAIR 2021), Eq. 1 to 3: a sample is counted for a class if its
+    probability reaches the mean probability of that class among the samples with this label; if several classes
+    qualify, for the most probable one. The counts are scaled to the class frequencies of the given labels.
 
     Args:
         probs: out-of-fold probabilities, shape (N, C).
@@ -57,22 +65,22 @@ def confident_joint(probs: Array, labels: Array) -> Array:
         counted = confident.any(1)
         np.add.at(joint, (labels[start : start + CHUNK][counted], likeliest[counted]), 1)
     empty = joint.sum(1) == 0
-    joint[empty, empty] = 1  # a class without a confident sample: nothing speaks against its labels
+    joint[empty, empty] = 1  # without a confident sample, assume that all labels of the class are correct
     joint *= (counts / joint.sum(1))[:, None]
     normalized: Array = joint / joint.sum()
     return normalized
 
 
 def deconvolve(probs: Array, transition: Array, iterations: int = ITERATIONS) -> Array:
-    """Estimate the probabilities of right labels whose noisy ones are ``probs``.
+    """Estimate the probabilities of true labels from the probabilities of noisy labels.
 
-    Richardson-Lucy iteration from the uniform distribution, which keeps probabilities non-negative: the maximum-likelihood
-    step for the weights of a mixture of known components, the rows of the transition matrix.
+    Richardson-Lucy iteration, starting from the uniform distribution, which keeps probabilities non-negative: the
+    maximum-likelihood step for the weights of a mixture of known components, the rows of the transition matrix.
 
     Args:
         probs: probabilities of given labels, shape (N, C).
-        transition: probability of each given label (columns) for each right one (rows), shape (C, C).
-        iterations: number of steps.
+        transition: probability of each given label (columns) for each true label (rows), shape (C, C).
+        iterations: number of iterations.
 
     Returns:
         Shape (N, C), rows sum to 1.
@@ -85,9 +93,10 @@ def deconvolve(probs: Array, transition: Array, iterations: int = ITERATIONS) ->
 
 
 def label_posterior(probs: Array, labels: Array, transition: Array, iterations: int = ITERATIONS) -> Array:
-    """Return the probability of each class being the right one, given image and label, shape (N, C), float32.
+    """Compute the probability that each class is the true class, given image and label, shape (N, C), float32.
 
-    Bayes' rule with :func:`deconvolve` as prior of each image and the transition matrix as likelihood of the given label.
+    Bayes' rule with :func:`deconvolve` as the prior of each image and the transition matrix as the likelihood of the
+    given label.
     """
     out = np.empty(probs.shape, np.float32)
     for start in range(0, len(probs), CHUNK):
@@ -98,18 +107,47 @@ def label_posterior(probs: Array, labels: Array, transition: Array, iterations: 
     return out
 
 
-def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
-    """Estimate which labels are wrong, how many, and what they were made of.
+def judge_labels(probs: Array, labels: Array, transition: Array, iterations: int = 5) -> Array:
+    """Compute the probability that each class is the true class, for samples not used to fit the probabilities.
 
-    The fraction of wrong labels cannot be told from probabilities alone: a doubtful image may be a hard one with a right label.
-    The interval spans the estimates at both ends. The highest is the confident joint, to which each confident disagreement is
-    a wrong label. The lowest is a transition matrix that is re-estimated from its own posterior ``refinements`` times, which
-    drifts towards right labels. Both are widened by two standard errors of a fraction of N.
+    The labels of another split, such as a test set, have their own transition matrix. It is estimated from these labels
+    and the deconvolved probabilities of the images by expectation maximization, initialized with the transition matrix
+    of the training labels.
+
+    Args:
+        probs: probabilities of the training labels, shape (N, C).
+        labels: given labels of the other split, shape (N,).
+        transition: transition matrix of the training labels, given labels (columns) for each true label (rows), shape
+            (C, C).
+        iterations: number of iterations of the estimate.
+
+    Returns:
+        Shape (N, C), float32, rows sum to 1.
+    """
+    prior = np.concatenate(
+        [deconvolve(probs[i : i + CHUNK].astype(np.float64), transition) for i in range(0, len(probs), CHUNK)]
+    )
+    own = transition
+    for _ in range(iterations + 1):
+        weighted = prior * own[:, labels].T
+        posterior: Array = weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-12)
+        own = transition_of(_joint_of(posterior, labels))
+    return posterior.astype(np.float32)
+
+
+def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
+    """Estimate the wrong labels, their fraction, and the transition matrix.
+
+    The fraction of wrong labels is not identifiable from probabilities alone: an ambiguous image may be a hard image
+    with a correct label. The interval therefore spans a high and a low estimate. The high estimate is that of the
+    confident joint, which counts each confident disagreement as a wrong label. The low estimate is that of a transition
+    matrix re-estimated from its own posterior ``refinements`` times, which increases the fraction of labels considered
+    correct. The interval is extended by two standard errors of a fraction of N samples.
 
     Args:
         probs: out-of-fold probabilities of the given labels, shape (N, C).
         labels: given labels, shape (N,).
-        refinements: number of re-estimates for the lower end.
+        refinements: number of re-estimates for the low estimate.
     """
     joint = confident_joint(probs, labels)
     transition = transition_of(joint)
@@ -138,11 +176,11 @@ def _joint_of(posterior: Array, labels: Array) -> Array:
 
 
 def transition_of(joint: Array) -> Array:
-    """Return the probability of each given label (columns) for each right one (rows), shape (C, C).
+    """Return the probability of each given label (columns) for each true label (rows), shape (C, C).
 
     Args:
-        joint: joint distribution of given (rows) and right labels (columns), shape (C, C). A class that is never right gets the
-            row of the identity.
+        joint: joint distribution of given (rows) and true labels (columns), shape (C, C). Rows of classes with
+            probability 0 become those of the identity matrix.
     """
     matrix = joint.T
     total = matrix.sum(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Schedules of loss weights, rates and decays, as functions of an epoch or a step."""
+"""Schedules of loss weights, rates and decays as functions of epoch or step."""
 
 import math
 
@@ -6,19 +6,19 @@ __all__ = ["critical_fraction", "ema_decay", "forget_rate", "linear_ramp", "sigm
 
 
 def linear_ramp(epochs: float, length: float) -> float:
-    """Rise linearly from 0 to 1 in ``length`` epochs, then stay at 1."""
+    """Return a linear ramp from 0 to 1 over ``length`` epochs, constant 1 afterwards."""
     return min(max(epochs / length, 0.0), 1.0) if length > 0 else 1.0
 
 
 def sigmoid_ramp(step: int, length: int) -> float:
-    """Rise from exp(-5) to 1 over ``length`` steps: exp(-5 (1 - step / length)^2); 1 where the length is 0."""
+    """Return a ramp from exp(-5) to 1 over ``length`` steps: exp(-5 (1 - step / length)^2); 1 if the length is 0."""
     return 1.0 if length == 0 else math.exp(-5 * (1 - min(step, length) / length) ** 2)
 
 
 def ema_decay(step: int, decay: float, ramp_steps: int | None) -> float:
-    """Return the fraction of a teacher's old weights that stays at step ``step``, counted from 0.
+    """Return the weight of a teacher's old parameters at step ``step``, from 0.
 
-    With ``ramp_steps`` S, decay exp(-5 (1 - min(step + 1, S) / S)^2); without, min(1 - 1 / (step + 1), decay).
+    With ``ramp_steps`` S, it is decay exp(-5 (1 - min(step + 1, S) / S)^2); otherwise, min(1 - 1 / (step + 1), decay).
     Source: the code of ELR+ (Liu et al., NeurIPS 2020).
     """
     if ramp_steps is not None:
@@ -27,10 +27,10 @@ def ema_decay(step: int, decay: float, ramp_steps: int | None) -> float:
 
 
 def forget_rate(epoch: int, noise_rate: float, num_gradual: int, exponent: float = 1.0) -> float:
-    """Return R(e), the fraction of a batch that Co-teaching leaves out in an epoch.
+    """Return R(e), the fraction of a batch that Co-teaching excludes in an epoch.
 
-    It rises linearly from 0 to ``noise_rate ** exponent`` over the first ``num_gradual`` epochs, and is ``noise_rate`` after
-    them. Source: the code of Han et al., NeurIPS 2018.
+    It increases linearly from 0 to ``noise_rate ** exponent`` over the first ``num_gradual`` epochs, and is
+    ``noise_rate`` afterwards. Source: the code of Han et al., NeurIPS 2018.
     """
     if epoch >= num_gradual:
         return noise_rate
@@ -38,9 +38,10 @@ def forget_rate(epoch: int, noise_rate: float, num_gradual: int, exponent: float
 
 
 def critical_fraction(epoch: int, noise_rate: float, schedule: str, num_gradual: int) -> float:
-    """Return the fraction of the weights that is critical in an epoch of CDR, which is also the factor of their gradient.
+    """Return the fraction of critical weights in an epoch of CDR, which is also the factor of their gradient.
 
-    ``"constant"`` is 1 - noise rate; ``"gradual"`` falls to it linearly from 1 over the first ``num_gradual`` epochs.
+    ``"constant"`` is 1 - noise rate; ``"gradual"`` decreases linearly from 1 to it over the first ``num_gradual``
+    epochs.
     """
     if schedule == "gradual" and epoch < num_gradual:
         return 1 - noise_rate * epoch / max(1, num_gradual - 1)

@@ -1,4 +1,4 @@
-"""Which samples, or weights, a method learns from."""
+"""Selection of training samples and of critical weights."""
 
 import torch
 from torch import Tensor
@@ -15,23 +15,24 @@ __all__ = [
 
 
 def small_loss(losses: Tensor, fraction: float) -> Tensor:
-    """Mark the int(fraction B) samples of smallest loss, at least one: losses (B,) -> (B,) bool."""
+    """Select the int(fraction B) samples of smallest loss, at least one: losses (B,) -> (B,) bool."""
     kept = max(1, int(fraction * len(losses) + 1e-6))  # .3 * 10 is 2.9999... in floating point
     chosen = losses.topk(kept, largest=False, sorted=False).indices
     return torch.zeros_like(losses, dtype=torch.bool).index_fill_(0, chosen, True)
 
 
 def threshold_split(quality: Tensor, threshold: float, clip: bool = False) -> tuple[Tensor, bool]:
-    """Divide the samples into a labelled and an unlabelled set, neither of which is empty.
+    """Divide the samples into a labeled and an unlabeled set, both non-empty.
 
     Args:
-        quality: probability that each label is right, shape (N,), N >= 2.
-        threshold: samples above it are labelled (DivideMix, Section 3.1).
-        clip: first move the threshold inside the range of ``quality``, as C2D does.
+        quality: probability that each label is correct, shape (N,), N >= 2.
+        threshold: samples above it are labeled (DivideMix, Section 3.1).
+        clip: whether to clip the threshold to the range of ``quality``, as C2D does.
 
     Returns:
-        Labelled or not, shape (N,), bool; and whether the threshold as given left one of the sets empty. In that case it is
-        moved inside the range; where all probabilities are equal, the first half of the samples is labelled.
+        Whether each sample is labeled, shape (N,), bool; and whether a set was empty with the given threshold. In that
+        case, the threshold is clipped to the range; if all probabilities are equal, the first half of the samples is
+        labeled.
     """
     labelled = quality > threshold
     empty = bool(labelled.all()) or not bool(labelled.any())
@@ -46,30 +47,30 @@ def threshold_split(quality: Tensor, threshold: float, clip: bool = False) -> tu
 
 
 def repeated_draw(pool: Tensor, length: int, generator: torch.Generator) -> Tensor:
-    """Return ``length`` places of endless random rounds through ``pool`` (n,): (length,)."""
+    """Sample ``length`` elements from repeated random permutations of ``pool`` (n,): (length,)."""
     rounds = max(1, -(-length // len(pool)))
     return torch.cat([pool[torch.randperm(len(pool), generator=generator)] for _ in range(rounds)])[:length]
 
 
 def relabel(labels: Tensor, probs: Tensor, threshold: float) -> Tensor:
-    """Replace labels (N,) by the predicted class where its probability (N, C) is above ``threshold``: (N,) int64."""
+    """Replace labels (N,) by the predicted class if its probability (N, C) is above ``threshold``: (N,) int64."""
     confidence, predicted = probs.max(1)
     return torch.where(confidence > threshold, predicted, labels)
 
 
 def members_by_class(pool: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sort the members of ``pool`` (n,) by their labels (n,): members (n,), and the number of each class, (C,)."""
+    """Sort the members of ``pool`` (n,) by their labels (n,): members (n,), and the size of each class, (C,)."""
     return pool[labels.argsort(stable=True)], labels.bincount(minlength=num_classes)
 
 
 def class_balanced_draw(members: Tensor, sizes: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` members with replacement: first a class that has any, then one of its members.
+    """Sample ``count`` members with replacement: first a non-empty class, then one of its members.
 
     Args:
-        members: from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
-        sizes: of the classes, likewise, shape (C,).
-        count: number of draws.
-        generator: source of all randomness, on the CPU.
+        members: members from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
+        sizes: class sizes from :func:`members_by_class`, shape (C,).
+        count: number of samples.
+        generator: random generator, on the CPU.
 
     Returns:
         Positions, shape (count,).
@@ -87,11 +88,11 @@ def critical_threshold(weights: list[Tensor], gradients: list[Tensor], fraction:
 
     Args:
         weights: tensors of any shape, ranked together.
-        gradients: one for each.
-        fraction: of the weights that are critical, in [0, 1]; at least one weight is.
+        gradients: gradients of the weights.
+        fraction: fraction of critical weights, in [0, 1]; at least one weight is critical.
 
     Returns:
-        A scalar on the device of the weights; nothing is read back.
+        A scalar on the device of the weights, without synchronization.
     """
     scores = torch.cat([(w * g).abs().flatten() for w, g in zip(weights, gradients, strict=True)]).float()
     critical = max(1, int(fraction * len(scores) + 1e-6))

@@ -1,4 +1,4 @@
-"""Targets that methods make of labels and predictions, and mixup."""
+"""Targets from labels and predictions, and mixup."""
 
 from typing import NamedTuple
 
@@ -10,31 +10,31 @@ __all__ = ["Mixed", "co_refine", "mixup", "sharpen"]
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
-    """Raise (B, C) probabilities to the power 1 / T and normalize them; T below 1 makes them more confident."""
+    """Raise probabilities (B, C) to the power 1 / T and normalize them; T below 1 increases the confidence."""
     powered = probs ** (1 / temperature)
     return powered / powered.sum(1, keepdim=True)
 
 
 def co_refine(targets: Tensor, quality: Tensor, prediction: Tensor) -> Tensor:
-    """Mix given labels (B, C) with a prediction (B, C), weighted by the probability (B,) that the label is right."""
+    """Mix given labels (B, C) with predictions (B, C), weighted by the probability (B,) that the label is correct."""
     w = quality.unsqueeze(1)
     return w * targets + (1 - w) * prediction
 
 
 class Mixed(NamedTuple):
-    """A mixed batch, and how it was mixed, so that more can be mixed alike."""
+    """Mixed batch, with the parameters to mix further tensors likewise."""
 
     images: Tensor
     """(V, 3, H, W)."""
     targets: Tensor
     """(V, C)."""
     lam: float
-    """Weight of each row itself, in [0, 1]."""
+    """Weight of the original rows, in [0, 1]."""
     partners: Tensor
-    """(V,), the row that each row is mixed with."""
+    """(V,), position of the row that each row is mixed with."""
 
     def mix(self, rows: Tensor) -> Tensor:
-        """Mix further rows (V, ...) with the same weight and partners."""
+        """Mix other rows (V, ...) with the same weight and partners."""
         return self.lam * rows + (1 - self.lam) * rows[self.partners]
 
 
@@ -46,9 +46,9 @@ def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, alpha: fl
     Args:
         images: shape (V, 3, H, W).
         targets: class probabilities, shape (V, C).
-        generator: source of all randomness, on the CPU.
-        alpha: the weight lam is drawn from Beta(alpha, alpha); 0 mixes nothing.
-        larger_half: take the larger of lam and 1 - lam, so that a row stays mostly itself (MixMatch).
+        generator: random generator, on the CPU.
+        alpha: parameter of the weight's distribution Beta(alpha, alpha); 0 disables mixing.
+        larger_half: whether to use the larger of lam and 1 - lam, as in MixMatch.
 
     Returns:
         The mixed batch, on the device of the images.
@@ -57,8 +57,8 @@ def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, alpha: fl
         ValueError: if alpha is negative.
     """
     if alpha < 0:
-        raise ValueError(f"expected alpha >= 0, got {alpha}; use 0 to mix nothing")
-    seed = int(torch.randint(2**62, (), generator=generator))  # torch has no Beta that takes a generator
+        raise ValueError(f"expected alpha >= 0, got {alpha}; use 0 to disable mixing")
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's Beta does not support generators
     lam = float(np.random.default_rng(seed).beta(alpha, alpha)) if alpha > 0 else 1.0
     lam = max(lam, 1 - lam) if larger_half else lam
     partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)

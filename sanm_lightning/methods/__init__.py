@@ -1,4 +1,4 @@
-"""One file, one paper, one class."""
+"""Methods for learning with noisy labels, one class per paper."""
 
 from sanm_lightning.callbacks import Stage as Stage
 from sanm_lightning.methods.base import NoisyLabelModule as NoisyLabelModule

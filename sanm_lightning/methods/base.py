@@ -1,4 +1,4 @@
-"""What every method shares: one or two networks, SANM, the step that learns from a batch, metrics, an optimizer."""
+"""Base class of all methods: one or two networks, SANM, the forward pass of a training step, metrics, an optimizer."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -31,32 +31,35 @@ __all__ = ["NoisyLabelModule", "sgd"]
 
 
 class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
-    """Base class of the methods. A method is one file with one class and one ``training_step``, which calls :meth:`learn`.
+    """Base class of the methods.
 
-    Batches are :class:`NoisyBatch`, or any usual form that :meth:`NoisyBatch.from_any` reads.
+    A method is one file with one class and one ``training_step``, which calls :meth:`learn`. Batches are
+    :class:`NoisyBatch`, or any form that :meth:`NoisyBatch.from_any` supports.
 
     Args:
-        num_classes: C; taken from the data module on the command line.
-        image_size: H, W of the images in pixels; likewise.
-        network: timm model name, or a network by timm's conventions that takes images in [0, 1].
-        network_args: options of that timm model, as ``{width: 16}`` or ``{pretrained: true}``.
-        mean: channel means that the network normalizes with; None takes the pre-trained ones, those of the data, or .5.
-        std: channel standard deviations, likewise, or .25.
-        sanm: SANM laid over the method; None is the plain published method.
-        warmup_epochs: length of the method's first stage, where it has a warm-up, and epochs before SANM's first mask.
-        optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning-rate schedule; one that takes ``total_steps`` gets them from the trainer and is stepped
-            per batch, any other is stepped per epoch. None keeps the rate constant.
-        compile_network: run the networks through ``torch.compile`` while a trainer uses the module: true, or the name of a
-            backend. Weights, checkpoints and exports are those of the plain network.
+        num_classes: C, number of classes; linked to the data module on the command line.
+        image_size: H, W of the images in pixels; linked to the data module on the command line.
+        network: timm model name, or a network with timm's interface for images in [0, 1].
+        network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``.
+        mean: channel means for input normalization; None uses those of the pre-trained weights, those of the data, or
+            .5.
+        std: channel standard deviations; None uses those of the pre-trained weights, those of the data, or .25.
+        sanm: SANM applied to the method; None is the published method without SANM.
+        warmup_epochs: length of the method's warm-up stage, if it has one, and epochs before SANM's first mask.
+        optimizer: function that creates the optimizer from the parameters.
+        scheduler: function that creates the learning-rate schedule. A schedule with an argument ``total_steps``
+            receives the number of steps from the trainer and is stepped per batch, others are stepped per epoch. None
+            keeps the rate constant.
+        compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name
+            of a backend. Weights, checkpoints and exports are those of the uncompiled network.
 
-    A checkpoint holds all of these but a network given as a module, the optimizer and the scheduler (those of the command line
-    are saved): ``load_from_checkpoint`` needs them only to go on training. With two networks, both learn in one step from the
-    sum of their losses, under one optimizer, which takes the steps that two would. A network that is given as a module is
-    copied for the second one, and its parameters are drawn anew.
+    A checkpoint contains all of these except a network given as a module, the optimizer and the scheduler (those of the
+    command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two networks, both
+    are trained in one step with the sum of their losses and one optimizer, which is equivalent to two optimizers. A
+    network given as a module is copied for the second network, and the copy is reinitialized.
 
     Raises:
-        ValueError: if an argument is out of its range, or the network cannot serve SANM.
+        ValueError: if an argument is out of its range, or the network does not support SANM.
     """
 
     wraps_training_step = False
@@ -79,7 +82,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         check_arguments(num_classes, image_size, network, warmup_epochs, backend)
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
         live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
-        self.save_hyperparameters(ignore=live)  # what is left is plain Python, so that a checkpoint opens safely
+        self.save_hyperparameters(ignore=live)  # the others are built-in types, which load safely from a checkpoint
         assert image_size is not None
         self.num_classes, self.image_size = num_classes, (int(image_size[0]), int(image_size[1]))
         self.warmup_epochs, self.optimizer, self.scheduler = warmup_epochs, optimizer, scheduler
@@ -89,9 +92,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
             options = network_args or {}
             self._create = lambda: create_network(network, num_classes, mean, std, **options)
             self.network: Any = self._create()
-            if options.get(
-                "pretrained"
-            ):  # a checkpoint holds the weights: loading it must not fetch the first ones again
+            if options.get("pretrained"):  # a checkpoint contains the weights: loading it requires no download
                 used = {name: tuple(getattr(self.network, name).flatten().tolist()) for name in ("mean", "std")}
                 self.hparams.update(network_args={**options, "pretrained": False}, **used)
         else:
@@ -106,7 +107,7 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         self.accuracy = nn.ModuleDict()
 
     def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return a generator for the present step: a function of seed, process, epoch and step, so that resume is exact."""
+        """Return a generator for the current step, a function of seed, process, epoch and step for exact resume."""
         step = -1 if self._trainer is None else batch_number(self.trainer)
         return named_generator(kind, self.sanm.seed, process_rank(), self.current_epoch, step, *parts, device=device)
 
@@ -120,19 +121,24 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         mix: Callable[[Tensor, Tensor], Mixed] | None = None,
         extra: tuple[Tensor, Tensor] | None = None,
     ) -> Learned:
-        """Run a network on the batch: masked and with regularized targets under SANM, mixed if asked for.
+        """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
 
-        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label quality.
+        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label
+            quality.
 
         Args:
-            batch: B samples, whose ``images`` are learned from.
+            batch: B samples with the training ``images``.
             targets: class probabilities, shape (B, C).
             network: number of the network.
-            quality: the method's own estimate of label quality, shape (B,), in [0, 1]; one that the user chose counts instead.
-            features: of the unmasked images, shape (B, D, h, w), where the method has them.
-            mix: mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder then gets a forward of
-                its own on the unmixed views.
-            extra: further images (k B, 3, H, W) and targets that are never masked; they come first.
+            quality: the method's estimate of label quality, shape (B,), in [0, 1]; an estimator configured by the user
+                overrides it.
+            features: features of the unmasked images, shape (B, D, h, w), if the method has computed them.
+            mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
+                then uses a separate forward pass on the unmixed views.
+            extra: additional images (k B, 3, H, W) and targets that are not masked; they precede the views.
+
+        Returns:
+            Logits, targets, features and reconstruction term of the pass.
         """
         net, sanm, judge = self.networks[network], self.sanms[network], self.sanms[network - 1]
         known = self._quality(judge, batch, targets, quality)
@@ -152,32 +158,32 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         clean = views.unmasked(logits) if unmixed else clean
         if evidence and clean is not None:
             sanm.label_quality.update(clean, targets, batch.index, views.features)
-        if not unmixed and views.masked and sanm.reconstruct:  # the decoder sees the masked views alone, unmixed
+        if not unmixed and views.masked and sanm.reconstruct:  # the decoder uses unmixed, masked views only
             maps = net.forward_features(views.images)
         return Learned(logits, mixed.targets, clean, maps, sanm.reconstruction(maps, batch.images, views), mixed)
 
     def _quality(self, judge: SANM, batch: NoisyBatch, targets: Tensor, estimate: Tensor | None) -> Quality:
-        """Return label quality as SANM takes it; None before the first mask."""
+        """Return the ``quality`` argument of SANM; None before the first mask."""
         if not self.sanm.masking(self.current_epoch, self.warmup_epochs):
             return None
         if self.estimates_quality and (estimate is None or judge.prefers_method_quality):
-            return estimate  # None in the method's own warm-up, where nothing is masked
+            return estimate  # None in the method's warm-up, when nothing is masked
         return judge.source_of_quality(targets, batch.index, batch.true_labels)
 
     def predict_train(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
-        """Pass over the training set once; see :func:`~sanm_lightning.methods.passes.predict_split`. A collective."""
+        """Predict the training set, see :func:`~sanm_lightning.methods.passes.predict_split`. Collective."""
         return predict_split(self, "train", quantities, network, view)
 
     def predict_val(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
-        """Pass over the validation split, likewise."""
+        """Predict the validation split, see :meth:`predict_train`. A collective operation."""
         return predict_split(self, "val", quantities, network, view)
 
     def reset(self, head_only: bool = False) -> list[nn.Parameter]:
-        """Draw the networks anew in place, or their classifiers; with decoders and averaged copies. Return what was drawn."""
+        """Reinitialize the networks, decoders and averaged copies, or the classifiers; return the parameters."""
         return reset_networks(self, self._create, head_only)
 
     def prepare_epoch(self) -> None:
-        """Begin the present epoch, unless it has begun; the loader calls it before its first batch. A collective."""
+        """Start the current epoch, unless it is started; called by the loader. A collective operation."""
         trainer: Any = self.trainer
         for callback in trainer.callbacks:
             if isinstance(callback, EpochStart):
@@ -189,15 +195,15 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
         return [EpochStart(stages), *super()._own_callbacks(), stages, ExactResume(), FiniteLoss(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method or other classes, in a sentence; take over the names of the classes."""
+        """Check that a checkpoint belongs to this method and these classes, and restore the class names."""
         require_same_method(self, checkpoint)
         self.class_names = checkpoint.get("class_names")
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take over weights and per-sample state.
+        """Load weights and per-sample state.
 
         Raises:
-            ValueError: if they are not those of such a method and network.
+            ValueError: if they belong to another method or network.
         """
         try:
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
@@ -205,6 +211,6 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
             reasons = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
             more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
             raise ValueError(
-                f"expected the weights of {type(self).__name__} as it is built here, got others: {reasons[0][:200]}{more}; "
-                "give the method, the network and SANM that the checkpoint was made with"
+                f"expected the weights of {type(self).__name__} as configured, got other weights: "
+                f"{reasons[0][:200]}{more}; use the method, the network and the SANM options of the checkpoint"
             ) from error

@@ -1,4 +1,4 @@
-"""C2D (Zheltonozhskii et al., WACV 2022): DivideMix from networks that were pre-trained without labels."""
+"""C2D (Zheltonozhskii et al., WACV 2022): DivideMix with self-supervised pre-training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,19 @@ __all__ = ["C2D"]
 
 
 class C2D(DivideMix):
-    """DivideMix after self-supervised pre-training: both networks start from the same weights, only their heads differ.
+    """DivideMix after self-supervised pre-training: both networks have the same initial weights and different heads.
 
-    Source: Zheltonozhskii et al., "Contrast to Divide", WACV 2022, and its code. It differs from DivideMix in a short warm-up
-    (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold inside the range of the
-    probabilities. Departures: as for :class:`DivideMix`; and losses are kept from the end of the warm-up on, where the
-    code keeps those of the warm-up too.
+    Source: Zheltonozhskii et al., "Contrast to Divide", WACV 2022, and its code. It differs from DivideMix in a short
+    warm-up (5 epochs) with gradients clipped to norm 1, a mixture of up to 200 iterations, and a threshold clipped to
+    the range of the probabilities. Departures: as for :class:`DivideMix`; and losses are kept from the end of the
+    warm-up on, where the code also keeps those of the warm-up.
 
     Args:
-        pretrained: file of the pre-trained encoder: a checkpoint of ``SimCLR``, or another's (see
-            :func:`sanm_lightning.models.load_weights`). Needed to begin training; a resumed run and a loaded checkpoint have
-            their weights.
-        warmup_epochs: epochs of plain cross-entropy.
+        num_classes: C, number of classes.
+        pretrained: file of the pre-trained encoder: a checkpoint of ``SimCLR``, or a third-party checkpoint (see
+            :func:`sanm_lightning.models.load_weights`). Required to start training, but not to resume a run or to load
+            a checkpoint.
+        warmup_epochs: epochs of cross-entropy.
         clip_threshold: as for DivideMix.
         mixture_iterations: as for DivideMix.
         warmup_clip: as for DivideMix.
@@ -31,7 +32,7 @@ class C2D(DivideMix):
     All other arguments are those of :class:`DivideMix`.
 
     Raises:
-        ValueError: when training starts without ``pretrained``, or the file does not fit the network.
+        ValueError: if training starts without ``pretrained``, or the file does not match the network.
     """
 
     def __init__(
@@ -61,13 +62,14 @@ class C2D(DivideMix):
         if self.pretrained is None:
             raise ValueError(
                 "expected a pre-trained encoder for C2D, got pretrained: null; run first 'sanm fit --config "
-                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then give its checkpoint with "
-                "--model.pretrained FILE"
+                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then set --model.pretrained to its "
+                "checkpoint"
             )
         for network in self.networks:
             report = load_weights(network, self.pretrained)
         missing = f"; not found in it: {', '.join(report.missing)}" if report.missing else ""
         rank_zero_info(
             f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network "
-            f"({', '.join(report.matched[:3])}, ...){missing}"
+            f"({', '.join(report.matched[:3])}, ...){missing}; the classifier is initialized randomly: "
+            f"{', '.join(report.classifier)}"
         )

@@ -1,4 +1,4 @@
-"""CDR (Xia et al., ICLR 2021): only the critical weights follow the gradient, the others decay."""
+"""CDR (Xia et al., ICLR 2021): only critical weights receive gradient updates, the others decay."""
 
 from typing import Any, Literal
 
@@ -12,34 +12,36 @@ __all__ = ["CDR"]
 
 
 class CDR(CrossEntropy):
-    """Cross-entropy whose gradient moves the critical weights only: those with the largest |weight * gradient|.
+    """Cross-entropy with gradient updates of the critical weights only: those with the largest |weight * gradient|.
 
-    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. Weights of convolutions and linear layers
-    take part, over the whole network together; the gradient of the critical ones is scaled by their fraction, that of the
-    others dropped. All decay; momentum moves weights that were critical a moment ago. Batch norm and biases follow their whole
-    gradient. CDR works from the first epoch on.
+    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. The weights of all convolutions and
+        linear
+    layers are ranked together; the gradient of the critical ones is multiplied by their fraction, that of the others
+    set to 0. All weights decay, and momentum still updates previously critical weights. Batch norm and biases use their
+    full gradient. CDR is active from the first epoch on.
 
-    Where paper and code differ, the defaults are the code's, which made the published figures: the fraction is constant (the
-    code overwrites its own gradual list), and weights decay by the optimizer's squared norm (the paper: absolute values).
-    The published figures are of the epoch that is best on a noisy validation split: ``data.val_fraction: 0.1`` and a
-    ``ModelCheckpoint`` that monitors ``val/acc``.
+    Where paper and code differ, the defaults follow the code, which produced the published results: the fraction is
+    constant (the code overwrites its gradual list), and weight decay is the optimizer's squared norm (the paper:
+    absolute values). The published results are those of the best epoch on a noisy validation split:
+    ``data.val_fraction: 0.1`` and a ``ModelCheckpoint`` that monitors ``val/acc``.
 
-    Under SANM the loss is that of :class:`CrossEntropy` under SANM, and the gradient of the reconstruction is masked with the
-    rest: one backward pass. The decoder is not part of the network; its weights follow their whole gradient and do not compete.
+    Under SANM, the loss is that of :class:`CrossEntropy` under SANM, and the gradient of the reconstruction is masked
+    as well, in the same backward pass. The decoder is not part of the network: its weights are not ranked and use their
+    full gradient.
 
     Args:
-        num_classes: C.
-        noise_rate: fraction of wrong labels, known or guessed, in [0, 1); never read from the data. There is no default.
+        num_classes: C, number of classes.
+        noise_rate: fraction of wrong labels, known or estimated, in [0, 1); required, and never read from the data.
         schedule: ``"constant"`` (released code) or ``"gradual"``.
         num_gradual: epochs of the gradual schedule.
-        decay: ``"l2"`` leaves decay to the optimizer; ``"l1"`` adds ``l1_decay`` sign(w) to the gradient of these weights (the
-            paper's form) and wants an optimizer without weight decay.
-        l1_decay: factor of the paper's form, >= 0.
+        decay: ``"l2"`` uses the optimizer's weight decay; ``"l1"`` adds ``l1_decay`` sign(w) to the gradient of the
+            ranked weights (as in the paper) and requires an optimizer without weight decay.
+        l1_decay: factor of the L1 decay, >= 0.
 
-    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is SANM's alone.
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
 
     Raises:
-        ValueError: if an argument is out of its range, or two decays are asked for.
+        ValueError: if an argument is out of its range, or both decays are configured.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class CDR(CrossEntropy):
     ) -> None:
         if noise_rate is None or not 0 <= noise_rate < 1:
             raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; give the fraction of wrong labels, known or guessed"
+                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
+                "labels"
             )
         if schedule not in ("constant", "gradual") or num_gradual < 0:
             raise ValueError(
@@ -67,12 +70,12 @@ class CDR(CrossEntropy):
         self.decay, self.l1_decay = decay, l1_decay
 
     def competing(self) -> list[nn.Parameter]:
-        """Return the weights that compete: those of the network with two dimensions or more."""
+        """Return the weights that are ranked: those of the network with two dimensions or more."""
         return [weight for weight in self.network.parameters() if weight.ndim >= 2 and weight.requires_grad]
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drop the gradient of all but the critical weights; gradients are unscaled here and not yet clipped."""
+        """Set the gradient of all but the critical weights to 0; gradients are unscaled and not clipped yet."""
         weights = [weight for weight in self.competing() if weight.grad is not None]
         if self.noise_rate > 0 and weights:
             fraction = critical_fraction(self.current_epoch, self.noise_rate, self.schedule, self.num_gradual)
@@ -87,12 +90,14 @@ class CDR(CrossEntropy):
                 weight.grad.add_(weight.sign(), alpha=self.l1_decay)
 
     def configure_optimizers(self) -> Any:
-        """Make the optimizer and its schedule; two decays at once are refused."""
+        """Create the optimizer and its schedule.
+
+        Raises:
+            ValueError: if L1 decay is combined with weight decay of the optimizer.
+        """
         made: Any = super().configure_optimizers()
         optimizer = made["optimizer"] if isinstance(made, dict) else made
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if self.decay == "l1" and any(decays):
-            raise ValueError(
-                f"expected an optimizer with weight_decay 0 beside decay: l1, got {max(decays)}; set it to 0"
-            )
+            raise ValueError(f"expected an optimizer with weight_decay 0 for decay: l1, got {max(decays)}; set it to 0")
         return made

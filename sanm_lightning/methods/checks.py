@@ -1,4 +1,4 @@
-"""Arguments that every method takes, checked in one place."""
+"""Checks of the arguments common to all methods."""
 
 from typing import Any
 
@@ -11,16 +11,15 @@ __all__ = ["check_arguments"]
 def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
     """Raise ValueError if an argument of :class:`~sanm_lightning.methods.NoisyLabelModule` is out of its range."""
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(
-            f"expected num_classes >= 2, got {num_classes}; the data module gives it, from what it has read"
-        )
+        raise ValueError(f"expected num_classes >= 2, got {num_classes}; use the num_classes of the data module")
     if image_size is None:
-        raise ValueError("expected image_size (H, W) in pixels, got None; a data module gives it as a property")
+        raise ValueError("expected image_size (H, W) in pixels, got None; use the image_size of the data module")
     if not isinstance(network, (str, nn.Module)):
-        raise ValueError(f"expected a network: the name of a timm model, or a module, got {network!r}")
+        raise ValueError(f"expected a network as the name of a timm model or as a module, got {network!r}")
     if warmup_epochs < 0:
         raise ValueError(f"expected warmup_epochs >= 0, got {warmup_epochs}")
     if backend and backend not in torch.compiler.list_backends(exclude_tags=()):
         raise ValueError(
-            f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got {backend!r}"
+            f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got "
+            f"{backend!r}"
         )

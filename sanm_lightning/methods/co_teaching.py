@@ -1,4 +1,4 @@
-"""Co-teaching (Han et al., NeurIPS 2018): two networks choose small-loss samples for each other."""
+"""Co-teaching (Han et al., NeurIPS 2018): two networks select small-loss samples for each other."""
 
 from typing import Any
 
@@ -14,28 +14,31 @@ __all__ = ["CoTeaching"]
 
 
 class CoTeaching(NoisyLabelModule):
-    """Each network learns from the samples of a batch on which the other one has the smallest losses.
+    """Each network is trained on the samples of a batch with the smallest losses of the other network.
 
-    Source: Han et al., NeurIPS 2018, Algorithm 1, and the authors' code. The code starts at the second entry of its schedule;
-    here the first epoch keeps everything.
+    Source: Han et al., NeurIPS 2018, Algorithm 1, and the authors' code. The code starts at the second entry of its
+    schedule; here, the first epoch keeps all samples.
 
-    Prediction: each network alone, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2`` the other.
+    Prediction: each network separately, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2``
+        is
+    network 2.
 
-    Under SANM each network masks by the other's estimate of label quality. Samples are chosen by the losses of unmasked
-    images: those of masked ones would rank by the size of the mask. The reconstruction takes the whole batch.
+    Under SANM, each network is masked according to the other network's estimate of label quality. Samples are selected
+    by the losses of unmasked images, because those of masked images depend on the size of the mask. The reconstruction
+    uses the whole batch.
 
     Args:
-        num_classes: C.
-        network: timm model name, or a network by timm's conventions; the published one is ``cnn9``.
-        noise_rate: fraction of a batch that is left out in the end, in [0, 1); published: the noise rate, known or guessed.
-            It is never read from the data, and there is no default.
-        num_gradual: epochs in which the fraction rises from 0. A class that the network has not begun to learn by then may
-            never be chosen again: with 5 on 5,000 images of CIFAR-10, half of the labels wrong, two of ten classes were lost
-            (on both of the seeds that were examined).
-        exponent: of the noise rate, for the rise.
-        released_scale: divide each network's mean loss by the number of chosen samples once more, as the authors' code does;
-            with Adam it changes next to nothing.
-        warmup_epochs: epochs before SANM masks; the method has no warm-up.
+        num_classes: C, number of classes.
+        network: timm model name, or a network with timm's interface; published: ``cnn9``.
+        noise_rate: final fraction of a batch that is excluded, in [0, 1); published: the noise rate, known or
+            estimated. Required, and never read from the data.
+        num_gradual: epochs over which the fraction increases from 0. Classes that are not learned by then may never be
+            selected again: with 5 on 5,000 images of CIFAR-10 and half of the labels wrong, two of ten classes were
+            lost (on both examined seeds).
+        exponent: exponent of the noise rate during the increase.
+        released_scale: whether to divide each network's mean loss by the number of selected samples once more, as in
+            the authors' code; with Adam, the effect is negligible.
+        warmup_epochs: epochs before SANM's first mask; the method has no warm-up.
         forget_rate: earlier name of ``noise_rate``.
 
     All other arguments are those of :class:`NoisyLabelModule`.
@@ -61,7 +64,8 @@ class CoTeaching(NoisyLabelModule):
         noise_rate = forget_rate if noise_rate is None else noise_rate
         if noise_rate is None or not 0 <= noise_rate < 1:
             raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; give the fraction of wrong labels, known or guessed"
+                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
+                "labels"
             )
         if num_gradual < 0 or exponent <= 0:
             raise ValueError(f"expected num_gradual >= 0 and exponent > 0, got {num_gradual} and {exponent}")
@@ -70,7 +74,7 @@ class CoTeaching(NoisyLabelModule):
         self.released_scale = released_scale
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the sum of both networks' losses on what the other one chose."""
+        """Return the sum of both networks' losses on the samples selected by the other network."""
         batch = NoisyBatch.from_any(batch)
         targets = self.one_hot(batch.labels)
         kept = 1 - forget_rate_at(self.current_epoch, self.noise_rate, self.num_gradual, self.exponent)
@@ -86,10 +90,10 @@ class CoTeaching(NoisyLabelModule):
         return total
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> logits (B, C) of network 1."""
+        """Return the logits (B, C) of network 1 for images (B, 3, H, W) in [0, 1]."""
         logits: Tensor = self.network(images)
         return logits
 
     def predictions(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> logits (B, C) of both networks."""
+        """Return the logits (B, C) of both networks for images (B, 3, H, W)."""
         return {"acc": self(images), "acc_network2": self.network2(images)}

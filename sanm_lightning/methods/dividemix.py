@@ -1,4 +1,4 @@
-"""DivideMix (Li, Socher and Hoi, ICLR 2020): two networks divide the data for each other, and learn by MixMatch."""
+"""DivideMix (Li, Socher and Hoi, ICLR 2020): two networks divide the data for each other, with MixMatch."""
 
 from functools import partial
 from typing import Any, Literal
@@ -30,14 +30,14 @@ __all__ = ["DivideMix", "Division"]
 
 
 class Division(History):
-    """The losses of both networks in the last epochs, min-max normalized, and the clean probabilities that they give.
+    """Min-max normalized losses of both networks in the last epochs, and the resulting clean probabilities.
 
     Args:
-        length: epochs whose losses are averaged.
+        length: number of epochs whose losses are averaged.
     """
 
     clean: Tensor
-    """(N, 2): probability that each given label is right, by the losses of each network."""
+    """(N, 2): probability that each given label is correct, from the losses of each network."""
 
     def __init__(self, length: int = 1) -> None:
         super().__init__(length, (2,), dist_reduce_fx=None)
@@ -49,14 +49,14 @@ class Division(History):
         return len(self) > 0 and int(self.count[0]) > 0
 
     def divide(self, losses: Tensor, max_iter: int) -> None:
-        """Take in the losses (2, N) of an epoch and fit a mixture to each network's mean over the epochs."""
+        """Add the losses (2, N) of an epoch, and fit a mixture to each network's mean over the epochs."""
         low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
         scaled = (losses - low) / torch.where(high > low, high - low, 1)
         self.append(torch.arange(len(self), device=losses.device), scaled.T)
         self.clean = torch.stack([clean_probability(mean, max_iter=max_iter) for mean in self.mean().T], 1)
 
     def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Read history (E, 2, N) and clean probabilities (2, N) of the earlier version."""
+        """Convert history (E, 2, N) and clean probabilities (2, N) of an earlier version."""
         history = state["history"].permute(2, 0, 1)[:, -self.length :]
         rows = torch.zeros(len(history), self.length, 2)
         rows[:, : history.shape[1]] = history
@@ -65,46 +65,48 @@ class Division(History):
 
 
 class DivideMix(NoisyLabelModule):
-    """Warm up, divide the data by a mixture on the losses, refine and guess labels, learn by MixMatch.
+    """Warm up, divide the data with a mixture model of the losses, refine and guess labels, and train with MixMatch.
 
     Source: Li et al., ICLR 2020, Algorithm 1, and the authors' code.
 
-    Departures. Both networks learn in every step, each on the division made by the other, where the code trains network 1 for
-    an epoch and then network 2 (``alternate`` does that, one network per epoch). An epoch has as many steps as the training
-    loader, each of half a batch of labelled and half a batch of unlabelled samples per network; the code's epoch is as long
-    as the labelled set (the same at half the labels wrong). The passes that refine and guess labels leave no trace in batch
-    norm. Samples are drawn from each set in random rounds, so a small set is repeated.
+    Departures. Both networks are trained in every step, each on the division of the other, where the code trains
+    network 1 for an epoch and then network 2 (``alternate`` trains one network per epoch). An epoch has as many steps
+    as the training loader, each with half a batch of labeled and half a batch of unlabeled samples per network; the
+    code's epoch is as long as the labeled set (the same with half of the labels wrong). The passes that refine and
+    guess labels do not update batch norm. Samples of each set are served in random rounds, so small sets are repeated.
 
     Predictions: the mean of both networks' logits (the code's sum gives the same classes).
 
-    Under SANM, the views that MixMatch mixes are masked and their refined or guessed targets regularized; label quality is the
-    other network's clean probability; the reconstruction has a forward of its own on the masked, unmixed views.
+    Under SANM, the views that MixMatch mixes are masked and their refined or guessed targets regularized; label quality
+    is the other network's clean probability; the reconstruction uses a separate forward pass on the masked, unmixed
+    views.
 
     Args:
-        lambda_u: weight of the squared error of the unlabelled part. Published: CIFAR-10 0 / 25 / 25 / 50 at 20 / 50 / 80 /
-            90 % symmetric noise, 0 at 40 % asymmetric.
-        p_threshold: clean probability above which a sample is labelled, in [0, 1].
-        temperature: of the sharpening, positive.
-        alpha: of mixup's Beta distribution, >= 0.
-        ramp_epochs: epochs in which ``lambda_u`` rises from 0 after the warm-up.
-        loss_history: epochs whose losses are averaged for the mixture (published: 5 at 90 % noise).
-        confidence_penalty: add the negative entropy in the warm-up (published: for asymmetric noise).
-        clip_threshold: move the threshold inside the range of the probabilities in every epoch, as C2D does; without, only
-            where a set would be empty, with a warning.
-        mixture_iterations: at most, for the mixture.
-        target_views: data-module policies of the views that labels are refined and guessed from.
-        train_views: policies of the views that are mixed; None takes the target views themselves.
-        sanm_views: ``"all"``: SANM masks all views that are mixed (the seed's equations); ``"first"``: it masks the first
-            target view, and its copies join the views that are mixed (released code).
-        unlabelled_quality: what SANM takes for the quality of an unlabelled sample: ``"given"``, the clean probability of its
-            given label (seed and released code); ``"guess"``, the largest probability of the guessed target that takes the
-            label's place. On digits with 80 % of the labels wrong (last accuracy, means of three seeds), C2D fell under SANM
-            from .733 to .595 with the first and to .708 with the second, but DivideMix, whose guesses are worse there, rose
-            from .501 to .591 with the first and fell to .385 with the second.
+        num_classes: C, number of classes.
+        lambda_u: weight of the squared error of the unlabeled samples. Published: CIFAR-10 0 / 25 / 25 / 50 at 20 / 50
+            / 80 / 90 % symmetric noise, 0 at 40 % asymmetric noise.
+        p_threshold: clean probability above which a sample is labeled, in [0, 1].
+        temperature: temperature of the sharpening, positive.
+        alpha: parameter of mixup's Beta distribution, >= 0.
+        ramp_epochs: epochs over which ``lambda_u`` increases from 0 after the warm-up.
+        loss_history: number of epochs whose losses are averaged for the mixture (published: 5 at 90 % noise).
+        confidence_penalty: whether to add the negative entropy in the warm-up (published: for asymmetric noise).
+        clip_threshold: whether to clip the threshold to the range of the probabilities in every epoch, as C2D does;
+            otherwise only if a set would be empty, with a warning.
+        mixture_iterations: maximum number of iterations of the mixture fit.
+        target_views: data-module policies of the views for refined and guessed labels.
+        train_views: policies of the mixed views; None uses the target views.
+        sanm_views: ``"all"``: SANM masks all mixed views (Algorithm 1 of SANM); ``"first"``: it masks the first target
+            view, and the masked copies are added to the mixed views (released code).
+        unlabelled_quality: quality of unlabeled samples for SANM: ``"given"``, the clean probability of the given label
+            (as in the released code); ``"guess"``, the largest probability of the guessed target that replaces the
+            label. On digits with 80 % of the labels wrong (last accuracy, means of three seeds), SANM reduced C2D from
+            .733 to .595 with the former and to .708 with the latter; DivideMix, whose guesses are worse there, rose
+            from .501 to .591 with the former and fell to .385 with the latter.
         warmup_view: policy of the warm-up's view.
-        warmup_clip: gradient norm that each network is clipped to in the warm-up; None takes the trainer's setting.
-        alternate: train network 1 in even and network 2 in odd epochs after the warm-up; twice the epochs are then the same
-            budget. Under DDP it needs a strategy that finds unused parameters.
+        warmup_clip: gradient norm for clipping of each network in the warm-up; None uses the trainer's setting.
+        alternate: whether to train network 1 in even and network 2 in odd epochs after the warm-up, which requires
+            twice the epochs for the same budget. Under DDP, it requires a strategy that finds unused parameters.
 
     All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is the length of the warm-up.
 
@@ -165,23 +167,23 @@ class DivideMix(NoisyLabelModule):
         return [Stage("warmup", self.warmup_epochs, gradient_clip_val=self.warmup_clip), Stage("mixmatch")]
 
     def views(self) -> tuple[View, ...]:
-        """Return the warm-up's view, or the target views and then those that are mixed."""
+        """Return the warm-up's view, or the target views followed by the mixed views."""
         if self.stage.name == "warmup":
             return (self.warmup_view,)
         return (*self.target_views, *(self.train_views or ()))
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
-        """Refuse a training set that cannot be divided."""
+        """Require at least 2 training samples."""
         if num_samples < 2:
             raise ValueError(
-                f"expected 2 training samples or more for {type(self).__name__}, which divides them in two, got {num_samples}; "
-                "add samples"
+                f"expected 2 or more training samples for {type(self).__name__}, which divides them into two sets, got "
+                f"{num_samples}; add samples"
             )
 
     # Once per epoch: divide
 
     def begin_epoch(self) -> None:
-        """Score every training sample with both networks and fit the mixtures; from the end of the warm-up on."""
+        """Compute the losses of all training samples with both networks, and fit the mixtures, after the warm-up."""
         if self.stage.name != "warmup":
             self.division.divide(self.predict_train("loss", network=None)["loss"], self.mixture_iterations)
 
@@ -190,13 +192,13 @@ class DivideMix(NoisyLabelModule):
         return self.division.clean.mean(1) if self.division.done else None
 
     def learning(self) -> list[int]:
-        """Return the networks that learn in this epoch."""
+        """Return the numbers of the networks that are trained in this epoch."""
         if self.alternate and self.stage.name != "warmup":
             return [(self.current_epoch - self.warmup_epochs) % 2]
         return [0, 1]
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
-        """Choose, for each network that learns, half a batch of labelled and half a batch of unlabelled samples per step."""
+        """Sample half a batch of labeled and half a batch of unlabeled samples per step for each trained network."""
         if self.stage.name == "warmup":
             return None
         half = max(1, plan.batch_size // 2)
@@ -207,9 +209,10 @@ class DivideMix(NoisyLabelModule):
             labelled, empty = threshold_split(clean, self.p_threshold, self.clip_threshold)
             if empty and not self.clip_threshold:
                 rank_zero_warn(
-                    f"{type(self).__name__}, epoch {plan.epoch}: p_threshold {self.p_threshold} left the labelled or the "
-                    f"unlabelled set of network {number + 1} empty; it was moved inside the range of the probabilities "
-                    f"({int(labelled.sum())} of {len(labelled)} samples are labelled now)"
+                    f"expected labeled and unlabeled samples for network {number + 1} of {type(self).__name__} in "
+                    f"epoch {plan.epoch}, got an empty set with p_threshold {self.p_threshold}; the threshold was "
+                    f"clipped to the range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are "
+                    "labeled)"
                 )
             generator = named_generator("draw", self.sanm.seed, plan.epoch, number)
             for part in (pool[labelled], pool[~labelled]):
@@ -220,7 +223,7 @@ class DivideMix(NoisyLabelModule):
     # Each step: refine, guess, mix
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the sum of the losses of the networks that learn."""
+        """Return the sum of the losses of the trained networks."""
         batch = NoisyBatch.from_any(batch)
         if self.stage.name == "warmup":
             return torch.stack([self.warm_up(batch, number) for number in self.learning()]).sum()
@@ -233,12 +236,12 @@ class DivideMix(NoisyLabelModule):
         return torch.stack(losses).sum()
 
     def warm_up(self, batch: NoisyBatch, number: int) -> Tensor:
-        """Plain cross-entropy of one network, with the negative entropy where that was asked for."""
+        """Return the cross-entropy of one network, plus the negative entropy with ``confidence_penalty``."""
         out = self.learn(batch, self.one_hot(batch.labels), number)
         return out.cross_entropy() + negative_entropy(out.logits) if self.confidence_penalty else out.cross_entropy()
 
     def mixmatch(self, batch: NoisyBatch, number: int, mix: Any, lambda_u: float) -> Tensor:
-        """Return the loss of one network (Algorithm 1, lines 10 to 26) on labelled and then as many unlabelled samples."""
+        """Return the loss of one network (Algorithm 1, lines 10 to 26) on labeled, then as many unlabeled samples."""
         half = len(batch.labels) // 2
         clean = self.division.clean[:, 1 - number][batch.index]
         target_views = list(batch.views[: len(self.target_views)])
@@ -246,7 +249,7 @@ class DivideMix(NoisyLabelModule):
         targets, maps = self.guess(number, target_views, self.one_hot(batch.labels), clean, half)
 
         masked_first = self.sanm_views == "first" and self.sanm.enabled
-        learned = target_views[:1] if masked_first else train_views  # what SANM masks
+        learned = target_views[:1] if masked_first else train_views  # views that SANM masks
         copies = len(learned)
         known = torch.cat(maps[:copies]) if learned[0] is target_views[0] else None  # saves SANM a pass
         guessed = self.unlabelled_quality == "guess"
@@ -264,9 +267,9 @@ class DivideMix(NoisyLabelModule):
     def guess(
         self, number: int, views: list[Tensor], labels: Tensor, clean: Tensor, half: int
     ) -> tuple[Tensor, list[Tensor]]:
-        """Refine the given labels of the labelled half, guess those of the other, sharpen both.
+        """Refine the given labels of the labeled half, guess those of the unlabeled half, and sharpen both.
 
-        The network in training uses the batch's own statistics, as in training; the other one the running statistics.
+        The trained network uses the statistics of the batch, as in training; the other network uses running statistics.
 
         Returns:
             Targets (2 half, C), and the network's feature maps of each view.

@@ -1,4 +1,4 @@
-"""ELR (Liu et al., NeurIPS 2020): early predictions keep the network from memorizing wrong labels."""
+"""ELR (Liu et al., NeurIPS 2020): early-learning regularization against memorization of wrong labels."""
 
 from typing import Any
 
@@ -16,34 +16,36 @@ def require_index(batch: NoisyBatch, method: str) -> Tensor:
     """Return the positions (B,) of a batch's samples in the training set.
 
     Raises:
-        ValueError: if the batch has none.
+        ValueError: if the batch has no index.
     """
     if batch.index is None:
         raise ValueError(
-            f"expected batches with positions in the training set for {method}, which keeps predictions of each sample, got "
-            "none; use a data module of this package, or batches NoisyBatch(images, labels, index)"
+            f"expected batches with an index for {method}, which stores predictions of each sample, got none; use a "
+            "data module of this package, or batches NoisyBatch(images, labels, index)"
         )
     return batch.index
 
 
 class ELR(NoisyLabelModule):
-    """Cross-entropy, and a term that pulls predictions towards their own running mean.
+    """Cross-entropy with a regularization of predictions towards their running mean.
 
-    Source: Liu et al., NeurIPS 2020, Algorithm 1, and the authors' code: the mean is updated with the present prediction before
-    the loss is taken; probabilities are clamped to [1e-4, 1 - 1e-4]. Published on 45,000 of CIFAR's 50,000 images, the others
-    held out for validation: ``data.val_fraction: 0.1``.
+    Source: Liu et al., NeurIPS 2020, Algorithm 1, and the authors' code: the mean is updated with the current
+        prediction
+    before the loss is computed; probabilities are clamped to [1e-4, 1 - 1e-4]. Published on 45,000 of CIFAR's 50,000
+    images, with the others held out for validation: ``data.val_fraction: 0.1``.
 
-    Under SANM both terms see the masked views; the running mean is of unmasked images only. It can hurt: on 5,000 images of
-    CIFAR-10 with half of the labels wrong, the last accuracy fell from .493 to .393 (three seeds). ELR alone gave up some
-    classes there, and SANM, which judges a label by its loss, gave their right labels half of its trust only (seen on one
-    seed, where oracle quality did no harm). Check which classes such a network predicts.
+    Under SANM, both terms use the masked views; the running mean is that of unmasked images. SANM can reduce the
+    accuracy: on 5,000 images of CIFAR-10 with half of the labels wrong, the last accuracy fell from .493 to .393 (three
+        seeds). ELR
+    without SANM stopped predicting some classes, and SANM's loss-based quality of their correct labels was about .5
+    (observed on one seed, on which oracle quality did no harm). Check which classes the network predicts.
 
     Args:
-        num_classes: C.
-        momentum: of the running mean, beta in the paper, in [0, 1).
-        weight: of the term, lambda in the paper, >= 0; 0 is cross-entropy.
+        num_classes: C, number of classes.
+        momentum: momentum of the running mean, beta in the paper, in [0, 1).
+        weight: weight of the regularization, lambda in the paper, >= 0; 0 is cross-entropy.
 
-    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is SANM's alone.
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
 
     Raises:
         ValueError: if an argument is out of its range, or batches have no index.

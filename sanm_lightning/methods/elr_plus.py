@@ -1,4 +1,4 @@
-"""ELR+ (Liu et al., NeurIPS 2020): ELR with two networks, mixup, and averaged teachers that write the targets."""
+"""ELR+ (Liu et al., NeurIPS 2020): ELR with two networks, mixup, and targets from averaged teachers."""
 
 from functools import partial
 from typing import Any
@@ -25,30 +25,33 @@ __all__ = ["ELRPlus"]
 
 
 class ELRPlus(NoisyLabelModule):
-    """Two networks learn from mixed images, each with targets that the averaged teacher of the other network writes.
+    """Two networks trained on mixed images, each with targets from the averaged teacher of the other network.
 
-    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers start from weights of their own,
-    are averages of parameters (their batch norm follows the batches that they see), and see unmixed images.
+    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial
+        weights,
+    average parameters only (their batch norm statistics are those of their inputs), and process unmixed images.
 
-    Departures: both networks learn in every step, where the code trains one for an epoch and then the other. They share one
-    data set, where the code gives each its own split and its own noise.
+    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set,
+        where
+    the code uses a separate split and separate noise for each.
 
     Predictions: the mean of both networks' logits, without the teachers.
 
-    Under SANM masked views and regularized targets are made before mixup; teachers see unmasked images. The reconstruction has
-    a forward of its own on the masked, unmixed views. In SANM's warm-up label quality costs a pass over unmixed images.
+    Under SANM, masked views and regularized targets are computed before mixup; teachers process unmasked images. The
+    reconstruction uses a separate forward pass on the masked, unmixed views. In SANM's warm-up, label quality requires
+    a pass over unmixed images.
 
     Args:
-        num_classes: C.
-        momentum: of the targets, in [0, 1).
-        weight: of the regularization, >= 0.
-        coef_steps: steps over which the weight rises; 0 has it at once (published: 40,000 on CIFAR-100).
-        alpha: of mixup's Beta distribution, >= 0.
+        num_classes: C, number of classes.
+        momentum: momentum of the targets, in [0, 1).
+        weight: weight of the regularization, >= 0.
+        coef_steps: steps over which the weight increases; 0 disables the ramp (published: 40,000 on CIFAR-100).
+        alpha: parameter of mixup's Beta distribution, >= 0.
         gamma: decay of the teachers, in [0, 1).
-        ema_ramp_steps: steps over which that decay rises from near 0; None takes the published form without ramp.
-        target_product: multiply mixed labels by the targets; None is as published: on 100 classes.
+        ema_ramp_steps: steps over which the decay increases from near 0; None uses the published form without ramp.
+        target_product: whether to multiply mixed labels by the targets; None: on 100 classes only, as published.
 
-    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is SANM's alone.
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
 
     Raises:
         ValueError: if an argument is out of its range, or batches have no index.
@@ -105,14 +108,14 @@ class ELRPlus(NoisyLabelModule):
         return total
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the step, then update the teachers, before anything can be saved."""
+        """Take the optimizer step, then update the teachers, before a checkpoint can be saved."""
         super().optimizer_step(*args, **kwargs)
         pairs: Any = zip(self.teachers, self.networks, strict=True)
         for teacher, network in pairs:
             teacher.update(network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Bring teachers of earlier versions to their present names."""
+        """Rename the teachers in checkpoints of earlier versions."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("state_dict", {})
         if "teachers.0._extra_state" in state:

@@ -1,4 +1,4 @@
-"""An averaged copy of a network: a teacher that follows the network in training."""
+"""Exponential moving average of a network, used as a teacher."""
 
 import copy
 from collections.abc import Callable
@@ -11,14 +11,14 @@ __all__ = ["EMA"]
 
 
 class EMA(nn.Module):
-    """Exponential moving average of the parameters of a network; buffers are the copy's own.
+    """Exponential moving average of the parameters of a network; buffers are not averaged.
 
-    In place of ``torch.optim.swa_utils.AveragedModel``, which copies the network at the first update, leaves gradients on, and
-    reads its counter back from the device in every update.
+    It replaces ``torch.optim.swa_utils.AveragedModel``, which copies the network at the first update, keeps gradients
+    enabled, and synchronizes its counter with the device in every update.
 
     Args:
-        network: the first values. It is copied.
-        decay: fraction of the old average that stays at update number 0, 1, ..., in [0, 1].
+        network: network with the initial values, which are copied.
+        decay: function of the update number, from 0, that returns the weight of the old average, in [0, 1].
     """
 
     def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
@@ -30,7 +30,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move the average towards ``network``, after its optimizer step."""
+        """Update the average with the parameters of ``network``; call it after the optimizer step."""
         weight = 1.0 if self._copy_next else 1 - self.decay(self.steps)
         self._copy_next = False
         for slow, fast in zip(self.module.parameters(), network.parameters(), strict=True):
@@ -38,20 +38,20 @@ class EMA(nn.Module):
         self.steps += 1
 
     def restart(self) -> None:
-        """Begin again: the next update copies the network, and counts as the first one."""
+        """Reset the average: the next update copies the network and has number 0."""
         self.steps = 0
         self._copy_next = True
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, C), without gradient."""
+        """Return the logits (B, C) of images (B, 3, H, W), without gradient."""
         with torch.no_grad():
             logits: Tensor = self.module(images)
         return logits
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the number of updates, and whether the next one copies."""
+        """Return the number of updates, and whether the next update copies the network."""
         return {"steps": self.steps, "copy_next": self._copy_next}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Restore a state."""
         self.steps, self._copy_next = int(state["steps"]), bool(state["copy_next"])

@@ -1,4 +1,4 @@
-"""Validation, test and prediction steps of every method: any number of loaders, batches of any usual form."""
+"""Validation, test and prediction steps of all methods, for any number of loaders and all common batch forms."""
 
 from typing import Any
 
@@ -13,36 +13,45 @@ __all__ = ["EvaluationSteps"]
 
 
 class EvaluationSteps(L.LightningModule):
-    """Log the accuracy of each evaluation set, and predict."""
+    """Mixin that logs the accuracy of each evaluation set, and predicts."""
 
     num_classes: int
     accuracy: nn.ModuleDict
-    """One metric per figure, made when it is first logged."""
+    """One metric per logged name, created on first use."""
     class_names: list[str] | None = None
-    """Names of the classes that a loaded checkpoint was trained on, in the order of their indices; None where unknown."""
+    """Class names of a loaded checkpoint, in the order of the class indices; None if unknown."""
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the class names of the data, under ``class_names``, where they are more than numbers."""
+        """Save the class names of the data under ``class_names``, unless they are only numbers."""
         data = getattr(self._trainer, "datamodule", None)
         names = self.class_names if data is None else named_classes(data)
         if names is not None:
             checkpoint["class_names"] = names
 
     def predictions(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) -> logits (B, C) by the ending of the figure that they are logged as."""
+        """Return logits (B, C) of images (B, 3, H, W), by the suffix of the logged name."""
         return {"acc": self(images)}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count right predictions of a validation set."""
+        """Update the accuracy of a validation set."""
         self._evaluate(batch, self._name("eval_names", "val", dataloader_idx))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Count right predictions of a test set."""
+        """Update the accuracy of a test set."""
         self._evaluate(batch, self._name("test_names", "test", dataloader_idx))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        """Return class probabilities (B, C), and index (B,) where the batch has one."""
+        """Return class probabilities (B, C), and index (B,) if the batch has one.
+
+        Raises:
+            ValueError: if the batch has no images (B, 3, H, W).
+        """
         read = NoisyBatch.from_any(batch, need_labels=False)
+        if read.images.ndim != 4:
+            raise ValueError(
+                f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; "
+                "pass the data module to the trainer, because its loaders return indices, or use loaders of images"
+            )
         out = {} if read.index is None else {"index": read.index}
         return {**out, "probabilities": self(read.images).float().softmax(1)}
 

@@ -12,17 +12,17 @@ __all__ = ["GCE"]
 
 
 class GCE(NoisyLabelModule):
-    """A loss between cross-entropy and mean absolute error, which a wrong label pulls less than cross-entropy.
+    """Generalized cross-entropy, between cross-entropy and mean absolute error, which is more robust to wrong labels.
 
     Source: Zhang and Sabuncu, NeurIPS 2018, Eq. 6. Not the truncated variant of their Section 3.3.
 
-    Under SANM the loss is the expectation over the regularized target of the masked view.
+    Under SANM, the loss is the expectation over the regularized target of the masked view.
 
     Args:
-        num_classes: C.
-        q: in (0, 1]: near 0 cross-entropy, 1 mean absolute error. Published: 0.7.
+        num_classes: C, number of classes.
+        q: in (0, 1]; the limit 0 is cross-entropy, 1 is mean absolute error. Published: 0.7.
 
-    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is SANM's alone.
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
 
     Raises:
         ValueError: if an argument is out of its range.

@@ -1,4 +1,4 @@
-"""The hooks that a method overrides; the defaults are those of plain training."""
+"""Hooks of a method, with the defaults of standard training."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ __all__ = ["MethodHooks"]
 
 
 class MethodHooks(L.LightningModule):
-    """Stages, views, samples and label quality of a method."""
+    """Hooks for stages, views, samples and label quality of a method."""
 
     num_classes: int
     num_networks = 1
-    """1 or 2. Two networks mask with each other's estimate of label quality."""
+    """1 or 2. Each of two networks is masked according to the other's estimate of label quality."""
     needs_data_module = False
-    """True in a method that chooses its samples or views, or passes over the training set."""
-    reads_labels = True
-    """False in a method that learns from images alone, and can say nothing of labels."""
+    """Whether the method selects its samples or views, or predicts the training set."""
     estimates_quality = False
-    """True in a method that judges labels itself, by :meth:`label_quality`."""
+    """Whether the method estimates label quality in :meth:`label_quality`."""
+    trains_classifier = True
+    """False for methods that train only an encoder, whose predictions are not meaningful."""
 
     @property
     def networks(self) -> list[Any]:
-        """All networks in training."""
+        """The trained networks."""
         return [getattr(self, name) for name in ("network", "network2")[: self.num_networks]]
 
     @property
@@ -42,39 +42,42 @@ class MethodHooks(L.LightningModule):
         return [Stage("train")]
 
     def views(self) -> tuple[View, ...]:
-        """Return the policies of the views of the present stage; ``batch.views`` holds the views in this order."""
+        """Return the view policies of the current stage, in the order of ``batch.views``."""
         return ("weak",)
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
-        """Choose the samples of every step of this process in the present epoch.
+        """Select the samples of every step of this process in the current epoch.
+
+        Args:
+            plan: numbers of steps and samples, and the pool of positions.
 
         Returns:
-            Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None takes the
-            loader's own batches. A function of the epoch, the seed and what is saved: a run that is resumed in mid-epoch
-            asks again.
+            Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None uses the
+            loader's shuffled batches. The result must be a function of epoch, seed and saved state, because it is
+            computed again when a run is resumed in mid-epoch.
         """
         return None
 
     def begin_epoch(self) -> None:
-        """Do what the method does once per epoch, before its first batch is fetched; not again in a resumed epoch."""
+        """Run once per epoch, before its first batch is fetched; not repeated in a resumed epoch."""
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
-        """Raise ValueError for a training set that the method cannot learn from."""
+        """Raise ValueError for a training set that the method does not support."""
 
     def label_quality(self) -> Tensor | None:
-        """Return the method's own estimate for each given label, (N,) in [0, 1], 1 = right; None where it has none."""
+        """Return the method's estimate of the quality of each given label, (N,), in [0, 1]; None if not available."""
         return None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> logits (B, C); of two networks the mean."""
+        """Return the logits (B, C) of images (B, 3, H, W) in [0, 1], averaged over the networks."""
         logits: list[Tensor] = [network(images) for network in self.networks]
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
     @property
     def stage(self) -> Stage:
-        """The stage of the present epoch."""
+        """The stage of the current epoch."""
         return locate(self.stages(), self.current_epoch)[1]
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Labels (B,) -> targets (B, C), float32."""
+        """Convert labels (B,) to one-hot targets (B, C), float32."""
         return F.one_hot(labels, self.num_classes).float()

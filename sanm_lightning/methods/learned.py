@@ -1,4 +1,4 @@
-"""What one forward of a method's network yields to its loss."""
+"""Output of one forward pass of a method's network, for its loss."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ __all__ = ["Learned"]
 
 
 class Learned(NamedTuple):
-    """The answer of :meth:`NoisyLabelModule.learn`. V is the number of views: of B samples, one or several each."""
+    """Output of :meth:`NoisyLabelModule.learn`. V is the number of views of B samples, one or several per sample."""
 
     logits: Tensor
     """(V, C), with gradient."""
     targets: Tensor
-    """(V, C), class probabilities; mixed where the views are."""
+    """(V, C), class probabilities, mixed like the views."""
     clean_logits: Tensor | None
-    """(B, C), of the unmasked, unmixed images, without gradient where masks were drawn; None where none were computed."""
+    """(B, C), of the unmasked, unmixed images, without gradient if masks were sampled; None if not computed."""
     features: Tensor
-    """(V, D, h, w), of the views that the decoder sees."""
+    """(V, D, h, w), of the views for the decoder."""
     reconstruction: Tensor
     """beta times the reconstruction loss, a scalar; 0 without SANM."""
     mixed: Mixed
@@ -31,7 +31,7 @@ class Learned(NamedTuple):
         return rows if copies == 1 else rows.repeat(copies, *[1] * (rows.ndim - 1))
 
     def classification(self, weight: Tensor | None = None) -> Tensor:
-        """Return the mean cross-entropy over views, weighted by ``weight`` (B,), a scalar; 0 where all weights are 0."""
+        """Return the mean cross-entropy over views, weighted by ``weight`` (B,), a scalar; 0 if all weights are 0."""
         losses = soft_cross_entropy(self.logits, self.targets)
         return masked_mean(losses, None if weight is None else self.per_view(weight))
 

@@ -1,4 +1,4 @@
-"""One optimizer over everything that learns, its schedule, and clipping network by network."""
+"""One optimizer for all trainable parameters, its schedule, and gradient clipping per network."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ __all__ = ["Optimization", "sgd"]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """Return the field's usual optimizer: SGD, learning rate .02, momentum .9, weight decay 5e-4."""
+    """Return the default optimizer: SGD, learning rate .02, momentum .9, weight decay 5e-4."""
     return torch.optim.SGD(parameters, lr=0.02, momentum=0.9, weight_decay=5e-4)
 
 
 class Optimization(MethodHooks):
-    """The optimizer and the gradients of a method."""
+    """Mixin with optimizer, schedule and gradient clipping of a method."""
 
     optimizer: OptimizerCallable
     scheduler: LRSchedulerCallable | None
     schedule_steps: int | None = None
-    """Length of a learning-rate schedule that follows the trainer's, in steps."""
+    """Length, in steps, of a learning-rate schedule that receives it from the trainer."""
 
     def configure_gradient_clipping(
         self,
@@ -32,7 +32,7 @@ class Optimization(MethodHooks):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each network's gradients, with its decoder's, by themselves; a stage may set a value of its own."""
+        """Clip the gradients of each network and its decoder separately; a stage may override the value."""
         if self.stage.gradient_clip_val is not None:
             gradient_clip_val, gradient_clip_algorithm = self.stage.gradient_clip_val, "norm"
         if not gradient_clip_val:
@@ -45,7 +45,7 @@ class Optimization(MethodHooks):
             clip([parameter for part in parts for parameter in part.parameters()], gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Make one optimizer over everything that learns, and its schedule."""
+        """Create one optimizer for all trainable parameters, and its schedule."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.scheduler is None:
             return optimizer

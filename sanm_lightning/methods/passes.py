@@ -1,4 +1,4 @@
-"""One pass over a data set: every sample once over all processes, the same answer in all of them."""
+"""Prediction of a whole split, sharded over processes, with the same result in every process."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,24 +13,26 @@ from sanm_lightning.random_streams import named_generator, process_rank, several
 
 __all__ = ["Quantity", "evaluation_mode", "predict_split"]
 
-Quantity = Literal["logits", "features", "loss", "labels"]
+Quantity = Literal["logits", "features", "loss", "labels", "predictions"]
 
 
 def predict_split(
     module: Any, split: str, quantities: tuple[Quantity, ...], network: int | None = 0, view: str = "none"
 ) -> dict[str, Tensor]:
-    """Run networks over a whole split, in evaluation mode and without gradient. A collective.
+    """Run networks on a whole split, in evaluation mode and without gradient. A collective operation.
 
     Args:
-        module: whose networks and trainer are used; the trainer has a data module of this package.
+        module: method whose networks and trainer are used; the trainer must have a data module of this package.
         split: ``"train"`` or ``"val"``.
-        quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the cross-entropy
-            of the given label; ``"labels"`` (N,) int64, the given ones.
-        network: number of the network; None runs all of them and adds a leading dimension, as in (2, N, C).
-        view: policy of the view; ``"none"`` is the image itself.
+        quantities: ``"logits"`` (N, C); ``"features"`` (N, D), the input of the classifier; ``"loss"`` (N,), the
+            cross-entropy of the given label; ``"labels"`` (N,) int64, the given labels;
+            ``"predictions"`` (N,) int64, the predicted classes.
+        network: number of the network; None runs all networks and adds a leading dimension, as in (2, N, C).
+        view: policy of the view; ``"none"`` is the image without augmentation.
 
     Returns:
-        The quantities by name, on the module's device, float32 but for labels, indexed by position in the split.
+        The quantities by name, on the module's device, indexed by position in the split; float32, except
+        labels and predictions.
     """
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
@@ -58,15 +60,16 @@ def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quan
     found = {"labels": labels}
     if "features" in wanted:
         found["features"] = network.forward_head(maps, pre_logits=True).float()
-    if "logits" in wanted or "loss" in wanted:
+    if {"logits", "loss", "predictions"} & set(wanted):
         found["logits"] = logits = network.forward_head(maps).float()
         found["loss"] = soft_cross_entropy(logits, nn.functional.one_hot(labels, logits.shape[1]))
+        found["predictions"] = logits.argmax(1)
     return found
 
 
 @contextlib.contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while, and every part of it back into the mode it was in."""
+    """Context manager for evaluation mode that restores the mode of every submodule at exit."""
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:

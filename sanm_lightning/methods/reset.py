@@ -1,4 +1,4 @@
-"""Draw the networks of a method anew in the middle of a training."""
+"""Reinitialize the networks of a method during training."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,17 +14,17 @@ __all__ = ["reset_networks"]
 
 @torch.no_grad()
 def reset_networks(module: Any, create: Callable[[], Any] | None, head_only: bool) -> list[nn.Parameter]:
-    """Give the networks of ``module`` fresh weights in place, or their classifiers only.
+    """Reinitialize the networks of ``module`` in place, or their classifiers only.
 
-    Decoders and averaged copies of a network are reset with it; a copy starts again from the new weights.
+    Decoders and averaged copies are reset with their network; the averages restart from the new weights.
 
     Args:
-        module: with ``networks`` and ``sanms``.
-        create: makes a fresh network; None draws every part anew that has ``reset_parameters``.
-        head_only: reset the classifiers only.
+        module: method with ``networks`` and ``sanms``.
+        create: function that creates a new network; None calls ``reset_parameters`` of every submodule that has it.
+        head_only: whether to reset the classifiers only.
 
     Returns:
-        The parameters that were drawn, for which an optimizer should forget its state.
+        The reinitialized parameters, whose optimizer state should be deleted.
     """
     drawn: list[nn.Parameter] = []
     for network, sanm in zip(module.networks, module.sanms, strict=True):

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that learn their length from the trainer."""
+"""Learning-rate schedules with the length of the training."""
 
 import inspect
 from collections.abc import Callable
@@ -12,17 +12,17 @@ __all__ = ["Cosine", "LinearAfter", "OneCycle", "takes_total_steps"]
 
 
 class OneCycle(OneCycleLR):
-    """One cycle over the whole training: torch's ``OneCycleLR``, stepped per batch, of the trainer's length.
+    """One cycle over the whole training: torch's ``OneCycleLR``, stepped per batch.
 
     Source: Smith and Topin, 2019.
 
     Args:
-        optimizer: whose learning rate to set.
-        max_lr: the peak.
-        total_steps: optimizer steps of the training; the methods of this package fill it in.
+        optimizer: wrapped optimizer.
+        max_lr: peak learning rate.
+        total_steps: optimizer steps of the training; set by the methods of this package.
         pct_start: fraction of the steps before the peak.
-        div_factor: peak over first learning rate.
-        final_div_factor: first over last learning rate.
+        div_factor: ratio of peak to initial learning rate.
+        final_div_factor: ratio of initial to final learning rate.
     """
 
     def __init__(
@@ -45,12 +45,12 @@ class OneCycle(OneCycleLR):
 
 
 class Cosine(CosineAnnealingLR):
-    """Half a cosine over the whole training, stepped per batch, of the trainer's length.
+    """Cosine annealing over the whole training, stepped per batch.
 
     Args:
-        optimizer: whose learning rate to set.
-        total_steps: optimizer steps of the training; the methods of this package fill it in.
-        eta_min: the last learning rate.
+        optimizer: wrapped optimizer.
+        total_steps: optimizer steps of the training; set by the methods of this package.
+        eta_min: final learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int = 1, eta_min: float = 0.0) -> None:
@@ -58,15 +58,15 @@ class Cosine(CosineAnnealingLR):
 
 
 class LinearAfter(LambdaLR):
-    """Constant at first, then linear to 0 at the end of the training; stepped per batch, of the trainer's length.
+    """Constant learning rate, then linear decay to 0 at the end of the training, stepped per batch.
 
-    Source: the code of Co-teaching, which steps it per epoch and also turns Adam's first momentum down when the decay starts.
+    Source: the code of Co-teaching, which steps it per epoch and also reduces Adam's beta1 when the decay starts.
 
     Args:
-        optimizer: whose learning rate to set.
-        total_steps: optimizer steps of the training; the methods of this package fill it in.
+        optimizer: wrapped optimizer.
+        total_steps: optimizer steps of the training; set by the methods of this package.
         start: fraction of the steps before the decay, in [0, 1).
-        late_beta1: Adam's first momentum from the decay on; None leaves it.
+        late_beta1: Adam's beta1 during the decay; None keeps it unchanged.
 
     Raises:
         ValueError: if ``start`` is out of its range.
@@ -82,7 +82,7 @@ class LinearAfter(LambdaLR):
         super().__init__(optimizer, lambda step: min(1.0, max(0.0, (total_steps - step) / (total_steps - first))))
 
     def step(self, epoch: int | None = None) -> None:
-        """Set the rate, and from the decay on Adam's first momentum."""
+        """Set the learning rate, and Adam's beta1 during the decay."""
         super().step(epoch)
         if self.late_beta1 is not None and self.last_epoch >= self.first_step:
             for group in self.optimizer.param_groups:
@@ -91,7 +91,7 @@ class LinearAfter(LambdaLR):
 
 
 def takes_total_steps(make: Callable[..., LRScheduler]) -> bool:
-    """Say whether a scheduler factory leaves ``total_steps`` open, so that the trainer's length can be filled in."""
+    """Return whether a scheduler factory has an unset argument ``total_steps``, to be set from the trainer."""
     if isinstance(make, partial) and make.keywords.get("total_steps") not in (None, 1):
         return False
     target: Any = make

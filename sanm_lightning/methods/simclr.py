@@ -13,26 +13,27 @@ __all__ = ["SimCLR"]
 
 
 class SimCLR(NoisyLabelModule):
-    """Pre-train the network so that two views of an image are alike. No label is read.
+    """Contrastive pre-training without labels.
 
-    Source: Chen et al., ICML 2020. The checkpoint goes to C2D with ``--model.pretrained FILE``. The views are those of the data
-    module's policy ``simclr``: resized crop, flip, color jitter, gray, no blur. Under several processes every view is compared
-    with the views of all of them. The classifier is not trained, so accuracies in the log mean nothing.
+    Source: Chen et al., ICML 2020. C2D loads the checkpoint with ``--model.pretrained FILE``. The views are those of
+        the
+    data module's policy ``simclr``: resized crop, flip, color jitter, grayscale, no blur. With several processes, every
+    view is compared with the views of all processes. The classifier is not trained, so its accuracy is meaningless.
 
     Args:
-        num_classes: C, of the classifier that a later stage trains.
-        temperature: of the loss, positive.
+        num_classes: C, number of classes of the classifier, which is trained later.
+        temperature: temperature of the loss, positive.
         projection: P, width of the projection.
-        released_scale: multiply the loss by temperature / .07, as the implementation does that C2D names.
+        released_scale: whether to multiply the loss by temperature / .07, as in the implementation that C2D refers to.
 
-    All other arguments are those of :class:`NoisyLabelModule`, but ``sanm``.
+    All other arguments are those of :class:`NoisyLabelModule`, except ``sanm``.
 
     Raises:
-        ValueError: if an argument is out of its range, or SANM is laid over it.
+        ValueError: if an argument is out of its range, or SANM is enabled.
     """
 
     needs_data_module = True
-    reads_labels = False
+    trains_classifier = False
 
     def __init__(
         self,
@@ -46,12 +47,12 @@ class SimCLR(NoisyLabelModule):
             raise ValueError(f"expected temperature > 0 and projection >= 1, got {temperature} and {projection}")
         super().__init__(num_classes, **kwargs)
         if self.sanm.enabled:
-            raise ValueError("expected SimCLR without SANM, since it reads no labels; leave model.sanm out")
+            raise ValueError("expected SimCLR without SANM, since it uses no labels, got SANM; omit model.sanm")
         self.temperature, self.released_scale = temperature, released_scale
         width = int(self.network.num_features)
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection))
         for parameter in self.network.get_classifier().parameters():
-            parameter.requires_grad_(False)  # it takes no part; DDP would wait for its gradient
+            parameter.requires_grad_(False)  # unused in the loss; DDP requires a gradient of every trainable parameter
 
     def views(self) -> tuple[View, ...]:
         """Return two views of the policy ``simclr``."""
@@ -63,11 +64,11 @@ class SimCLR(NoisyLabelModule):
         features = self.network.forward_features(torch.cat(batch.views))
         projected = self.projection(self.network.forward_head(features, pre_logits=True))
         one, other = projected.chunk(2)
-        if self.trainer.world_size > 1:  # gradients flow back to the process that made the view
+        if self.trainer.world_size > 1:  # gradients are propagated to the process of the view
             gathered: list[Any] = [self.all_gather(part, sync_grads=True) for part in (one, other)]
             one, other = (part.flatten(0, 1) for part in gathered)
         loss = nt_xent(one, other, self.temperature)
         return loss * (self.temperature / 0.07) if self.released_scale else loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Do nothing: there is no classifier to evaluate."""
+        """Do nothing: the classifier is not trained."""

@@ -1,4 +1,4 @@
-"""SSR (Feng, Tzimiropoulos and Patras, BMVC 2022): select by a vote of neighbors, relabel by confidence."""
+"""SSR (Feng, Tzimiropoulos and Patras, BMVC 2022): sample selection by a k-NN vote, relabeling by confidence."""
 
 from functools import partial
 from typing import Any, Literal
@@ -29,34 +29,34 @@ __all__ = ["SSR"]
 
 
 class SSR(NoisyLabelModule):
-    """Once per epoch relabel and select; learn from the selected samples, and from the consistency of two views of all.
+    """Relabel and select samples once per epoch; train on selected samples and on the feature consistency of all.
 
     Source: Feng et al., BMVC 2022, and the authors' code. One network, no warm-up.
 
-    Departures. Features and predictions of the whole set come from unaugmented images, where the code takes weak views. Each
-    step draws a class and then one of its selected members, as many samples as the loader's batch; the code goes through
-    the selected samples in rounds with every class repeated to the size of the largest. An empty selection falls back on all
-    samples, with a warning.
+    Departures. Features and predictions of the whole set are those of unaugmented images, where the code uses weak
+    views. Each sample of a step is sampled by class, then among the selected samples of that class; the code iterates
+    over the selected samples with every class repeated to the size of the largest. If the selection is empty, all
+    samples are used, with a warning.
 
-    Under SANM both strong views of the selected samples are masked and their labels regularized, then mixed. Label quality
-    comes from the votes for the label; the score that selects is 1 for every selected sample and would hide nothing. A fraction
-    of the votes ranks labels but is no probability: where neighbors disagree, right labels win with .4 of the votes, wrong
-    ones with .3, and SANM would hide and soften almost as much of both. A mixture of two Gaussians over all fractions,
-    as DivideMix fits to losses, gives a probability.
+    Under SANM, both strong views of the selected samples are masked and their labels regularized, then mixed. Label
+    quality is computed from the votes for the label; the selection score is 1 for every selected sample and would mask
+    nothing. A fraction of the votes ranks labels but is not a probability: where neighbors disagree, correct labels win
+    with .4 of the votes, wrong ones with .3, and SANM would mask and soften both almost equally. A mixture of two
+    Gaussians on all fractions, as DivideMix fits to losses, gives a probability.
 
     Args:
-        num_classes: C.
-        theta_s: score from which a sample is selected, in [0, 1]; 1: its label wins the vote.
+        num_classes: C, number of classes.
+        theta_s: score from which on a sample is selected, in [0, 1]; 1: its label wins the vote.
         theta_r: confidence above which the predicted class replaces the given label, in [0, 1].
-        k: neighbors that vote, the sample itself among them.
-        alpha: of mixup's Beta distribution, >= 0.
-        lambda_fc: weight of the feature consistency, >= 0: 1 is the authors' SSR+, 0 their SSR.
-        hidden: width inside the two heads of the feature consistency.
+        k: number of neighbors that vote, including the sample.
+        alpha: parameter of mixup's Beta distribution, >= 0.
+        lambda_fc: weight of the feature consistency, >= 0; 1 is the authors' SSR+, 0 their SSR.
+        hidden: hidden width of the two heads of the feature consistency.
         strong_view: data-module policy of the strong views.
-        vote_quality: what SANM takes for the quality of a label: ``"mixture"``, the probability that its fraction of the
-            votes belongs to the larger ones of the training set; or ``"share"``, the fraction itself.
-        warmup_epochs: epochs of plain cross-entropy at first; published: none.
-        chunk: samples whose neighbors are searched at once.
+        vote_quality: label quality for SANM: ``"mixture"``, the probability that the label's fraction of the votes
+            belongs to the component of larger fractions; or ``"share"``, the fraction itself.
+        warmup_epochs: initial epochs of cross-entropy; published: none.
+        chunk: number of samples whose neighbors are searched at once.
 
     All other arguments are those of :class:`NoisyLabelModule`.
 
@@ -108,22 +108,22 @@ class SSR(NoisyLabelModule):
         return [Stage("warmup", self.warmup_epochs), Stage("selection")]
 
     def views(self) -> tuple[View, ...]:
-        """Return two strong views of the samples that are drawn, and a weak and a strong one of all samples in turn."""
+        """Return two strong views of the selected samples, and a weak and a strong view of all samples."""
         strong = self.strong_view
         if self.stage.name == "warmup":
             return ("weak", strong) if self.lambda_fc > 0 else ("weak",)
         return ((strong, "weak"), strong) if self.lambda_fc > 0 else (strong, strong)
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
-        """Refuse a training set that is smaller than the number of neighbors, and batches of one for the heads."""
+        """Require at least ``k`` samples and, for the batch norm of the heads, at least 2 samples per step."""
         if num_samples < self.k:
             raise ValueError(
                 f"expected at least k = {self.k} training samples, one per neighbor, got {num_samples}; lower k"
             )
         if self.lambda_fc > 0 and min(batch_size, -(-num_samples // world_size)) == 1:
             raise ValueError(
-                "expected at least 2 samples per step and process for the batch norm in the heads of the feature consistency, "
-                "got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
+                "expected at least 2 samples per step and process for the batch norm in the heads of the feature "
+                "consistency, got 1; raise data.batch_size, use fewer processes, or set lambda_fc: 0"
             )
 
     # Once per epoch: relabel, vote, select
@@ -139,24 +139,27 @@ class SSR(NoisyLabelModule):
         agreeing, given_agreeing = (votes.gather(1, judged[:, None])[:, 0] for judged in (labels, given))
         selected = agreeing / votes.max(1).values >= self.theta_s
         if not bool(selected.any()):
-            rank_zero_warn(f"SSR, epoch {self.current_epoch}: the selection is empty, so all samples are learned from")
+            rank_zero_warn(
+                f"expected a selection with samples in epoch {self.current_epoch} of SSR, got none; training on all "
+                "samples"
+            )
             selected = torch.ones_like(selected)
         quality, given_quality = self._judge(agreeing, given_agreeing)
         self.selection.update(labels=labels, selected=selected, quality=quality, given_quality=given_quality)
 
     def _judge(self, agreeing: Tensor, given_agreeing: Tensor) -> tuple[Tensor, Tensor]:
-        """Quality of the labels and of the given ones, from their fractions of the votes: all (N,), in [0, 1]."""
+        """Return the quality of current and given labels from their fractions of the votes, (N,), in [0, 1]."""
         if self.vote_quality == "share":
             return agreeing, given_agreeing
-        mixture = fit_mixture(1 - agreeing)  # the component of lower mean is that of the larger fractions
+        mixture = fit_mixture(1 - agreeing)  # the component of lower mean has the larger fractions
         return mixture_posterior(mixture, 1 - agreeing), mixture_posterior(mixture, 1 - given_agreeing)
 
     def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label by the votes, (N,); None before the first vote."""
+        """Return the quality of each given label, (N,), from the votes; None before the first vote."""
         return self.selection.given_quality if self.selection.filled else None
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
-        """Choose selected samples, balanced over the classes, and beside them all samples in turn for the consistency."""
+        """Sample selected samples with balanced classes, and all samples in random rounds for the consistency."""
         if self.stage.name == "warmup":
             return None
         labels, selected = self.selection.labels.cpu(), self.selection.selected.cpu()
@@ -186,7 +189,7 @@ class SSR(NoisyLabelModule):
         return loss + self.lambda_fc * self.consistency(*every.views) if self.lambda_fc > 0 else loss
 
     def mixed_cross_entropy(self, batch: NoisyBatch) -> Tensor:
-        """Return the cross-entropy of mixed strong views of selected samples, on the labels of the selection."""
+        """Return the cross-entropy of mixed strong views of selected samples, with the labels of the selection."""
         labels, quality = (part[batch.index].repeat(2) for part in (self.selection.labels, self.selection.quality))
         views = batch.with_images(torch.cat(batch.views))._replace(labels=labels)
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)

@@ -1,4 +1,4 @@
-"""Base of methods with two networks."""
+"""Base class of methods with two networks."""
 
 from sanm_lightning.methods.base import NoisyLabelModule
 
@@ -6,6 +6,6 @@ __all__ = ["TwoNetworks"]
 
 
 class TwoNetworks(NoisyLabelModule):
-    """A :class:`NoisyLabelModule` with two networks of one kind and different first weights."""
+    """A :class:`NoisyLabelModule` with two networks of the same architecture and different initial weights."""
 
     num_networks = 2

@@ -1,4 +1,4 @@
-"""The papers' own networks, registered with timm, and normalisation as a network's first layer."""
+"""Networks of the papers, registered with timm, and normalization as the first layer of a network."""
 
 from sanm_lightning.models.checkpoints import LoadReport, load_weights
 from sanm_lightning.models.cnn9 import CNN9

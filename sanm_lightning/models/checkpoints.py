@@ -1,4 +1,4 @@
-"""Weights from checkpoints that others wrote: usual wrappings and prefixes are seen through, and what matched is listed."""
+"""Load weights from third-party checkpoints, with common containers and name prefixes."""
 
 import pickle
 from collections.abc import Mapping
@@ -14,47 +14,52 @@ HEADS = ("fc.", "head.", "classifier.", "linear.", "projection.", "projector.", 
 
 
 class LoadReport(NamedTuple):
-    """Names of the network's tensors that were found, those that were not, and what the file holds beside them."""
+    """Names of the tensors of the network and of the file, by result of the loading."""
 
     matched: list[str]
+    """Tensors of the network that were loaded."""
     missing: list[str]
+    """Tensors of the network, without its classifier, that are not in the file."""
     unexpected: list[str]
+    """Tensors of the file that were not used."""
+    classifier: list[str]
+    """Tensors of the classifier of the network, which are not loaded and keep their values."""
 
 
 def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
-    """Load the backbone of a network from a file; its classifier stays as it is.
+    """Load the backbone of a network from a file; the classifier is unchanged.
 
-    The file is a state dict, or a checkpoint that holds one under ``state_dict``, ``model``, ``encoder`` or ``network``.
-    Leading parts of the names (``module.``, ``encoder.``, ``network.`` and the like) are taken off, those that make the most
-    names and shapes fit. It is opened without unpickling code.
+    The file is a state dict, or a checkpoint with a state dict under ``state_dict``, ``model``, ``encoder`` or
+    ``network``. Name prefixes (``module.``, ``encoder.``, ``network.`` and others) are removed such that most names and
+    shapes match. The file is read without executing pickled code.
 
     Args:
-        network: whose backbone is filled; mean and standard deviation of a normalising network are not touched.
-        path: the file.
+        network: network to load into; mean and standard deviation of a normalizing network are unchanged.
+        path: path of the file.
 
     Returns:
-        What was found and what was not.
+        Names of matched, missing and unexpected tensors.
 
     Raises:
-        ValueError: if the file is missing, cannot be opened safely, holds no weights, or less than half of the backbone fits.
+        ValueError: if the file is missing, cannot be opened safely, contains no weights, or matches less than half of
+            the backbone.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"expected a file of pre-trained weights, got {str(path)!r}, which is not there")
+        raise ValueError(
+            f"expected a file of pre-trained weights, got {str(path)!r}, which does not exist; check the path"
+        )
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"expected a file of tensors and plain Python in {str(path)!r}, which cannot be opened as one ({reason}); if you "
-            "trust it, load it yourself and save its state dict with torch.save"
+            f"expected a file of tensors and built-in types, got {str(path)!r}, which cannot be loaded as such "
+            f"({reason}); if the file is trusted, load it and save its state dict with torch.save"
         ) from error
     weights = _state_dict(held)
-    own = {
-        name: tensor
-        for name, tensor in network.state_dict().items()
-        if isinstance(tensor, Tensor) and not _is_head(name) and name not in ("mean", "std")
-    }
+    held_by = {name: part for name, part in network.state_dict().items() if isinstance(part, Tensor)}
+    own = {name: part for name, part in held_by.items() if not _is_head(name) and name not in ("mean", "std")}
     fitting = max(
         (_fit(weights, own, prefix, inner) for prefix in _prefixes(weights) for inner in _prefixes(own)), key=len
     )
@@ -62,13 +67,14 @@ def load_weights(network: nn.Module, path: str | Path) -> LoadReport:
     if not fitting or len(missing) >= len(fitting):
         held_names = ", ".join(list(weights)[:3]) or "none"
         raise ValueError(
-            f"expected weights for {type(network).__name__} in {str(path)!r}, but {len(fitting)} of {len(own)} tensors fit in "
-            f"name and shape (the file begins with {held_names}; the network with {', '.join(list(own)[:3])}); give the "
-            "network that was pre-trained, of the same width"
+            f"expected weights of {type(network).__name__} in {str(path)!r}, got {len(fitting)} of {len(own)} tensors "
+            f"that match in name and shape (first names in the file: {held_names}; in the network: "
+            f"{', '.join(list(own)[:3])}); use the network and the width of the pre-training"
         )
     network.load_state_dict({name: weights[key] for name, key in fitting.items()}, strict=False)
     used = set(fitting.values())
-    return LoadReport(list(fitting), missing, [key for key in weights if key not in used])
+    unexpected = [key for key in weights if key not in used]
+    return LoadReport(list(fitting), missing, unexpected, [name for name in held_by if _is_head(name)])
 
 
 def _state_dict(held: Any) -> dict[str, Tensor]:
@@ -85,7 +91,7 @@ def _is_head(name: str) -> bool:
 
 
 def _prefixes(names: Mapping[str, Any]) -> list[str]:
-    """Every leading part that names have: '', 'module.', 'module.encoder.', ..."""
+    """Return all prefixes of the names: '', 'module.', 'module.encoder.', ..."""
     found = {""}
     for name in names:
         parts = name.split(".")
@@ -94,6 +100,6 @@ def _prefixes(names: Mapping[str, Any]) -> list[str]:
 
 
 def _fit(weights: dict[str, Tensor], own: dict[str, Tensor], prefix: str, inner: str) -> dict[str, str]:
-    """Map names of ``own`` that begin with ``inner`` to names of ``weights`` that begin with ``prefix``, where shapes agree."""
+    """Map names of ``own`` with prefix ``inner`` to names of ``weights`` with ``prefix`` and the same shape."""
     pairs = {name: prefix + name.removeprefix(inner) for name in own if name.startswith(inner)}
     return {name: key for name, key in pairs.items() if key in weights and weights[key].shape == own[name].shape}

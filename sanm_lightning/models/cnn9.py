@@ -13,13 +13,14 @@ __all__ = ["CNN9", "cnn9"]
 class CNN9(PooledClassifier):
     """Nine 3 x 3 convolutions, each with batch norm and leaky ReLU, in three groups.
 
-    Source: Co-teaching (Han et al., NeurIPS 2018), Table 2, and its code: 3 x 128, pool, 3 x 256, pool, then 512, 256, 128
+    Source: Co-teaching (Han et al., NeurIPS 2018), Table 2, and its code: 3 x 128, pool, 3 x 256, pool, then 512, 256,
+        128
     without padding; leaky slope .01, dropout .25 after each pool. On 32 x 32 images the last map is 2 x 2.
-    Departure: dropout is a module and thus off in evaluation; the released functional call would drop units there.
+    Departure: dropout is a module and disabled in evaluation; the functional call of the released code is not.
 
     Args:
         num_classes: C, number of classes.
-        in_chans: input channels.
+        in_chans: number of input channels.
         drop_rate: probability of dropping a channel after each pool.
     """
 
@@ -45,7 +46,7 @@ class CNN9(PooledClassifier):
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W), at least 28 x 28 -> feature map (B, 128, H / 4 - 6, W / 4 - 6)."""
+        """Return the feature map (B, 128, H / 4 - 6, W / 4 - 6) of images (B, 3, H, W), at least 28 x 28."""
         out: Tensor = self.layers(x)
         return out
 

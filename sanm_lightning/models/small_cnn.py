@@ -1,4 +1,4 @@
-"""A small plain network for small images, that a CPU trains in seconds."""
+"""A small convolutional network for small images, which trains in seconds on a CPU."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ __all__ = ["SmallCNN", "small_cnn"]
 
 
 class SmallCNN(PooledClassifier):
-    """Four 3 x 3 convolutions with batch norm and ReLU, two of stride 2, and one linear layer. Ours, of no paper.
+    """Four 3 x 3 convolutions with batch norm and ReLU, two of stride 2, and one linear layer; not from a paper.
 
     Args:
         num_classes: C, number of classes.
-        in_chans: input channels.
-        width: channels of the first convolution; the following have 2, 2 and 4 times as many.
+        in_chans: number of input channels.
+        width: number of channels of the first convolution; the others have 2, 2 and 4 times as many.
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, width: int = 16) -> None:
@@ -31,7 +31,7 @@ class SmallCNN(PooledClassifier):
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> feature map (B, 4 width, H / 4, W / 4)."""
+        """Return the feature map (B, 4 width, H / 4, W / 4) of images (B, 3, H, W)."""
         out: Tensor = self.layers(x)
         return out
 

@@ -1,4 +1,4 @@
-"""State with one row per training sample, declared as torchmetrics declares metric states."""
+"""State with one row per training sample, declared like the metric states of torchmetrics."""
 
 from sanm_lightning.per_sample.state import SampleState
 from sanm_lightning.per_sample.statistics import EpochMean, History, RunningVariance

@@ -1,8 +1,8 @@
-"""State with one row per training sample, declared as torchmetrics declares metric states.
+"""State with one row per training sample, declared like the metric states of torchmetrics.
 
-A :class:`SampleState` is found by a callback wherever it lies in a module, sized before training, synced over the processes at
-the end of every epoch, and saved with what all processes know. Its tables are plain tensors with extra state, not buffers:
-DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
+A callback finds every :class:`SampleState` in a module, resizes it before training, synchronizes it over processes at
+the end of every epoch, and saves the values of all processes. The tables are tensors saved as extra state, not buffers,
+because DistributedDataParallel overwrites buffers with those of rank 0 in every forward.
 """
 
 from collections.abc import Callable
@@ -22,18 +22,18 @@ class SampleState(nn.Module):
     """Tables with one row per training sample, shape (N, ...).
 
     Each table is declared by :meth:`add_state` and is an attribute of that name. Rows are written locally, without
-    communication; :meth:`sync` makes the tables those of all processes.
+    communication; :meth:`sync` merges the tables of all processes.
     """
 
     required = True
-    """Whether training needs a data module that knows the number of its samples."""
+    """Whether training requires a data module with ``num_samples``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_samples = 0
         self._states: dict[str, tuple[tuple[int, ...], torch.dtype, float, Reduction]] = {}
-        self._written: dict[str, Tensor] = {}  # (N,): processes that wrote a row since the last sync; here 0 or 1
-        self._start: dict[str, Tensor] = {}  # rows at the last sync, kept where several processes write
+        self._written: dict[str, Tensor] = {}  # (N,): number of processes that wrote a row since the last sync
+        self._start: dict[str, Tensor] = {}  # rows at the last sync, with several processes only
 
     def add_state(
         self,
@@ -47,13 +47,14 @@ class SampleState(nn.Module):
         """Declare a table.
 
         Args:
-            name: attribute that holds the table, shape (N, ``*shape``).
-            shape: of one row.
-            dtype: of the table; it does not follow the precision of the module.
-            default: value of every row before anything is written.
-            dist_reduce_fx: how :meth:`sync` merges what the processes wrote since the last one. ``"mean"``: a row becomes the
-                mean over the processes that wrote it; of integers and booleans the row of the lowest rank that wrote it.
-                ``"sum"``: what each process added is added up. None: all processes write the same, and nothing is exchanged.
+            name: name of the attribute with the table, shape (N, ``*shape``).
+            shape: shape of one row.
+            dtype: dtype of the table, independent of the precision of the module.
+            default: initial value of every row.
+            dist_reduce_fx: how :meth:`sync` merges the rows that the processes wrote since the last sync. ``"mean"``:
+                the mean over the processes that wrote the row; for integers and booleans, the row of the lowest rank
+                that wrote it. ``"sum"``: the sum of the added values. None: all processes write the same values, and
+                nothing is exchanged.
         """
         self._states[name] = (tuple(shape), dtype, default, dist_reduce_fx)
         setattr(self, name, torch.full((self.num_samples, *shape), default, dtype=dtype))
@@ -64,15 +65,15 @@ class SampleState(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of the tables."""
+        """Device of the tables."""
         return next((getattr(self, name).device for name in self._states), torch.device("cpu"))
 
     def reset(self, num_samples: int, labels: Tensor | None = None) -> None:
-        """Set every row to its default and make room for ``num_samples`` samples.
+        """Resize the tables to ``num_samples`` rows and set every row to its default.
 
         Args:
-            num_samples: N.
-            labels: the given labels, shape (N,), for tables that start from them.
+            num_samples: N, number of training samples.
+            labels: given labels, shape (N,), for tables that are initialized from them.
         """
         device = self.device
         self.num_samples = num_samples
@@ -83,12 +84,12 @@ class SampleState(nn.Module):
 
     @torch.no_grad()
     def write(self, name: str, index: Tensor, rows: Tensor) -> None:
-        """Set rows of a table; local, without waiting for the device.
+        """Set rows of a table, without communication or device synchronization.
 
         Args:
-            name: of the table.
-            index: positions in the training set, shape (B,). Of a position that occurs twice, one of the rows is kept.
-            rows: shape (B, ...).
+            name: name of the table.
+            index: positions in the training set, shape (B,). For duplicate positions, one of the rows is kept.
+            rows: new rows, shape (B, ...).
 
         Raises:
             ValueError: (on CPU) if an index is outside [0, N).
@@ -101,18 +102,18 @@ class SampleState(nn.Module):
 
     @torch.no_grad()
     def add(self, name: str, index: Tensor, rows: Tensor) -> None:
-        """Add to rows of a table that is merged by ``"sum"``; a position may occur several times. See :meth:`write`."""
+        """Add to rows of a table with reduction ``"sum"``; duplicate positions are allowed. See :meth:`write`."""
         self.check(index)
         self._keep_start(name)
         table = getattr(self, name)
         table.index_add_(0, index, rows.to(table.dtype))
 
     def check(self, index: Tensor) -> None:
-        """Raise ValueError if, on the CPU, a position lies outside [0, N)."""
+        """Raise ValueError if a position on the CPU is outside [0, N)."""
         if index.device.type == "cpu" and len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self):
             raise ValueError(
-                f"expected sample indices in [0, {len(self)}), got {int(index.min())} to {int(index.max())}; the index "
-                "of a batch counts the training samples from 0"
+                f"expected sample indices in [0, {len(self)}), got {int(index.min())} to {int(index.max())}; number "
+                "the training samples from 0"
             )
 
     def _keep_start(self, name: str) -> None:
@@ -120,7 +121,7 @@ class SampleState(nn.Module):
             self._start[name] = getattr(self, name).clone()
 
     def sync(self) -> None:
-        """Make the tables those of all processes. A collective: every process must call it."""
+        """Merge the tables of all processes. A collective operation: every process must call it."""
         if several_processes():
             for name, rows in self._merged().items():
                 setattr(self, name, rows[0])
@@ -129,7 +130,7 @@ class SampleState(nn.Module):
         self._start.clear()
 
     def _merged(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return, for each table that is exchanged, its merged rows and how many processes wrote each. A collective."""
+        """Return merged rows of each exchanged table, and the number of processes that wrote them. Collective."""
         merged = {}
         for name, (_, dtype, _, reduction) in self._states.items():
             if reduction is None:
@@ -154,10 +155,10 @@ class SampleState(nn.Module):
         return merged
 
     def synced_state(self) -> dict[str, Any]:
-        """Return the state with what all processes wrote; the tables stay as they are. A collective."""
+        """Return the merged state of all processes; the tables are unchanged. A collective operation."""
         state = self.get_extra_state()
         if several_processes():
-            state["start"] = {}  # of the tables that were written since the last sync
+            state["start"] = {}  # tables written since the last sync
             for name, (rows, count) in self._merged().items():
                 state["tables"][name], state["written"][name] = rows.cpu(), count.cpu()
                 start = self._start.get(name, getattr(self, name))
@@ -166,7 +167,7 @@ class SampleState(nn.Module):
         return state
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return all tables, on the CPU, as tensors and plain Python."""
+        """Return all tables, on the CPU, as tensors and built-in types."""
         return {
             "tables": {name: getattr(self, name).detach().cpu().clone() for name in self._states},
             "written": {name: written.cpu().clone() for name, written in self._written.items()},
@@ -174,10 +175,10 @@ class SampleState(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state of any number of samples.
+        """Restore a state of any number of samples.
 
-        Rows that were written since the last sync go to rank 0, with the number of processes that wrote them; the other
-        processes go on from the last sync, so that nothing counts twice.
+        Rows written since the last sync are restored on rank 0, with the number of processes that wrote them; the other
+        processes restore the rows of the last sync, so that nothing is counted twice.
 
         Raises:
             RuntimeError: if a table is missing, as in checkpoints of another version.
@@ -185,9 +186,11 @@ class SampleState(nn.Module):
         state = self.upgrade_state(state) if "tables" not in state else state
         missing = [name for name in self._states if name not in state["tables"]]
         if missing:
-            raise RuntimeError(f"{type(self).__name__} has no {', '.join(missing)}, as one of another version")
+            raise RuntimeError(
+                f"expected the tables {', '.join(missing)} of {type(self).__name__}, got the state of another version"
+            )
         if len(self) and not any(len(rows) for rows in state["tables"].values()):
-            return  # saved before it had a size
+            return  # saved before the tables were resized
         device, first = self.device, process_rank() == 0
         self._start.clear()
         for name, (_, dtype, _, reduction) in self._states.items():
@@ -201,7 +204,7 @@ class SampleState(nn.Module):
         self.num_samples = len(state["tables"][next(iter(self._states))]) if self._states else 0
 
     def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Bring the state of an earlier version to the present form."""
+        """Convert the state of an earlier version to the current format."""
         return {"tables": dict(state), "written": {}, "start": {}}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "SampleState":
@@ -209,12 +212,14 @@ class SampleState(nn.Module):
         for holder in (self.__dict__, self._written, self._start):
             for name in self._states:
                 if isinstance(holder.get(name), Tensor):
-                    holder[name] = holder[name].to(fn(torch.zeros_like(holder[name][:0])).device)  # never the precision
+                    holder[name] = holder[name].to(
+                        fn(torch.zeros_like(holder[name][:0])).device
+                    )  # device only, not the dtype
         return self
 
 
 def _reduced(tensor: Tensor, operation: Any = None) -> Tensor:
-    """Return the sum of a tensor over all processes, or what another operation makes of it. A collective."""
+    """Return a tensor reduced over all processes, by default its sum. A collective operation."""
     total = tensor.clone()
     if several_processes():
         torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM if operation is None else operation)

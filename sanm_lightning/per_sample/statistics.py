@@ -1,4 +1,4 @@
-"""Statistics of each sample over epochs: means, the last rows, variance."""
+"""Statistics of each sample over epochs: means, histories and variances."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ __all__ = ["EpochMean", "History", "RunningVariance"]
 
 
 class EpochMean(SampleState):
-    """Mean of what was noted of each sample in an epoch, and its history over the epochs.
+    """Mean of the recorded values of each sample in an epoch, averaged over epochs.
 
     Args:
-        decay: fraction of the old value that stays when an epoch is taken in, in [0, 1); 0 keeps the last epoch only.
-        running_mean: weigh all epochs alike instead; ``decay`` is then not used.
+        decay: weight of the old value in the update after an epoch, in [0, 1); 0 keeps the last epoch only.
+        running_mean: whether to weight all epochs equally; ``decay`` is then ignored.
 
     Raises:
         ValueError: if ``decay`` is out of its range.
@@ -38,7 +38,7 @@ class EpochMean(SampleState):
         self.add_state("count", dist_reduce_fx="sum")
 
     def update(self, index: Tensor, value: Tensor) -> None:
-        """Note ``value`` (B,) of the samples ``index`` (B,). Local, without waiting for the device.
+        """Record ``value`` (B,) of samples ``index`` (B,), without communication or device synchronization.
 
         Raises:
             ValueError: (on CPU) if an index is outside [0, N).
@@ -47,10 +47,10 @@ class EpochMean(SampleState):
         self.add("count", index, torch.ones_like(index, dtype=torch.float32))
 
     def sync(self) -> None:
-        """Exchange nothing: the sums of an epoch are taken in by :meth:`compute`."""
+        """Do nothing: :meth:`compute` synchronizes the sums of an epoch."""
 
     def compute(self) -> Tensor:
-        """Take the sums of all processes into the values and return those, (N,). A collective; once per epoch."""
+        """Update and return the values (N,) with the sums of all processes. Collective; call it once per epoch."""
         super().sync()
         seen = self.count > 0
         new = self.sum / self.count.clamp(min=1)
@@ -63,22 +63,22 @@ class EpochMean(SampleState):
 
 
 class History(SampleState):
-    """The last ``length`` rows that were appended for each sample.
+    """The last ``length`` rows appended for each sample.
 
     Args:
-        length: rows kept, >= 1.
-        shape: of one row.
-        dtype: of the rows.
-        dist_reduce_fx: as for :meth:`SampleState.add_state`; None where every process appends the same.
+        length: number of stored rows, >= 1.
+        shape: shape of one row.
+        dtype: dtype of the rows.
+        dist_reduce_fx: as for :meth:`SampleState.add_state`; None if every process appends the same rows.
 
     Raises:
         ValueError: if ``length`` is out of its range.
     """
 
     rows: Tensor
-    """(N, length, ...): a ring; the row of the k-th append is at place k modulo ``length``."""
+    """(N, length, ...): ring buffer; the row of the k-th append is at position k modulo ``length``."""
     count: Tensor
-    """(N,) int64: appends so far."""
+    """(N,) int64: number of appended rows."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class History(SampleState):
         self.add_state("count", dtype=torch.int64, dist_reduce_fx=dist_reduce_fx)
 
     def append(self, index: Tensor, rows: Tensor) -> None:
-        """Append one row (B, ...) to the samples ``index`` (B,), each of which occurs once."""
+        """Append one row (B, ...) to each of the samples ``index`` (B,), without duplicates."""
         self.check(index)
         ring = self.rows[index]
         ring[torch.arange(len(index), device=ring.device), self.count[index] % self.length] = rows.to(ring.dtype)
@@ -103,20 +103,20 @@ class History(SampleState):
         self.write("count", index, self.count[index] + 1)
 
     def mean(self, index: Tensor | None = None) -> Tensor:
-        """Return the mean of the rows that are kept, (B, ...); zeros where there is none. All samples without ``index``."""
+        """Return the mean of the stored rows, (B, ...), or of all samples without ``index``; zeros without rows."""
         rows, count = (self.rows, self.count) if index is None else (self.rows[index], self.count[index])
         kept = count.clamp(max=self.length).view(-1, *[1] * (rows.ndim - 2))
         return rows.float().sum(1) / kept.clamp(min=1)
 
     def votes(self, index: Tensor, num_classes: int) -> Tensor:
-        """Return how often each class is among the rows that are kept, (B, C), for rows that are class indices."""
+        """Return the count of each class among the stored rows, (B, C), for rows of class indices."""
         rows, count = self.rows[index], self.count[index]
         kept = torch.arange(self.length, device=rows.device) < count[:, None]
         return (F.one_hot(rows.long(), num_classes) * kept[..., None]).sum(1).float()
 
 
 class RunningVariance(SampleState):
-    """Mean and variance of what was noted of each sample so far (Welford's algorithm; ActiveBias)."""
+    """Mean and variance of the recorded values of each sample (Welford's algorithm; ActiveBias)."""
 
     average: Tensor
     """(N,) float32."""
@@ -133,7 +133,7 @@ class RunningVariance(SampleState):
 
     @torch.no_grad()
     def update(self, index: Tensor, value: Tensor) -> None:
-        """Take in ``value`` (B,) of the samples ``index`` (B,), each of which occurs once."""
+        """Record ``value`` (B,) of the samples ``index`` (B,), without duplicates."""
         self.check(index)
         value, count = value.detach().float(), self.count[index] + 1
         distance = value - self.average[index]
@@ -143,5 +143,5 @@ class RunningVariance(SampleState):
         self.write("count", index, count)
 
     def var(self, index: Tensor) -> Tensor:
-        """Return the variance of each sample (B,), with divisor n; 0 where nothing was noted."""
+        """Return the variance of each sample (B,), with divisor n; 0 without recorded values."""
         return self.squares[index] / self.count[index].clamp(min=1)

@@ -1,4 +1,4 @@
-"""SANM itself: the equations as pure functions, the module that holds them, and two ways to lay it over any training."""
+"""SANM: equations as pure functions, the module, and a callback and a mixin that apply it to any LightningModule."""
 
 from sanm_lightning.functional import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.sanm.activation import class_activation_map, energy_map

@@ -1,4 +1,4 @@
-"""SANM over an unedited module: its step is wrapped, the mathematics is that of :class:`SANM`."""
+"""Callback that applies :class:`SANM` to an unmodified LightningModule by wrapping its training step."""
 
 import functools
 import inspect
@@ -24,40 +24,41 @@ USUAL_NAMES = ("network", "model", "net", "backbone", "encoder", "classifier")
 KEY = "_sanm"
 WARMUP_EPOCHS = 1
 SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
-"""Strategies that share out weights, by name: lightning and pytorch_lightning have classes of their own."""
+"""Strategies that shard weights, by name, because lightning and pytorch_lightning have separate classes."""
 
 
 class SANMCallback(L.Callback):
-    """Lay SANM over a module with an ordinary ``training_step`` on ``(x, y)`` batches, without editing it.
+    """Apply SANM to a module with a standard ``training_step`` on ``(x, y)`` batches, without modifying the module.
 
-    The step receives masked images and regularised labels as class probabilities (B, C), and its loss gets the
-    reconstruction term, made from the features of the last forward that the step ran. The loss must accept probabilities, as
-    ``F.cross_entropy`` does; a step that reads ``y`` as class indices is looked for before the first update, rehearsed on a
-    copy of the module, and ``SANM(labels=False)`` leaves ``y`` as it is. Images should be in [0, 1] where the step gets them.
-    Label quality comes from the sample's index where the batch has one (``batch.index``) and the data module has
-    ``num_samples``, else from a window of recent losses. What lies in a batch behind images and labels is passed on.
+    The step receives masked images and regularized labels as class probabilities (B, C). The reconstruction term,
+    computed from the features of the last forward pass of the step, is added to its loss. The loss must accept
+    probabilities, as ``F.cross_entropy`` does; steps that use ``y`` as class indices are detected before the first
+    update by a run on a copy of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images should be in [0,
+    1] in the batch. Label quality is estimated by sample index if the batch has one (``batch.index``) and the data
+    module has ``num_samples``, otherwise from a window of recent losses. Further elements of a batch are passed on.
 
-    Works with modules of ``lightning`` and of ``pytorch_lightning``, with any optimizer and scheduler: a decoder that the
-    optimizer does not know joins its first parameter group. The decoder is kept in the callback's own state, so the module's
-    state dict stays the user's. The first mask comes after ``SANM(warmup_epochs=)`` epochs, by default 1.
+    It supports modules of ``lightning`` and ``pytorch_lightning``, with any optimizer and scheduler: decoder parameters
+    that are missing in the optimizer are added to its first parameter group. The decoder is saved in the callback's
+    state, so the module's state dict is unchanged. The first mask is applied after ``SANM(warmup_epochs=)`` epochs
+    (default: 1).
 
-    Logs the means over an epoch's steps of ``train/quality``, ``train/masked_fraction``, ``train/reconstruction_loss`` (L_r),
-    each the mean over the SANMs at work, and of ``train/classification_loss`` (the loss without beta L_r of any of them).
+    Logged per epoch, as means over steps: ``train/quality``, ``train/masked_fraction``, ``train/reconstruction_loss``
+    (L_r), each averaged over the active SANMs, and ``train/classification_loss`` (the loss without the terms beta L_r).
 
     Args:
-        sanm: hyper-parameters and parts; None means ``SANM()``.
-        network: name of the submodule that classifies; None tries the usual names (network, model, net, backbone, encoder,
+        sanm: SANM with its options; None means ``SANM()``.
+        network: name of the classifier submodule; None tries common names (network, model, net, backbone, encoder,
             classifier), then the module itself.
-        layer: name of that network's submodule whose output is the last feature map; None finds it.
-        image_size: H, W of the training images; None takes that of the data module, or else of a batch.
-        wrap: False leaves the step alone (for methods that call SANM themselves) and keeps the rest: label quality is
-            fitted once per epoch, figures are logged.
-        rehearse: run the step on a copy of the module before the first update, to find out whether it reads its labels as
-            class indices; False takes it on trust.
+        layer: name of the network's submodule whose output is the last feature map; None detects it.
+        image_size: H, W of the training images; None uses that of the data module, or of a batch.
+        wrap: whether to wrap the training step; False, for methods that call SANM, only fits label quality once per
+            epoch and logs metrics.
+        rehearse: whether to run the step on a copy of the module before the first update, to detect steps that use
+            labels as class indices.
 
     Raises:
-        MisconfigurationException: before the first update, if the module cannot be served; the sentence says why. Strategies
-            that share out weights (FSDP, DeepSpeed, tensor parallelism) cannot be; DDP can.
+        MisconfigurationException: before the first update, if the module is not supported. Strategies that shard
+            weights (FSDP, DeepSpeed, tensor parallelism) are not supported; DDP is.
     """
 
     def __init__(
@@ -73,21 +74,21 @@ class SANMCallback(L.Callback):
         self.network, self.layer, self.image_size, self.wrap = network, layer, image_size, wrap
         self.tap: FeatureExtractor | None = None
         self.rehearse = rehearse
-        self._fitted = -1  # the epoch whose beginning saw the last fit of label quality
-        self._masked_steps: Tensor | None = None  # on the device, so that no step waits
+        self._fitted = -1  # epoch of the last fit of label quality
+        self._masked_steps: Tensor | None = None  # on the device, to avoid synchronization
         self._joined = False
-        self._states: SampleStateCallback | None = None  # where the trainer has none
+        self._states: SampleStateCallback | None = None  # if the trainer has none
         self._undo: list[Callable[[], Any]] = []
 
-    # Set-up and clean-up
+    # Setup and teardown
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Wrap the step and size the decoder, before DDP and the optimizers are made."""
+        """Wrap the step and create the decoder, before DDP and the optimizers are created."""
         if stage != "fit":
             return
         _require_whole_weights(trainer, pl_module)
         self._unwrap()
-        for part in self._sanms(pl_module):  # without seed_everything every process has drawn a seed of its own
+        for part in self._sanms(pl_module):  # without seed_everything, the seeds of the processes differ
             part.seed = trainer.strategy.broadcast(part.seed)
         data = getattr(trainer, "datamodule", None)
         if not any(module is self.sanm for module in pl_module.modules()):
@@ -100,8 +101,8 @@ class SANMCallback(L.Callback):
             return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
-                f"SANM wraps training steps of automatic optimization, and {type(pl_module).__name__} optimizes by hand; call "
-                "SANM in the step yourself (see SANM's two calls)"
+                f"expected automatic optimization in {type(pl_module).__name__}, got manual optimization; call SANM in "
+                "the training step (see the two calls of SANM)"
             )
         height, width = self.image_size or getattr(data, "image_size", None) or _size_of_a_batch(trainer)
         tap = self.tap = self._find_network(pl_module, (height, width))
@@ -112,12 +113,12 @@ class SANMCallback(L.Callback):
         try:
             self.sanm.build(tap, (height, width))
         except ValueError as error:
-            said = str(error).replace(type(tap).__name__, type(tap.network).__name__)
-            raise MisconfigurationException(f"SANM cannot serve {type(pl_module).__name__}: {said}") from error
+            message = str(error).replace(type(tap).__name__, type(tap.network).__name__)
+            raise MisconfigurationException(f"{message} (in {type(pl_module).__name__})") from error
         self._wrap_step(pl_module, tap)
 
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
-        """Return a tap on the named network, or else on the first of the usual names that is a whole classifier."""
+        """Return the feature extractor of the given network, or of the first common name that is a classifier."""
         owner = type(pl_module).__name__
         children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
         if self.network is None:
@@ -128,7 +129,7 @@ class SANMCallback(L.Callback):
                 candidates = [pl_module.get_submodule(self.network)]
             except AttributeError:
                 raise MisconfigurationException(
-                    f"{owner} has no submodule {self.network!r} for SANM to look at; it has: {children}"
+                    f"expected a submodule {self.network!r} of {owner} for SANM, got none; choose one of {children}"
                 ) from None
         need_classifier = self.network is None or (self.sanm.mask and self.sanm.saliency is cam)
         errors = []
@@ -137,11 +138,11 @@ class SANMCallback(L.Callback):
                 return FeatureExtractor(candidate, image_size, self.layer, need_classifier)
             except ValueError as error:
                 errors.append(str(error))
-        hint = "" if self.network else f"; if that is not the network, name it with network= (there are: {children})"
-        raise MisconfigurationException(f"SANM cannot serve {owner}: {errors[0]}{hint}")
+        hint = "" if self.network else f"; set another submodule with network= (available: {children})"
+        raise MisconfigurationException(f"{errors[0]} (in {owner}){hint}")
 
     def _join(self, pl_module: L.LightningModule) -> None:
-        """Make SANM a submodule, for device moves and DDP, and keep it out of the module's own state dict."""
+        """Add SANM as a submodule, for device moves and DDP, and exclude it from the module's state dict."""
         prefix = KEY + "."
 
         def hide(module: nn.Module, state: dict[str, Any], at: str, metadata: Any) -> None:
@@ -160,9 +161,9 @@ class SANMCallback(L.Callback):
         ]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the optimizer train the decoder too, before its state is restored.
+        """Add the decoder to the optimizer, before the optimizer state is restored.
 
-        The first group is extended: a group of its own would break schedulers that counted the groups already.
+        The first group is extended, because a new group breaks schedulers that depend on the number of groups.
         """
         known = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
         missing = [p for p in self.sanm.parameters() if id(p) not in known]
@@ -173,11 +174,11 @@ class SANMCallback(L.Callback):
                 group["param_names"].extend(f"{KEY}.{place}" for place in range(len(missing)))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the module as it was found."""
+        """Restore the module."""
         self._unwrap()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was found."""
+        """Restore the module."""
         self._unwrap()
 
     def _unwrap(self) -> None:
@@ -199,13 +200,13 @@ class SANMCallback(L.Callback):
                 misread = misread_labels(pl_module, tap, step, batch, args, kwargs)
                 if misread:
                     raise MisconfigurationException(
-                        f"the training step of {type(pl_module).__name__} reads its labels as class indices ({misread}), and "
-                        "SANM hands it class probabilities (B, C); use y.argmax(1) for such figures, or SANM(labels=False), "
-                        "which leaves the labels as they are"
+                        f"expected a training step of {type(pl_module).__name__} that accepts class probabilities (B, "
+                        f"C), got one that reads its labels as class indices ({misread}); use y.argmax(1) for such "
+                        "metrics, or SANM(labels=False), which keeps the labels unchanged"
                     )
             return self._masked_step(pl_module, tap, step, batch, args, kwargs)
 
-        training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]  # Lightning looks at it
+        training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]  # inspected by Lightning
         self._undo.append(shadow(pl_module, "training_step", training_step))
 
     def _masked_step(
@@ -224,7 +225,7 @@ class SANMCallback(L.Callback):
         if self.sanm.masking(pl_module.current_epoch, WARMUP_EPOCHS):
             quality = self.sanm.source_of_quality(targets, index, true_labels)
         views = self.sanm(tap, images, targets, quality)
-        # Every row once, or twice where the unmasked images are kept.
+        # rows of the batch for each view
         rows = torch.arange(len(views.images), device=images.device) % len(images)
         given = views.targets if self.sanm.labels else labels[rows]
         tap.forget()
@@ -235,10 +236,10 @@ class SANMCallback(L.Callback):
             return None
         if features is None:
             raise MisconfigurationException(
-                f"the training step of {type(pl_module).__name__} did not run the network that SANM looks at "
-                f"({type(tap.network).__name__}); name the right submodule with network="
+                f"expected the training step of {type(pl_module).__name__} to run the network of SANM "
+                f"({type(tap.network).__name__}), got no output of it; set the trained submodule with network="
             )
-        if views.logits is None and logits is None:  # a step that calls the parts of its network one by one
+        if views.logits is None and logits is None:  # a step that calls submodules of the network separately
             with inference_context(tap, images):
                 logits = tap.forward_head(tap.forward_features(images))
             tap.forget()
@@ -247,14 +248,14 @@ class SANMCallback(L.Callback):
         term = self.sanm.reconstruction(features, images, views)
         return {**out, "loss": out["loss"] + term} if isinstance(out, Mapping) else out + term
 
-    # Once per epoch, and figures
+    # Fits once per epoch, and metrics
 
     def _sanms(self, pl_module: L.LightningModule) -> list[SANM]:
-        """Every SANM of the module, this callback's own among them."""
+        """Return all SANMs of the module, including that of this callback."""
         return list(dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))]))
 
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Fit label quality, once per epoch; what has begun is saved, since an epoch that is resumed has no start hook."""
+        """Fit label quality once per epoch; the epoch is saved, because resumed epochs do not call the start hook."""
         if self.sanm.enabled and self._fitted != trainer.current_epoch:
             for sanm in self._sanms(pl_module):
                 sanm.fit_quality(pl_module)
@@ -263,13 +264,13 @@ class SANMCallback(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin the epoch, where the loader has not."""
+        """Start the epoch, unless the loader has started it."""
         self.begin_epoch(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the figures of the step."""
+        """Log the metrics of the step."""
         if not self.sanm.enabled:
             return
         worked = [sanm for sanm in self._sanms(pl_module) if sanm.last]
@@ -293,23 +294,23 @@ class SANMCallback(L.Callback):
 
     @property
     def masked_steps(self) -> int:
-        """Training steps so far in which this process hid something."""
+        """Number of training steps so far with at least one masked image in this process."""
         return 0 if self._masked_steps is None else int(self._masked_steps)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Sync per-sample state, where no other callback does. A collective."""
+        """Synchronize per-sample state, unless another callback does. A collective operation."""
         if self._states is not None:
             self._states.on_train_epoch_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save what all processes know, likewise."""
+        """Save the per-sample state of all processes, unless another callback does. A collective operation."""
         if self._states is not None:
             self._states.on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the last epoch's evidence in, so that the final quality is that of the final network.
+        """Fit label quality to the evidence of the last epoch.
 
-        Here and not at the end of training, which a run that is resumed from its last checkpoint does not have.
+        It is not in ``on_train_end``, which is not called in a run resumed from its last checkpoint.
         """
         if self.sanm.enabled:
             for sanm in self._sanms(pl_module):
@@ -318,7 +319,7 @@ class SANMCallback(L.Callback):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch of the last fit and, for a module that does not hold SANM itself, SANM's state."""
+        """Return the epoch of the last fit and, for modules that do not contain SANM, the state of SANM."""
         state: dict[str, Any] = {"refreshed": self._fitted, "masked_steps": self.masked_steps}
         if self._joined:
             state["sanm"] = self.sanm.state_dict()
@@ -326,7 +327,7 @@ class SANMCallback(L.Callback):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Restore a state."""
         self._fitted = state_dict["refreshed"]
         self._masked_steps = torch.tensor(int(state_dict.get("masked_steps", 0)))
         if "sanm" in state_dict:
@@ -334,26 +335,26 @@ class SANMCallback(L.Callback):
 
 
 def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Refuse strategies that leave each process a part of the weights.
+    """Raise an error for strategies that shard weights.
 
-    Activation maps read the classifier's weights outside of the wrapped forward, parts of a network run by themselves, and
-    methods rank or average weights one by one: on parts of them that fails late, or not aloud.
+    Activation maps read the classifier's weights outside of the wrapped forward, submodules run separately, and methods
+    rank or average single weights, which fails late or silently with sharded weights.
     """
     if SHARING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} needs whole weights in every process, and {type(trainer.strategy).__name__} shares "
-            "them out; use --trainer.strategy ddp"
+            f"expected a strategy without sharded weights for {type(pl_module).__name__}, got "
+            f"{type(trainer.strategy).__name__}; use --trainer.strategy ddp"
         )
 
 
 def _size_of_a_batch(trainer: L.Trainer) -> Sequence[int]:
     try:
-        with own_streams():  # a shuffled loader draws its seed from the global stream, and a data set may draw, too
+        with own_streams():  # loaders and data sets may use the global stream
             batch = next(iter(trainer.fit_loop._data_source.dataloader()))
     except Exception as error:
         raise MisconfigurationException(
-            f"SANM must know the size of the images before training, and no batch can be had yet ({type(error).__name__}: "
-            f"{error}); pass image_size="
+            f"expected a batch before training to determine the image size for SANM, got {type(error).__name__}: "
+            f"{error}; pass image_size="
         ) from error
     size: Sequence[int] = images_and_labels(batch)[0].shape[-2:]
     return size

@@ -1,4 +1,4 @@
-"""Feature map, logits and classifier of networks that do not follow timm's conventions."""
+"""Feature map, logits and classifier of networks without timm's interface."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,20 +13,20 @@ __all__ = ["FeatureExtractor", "FeatureTap", "shadow"]
 
 
 class FeatureExtractor(nn.Module):
-    """Any convolutional classifier by timm's conventions, with the features of its last forward.
+    """Wrapper of a convolutional classifier with timm's interface that stores the features of its last forward pass.
 
-    The features of a timm model are those of ``forward_features``. Of another network (torchvision's, one's own) the map that
-    enters the last average pooling is taken, or the output of a named layer; then ``forward_features`` runs the whole network
-    and keeps the logits for ``forward_head``. The network is run once here, on two black images.
+    The features of a timm model are those of ``forward_features``. For other networks (torchvision, custom), they are
+    the input of the last average pooling, or the output of a given layer; ``forward_features`` then runs the whole
+    network and stores the logits for ``forward_head``. The constructor runs the network once, on two black images.
 
     Args:
-        network: the classifier, images (B, 3, H, W) -> logits (B, C).
+        network: classifier of images (B, 3, H, W) with logits (B, C).
         image_size: H, W of the images in pixels.
-        layer: name of the submodule whose output is the last feature map; None finds it.
-        need_classifier: insist on a linear classifier on the pooled features.
+        layer: name of the submodule whose output is the last feature map; None detects it.
+        need_classifier: whether a linear classifier on the pooled features is required.
 
     Raises:
-        ValueError: if no feature map or no linear classifier can be found, or the network does not run.
+        ValueError: if no feature map or no linear classifier is found, or the network fails on the images.
     """
 
     features: Tensor | None = None
@@ -48,7 +48,8 @@ class FeatureExtractor(nn.Module):
                 features = self.forward_features(images)
                 logits = self.forward_head(features)
             if not (isinstance(logits, Tensor) and logits.ndim == 2):
-                raise ValueError(f"{type(network).__name__} does not yield logits (B, C)")
+                got = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+                raise ValueError(f"expected logits (B, C) from {type(network).__name__}, got {got}")
             self.num_classes: int = logits.shape[1]
             self.num_features: int = network.num_features if self._timm else features.shape[1]  # type: ignore[assignment]
             if need_classifier:
@@ -58,31 +59,35 @@ class FeatureExtractor(nn.Module):
             if isinstance(error, ValueError):
                 raise
             name, shape = type(network).__name__, tuple(images.shape)
-            raise ValueError(f"{name} does not run on images {shape} ({type(error).__name__}: {error})") from error
+            raise ValueError(
+                f"expected {name} to accept images {shape}, got {type(error).__name__}: {error}"
+            ) from error
         self.forget()
 
     def _listen(self, layer: str | None) -> None:
         network = self.network
         if self._timm:
-            inner = getattr(network, "_orig_mod", network)  # of a compiled one
+            inner = getattr(network, "_orig_mod", network)  # for compiled networks
             self._plain_features = inner.forward_features
             self._undo.append(shadow(inner, "forward_features", self._features_of))
         elif layer is not None:
             try:
                 self._undo.append(network.get_submodule(layer).register_forward_hook(self._see_output).remove)
             except AttributeError:
-                raise ValueError(f"{type(network).__name__} has no layer {layer!r}") from None
+                raise ValueError(
+                    f"expected a layer {layer!r} in {type(network).__name__}, got no such submodule; check layer="
+                ) from None
         else:
             pools = [m for m in network.modules() if isinstance(m, (nn.AdaptiveAvgPool2d, nn.AvgPool2d))]
             if not pools:
                 raise ValueError(
-                    f"{type(network).__name__} has no average pooling to take a feature map from, so the layer whose output "
-                    "is the last feature map must be named with layer="
+                    f"expected average pooling in {type(network).__name__} after the last feature map, got none; set "
+                    "the submodule whose output is the last feature map with layer="
                 )
             self._undo.append(pools[-1].register_forward_pre_hook(self._see_input).remove)
         self._undo.append(network.register_forward_hook(self._see_logits).remove)
 
-    # Bound methods, not closures: in a deep copy of the network they belong to the copy.
+    # Bound methods, not closures: a deep copy of the network then has hooks of the copied extractor.
 
     def _features_of(self, *args: Any, **kwargs: Any) -> Tensor:
         features: Tensor = self._plain_features(*args, **kwargs)
@@ -99,18 +104,21 @@ class FeatureExtractor(nn.Module):
         self.logits = output
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> feature map (B, D, h, w)."""
+        """Return the feature map (B, D, h, w) of images (B, 3, H, W)."""
         if self._timm:
             features: Tensor = self.network.forward_features(images)
             return features
         self.forget()
         self.network(images)
         if self.features is None:
-            raise ValueError(f"{type(self.network).__name__} does not run the layer that yields its last feature map")
+            raise ValueError(
+                f"expected {type(self.network).__name__} to run the layer of its last feature map, got no output of "
+                "it; set another submodule with layer="
+            )
         return self.features
 
     def forward_head(self, features: Tensor) -> Tensor:
-        """Feature map (B, D, h, w) -> logits (B, C); of a network that is not timm's, the last feature map only."""
+        """Return the logits (B, C) of a feature map (B, D, h, w); without timm's interface, of the last one only."""
         logits = self.network.forward_head(features) if self._timm else self.logits
         assert logits is not None
         return logits
@@ -124,28 +132,29 @@ class FeatureExtractor(nn.Module):
         linear = [m for m in self.network.modules() if isinstance(m, nn.Linear) and tuple(m.weight.shape) == shape]
         if not linear:
             raise ValueError(
-                f"{type(self.network).__name__} has no linear classifier from the {shape[1]} channels of its last feature "
-                f"map to {shape[0]} classes, as a class activation map needs it (SANM(place='energy') does not)"
+                f"expected a linear classifier from the {shape[1]} channels of the last feature map to {shape[0]} "
+                f"classes in {type(self.network).__name__} for a class activation map, got none; use "
+                "SANM(place='energy')"
             )
         return linear[-1]
 
     def forget(self) -> None:
-        """Let go of the last forward, and of its graph."""
+        """Delete the outputs of the last forward pass, and thereby its graph."""
         self.features = self.logits = None
 
     def remove(self) -> None:
-        """Take every hook off again."""
+        """Remove all hooks."""
         while self._undo:
             self._undo.pop()()
         self.forget()
 
 
 FeatureTap = FeatureExtractor
-"""Earlier name."""
+"""Alias for earlier imports."""
 
 
 def shadow(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Replace a method of one object, and return a function that undoes it."""
+    """Replace a method of an object, and return a function that restores it."""
     before = owner.__dict__.get(name)
     setattr(owner, name, value)
     return lambda: owner.__dict__.pop(name) and None if before is None else setattr(owner, name, before)

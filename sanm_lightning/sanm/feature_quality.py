@@ -1,4 +1,4 @@
-"""Label quality from features: of an audit, of the network in training, or combined with other estimates."""
+"""Label quality from features: from an audit, from the network in training, or combined with other estimates."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ __all__ = ["AuditQuality", "CombinedQuality", "FeatureQuality"]
 
 
 class _TableQuality(QualityEstimator):
-    """Quality that is kept in a table of the training samples and replaced once per epoch, or once."""
+    """Base class of estimators that store the quality of the training samples in a table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class _TableQuality(QualityEstimator):
     def _set(self, quality: Tensor) -> None:
         quality = quality.to(self.table.device, torch.float32).contiguous()
         if several_processes():
-            torch.distributed.broadcast(quality, 0)  # the same on all ranks, whatever their arithmetic
+            torch.distributed.broadcast(quality, 0)  # identical on all ranks, independent of numerical differences
         if len(self.table) != len(quality):
             self.table.reset(len(quality))
         self.table.quality = quality
         self.table.known = torch.ones_like(self.table.known)
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the quality of the samples, shape (B,); 1 before it is known."""
+        """Return the quality of the samples, shape (B,); 1 until it is estimated."""
         if index is None:
             raise ValueError(
                 f"expected batches with positions in the training set for {type(self).__name__}, got none; use a data module "
@@ -52,16 +52,16 @@ class _TableQuality(QualityEstimator):
 
     @property
     def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,); None before it is known."""
+        """Quality of each training sample, (N,); None until it is estimated."""
         quality: Tensor = self.table.quality
         return quality if bool(self.table.known.any()) else None
 
 
 class AuditQuality(_TableQuality):
-    """Label quality from an audit (``sanm audit``), fixed for the whole training.
+    """Label quality from an audit (``sanm audit``), constant during training.
 
-    Samples are matched by path where the data have paths, else by position in the original set. Given labels are compared: an
-    audit of other labels is refused. The file is read when a training begins; checkpoints hold the values.
+    Samples are matched by path if the data have paths, otherwise by position in the original set. An audit of other
+    given labels raises an error. The file is read at the start of training; checkpoints contain the values.
 
     Args:
         path: run folder of the audit, or its ``samples.npz``.
@@ -72,21 +72,21 @@ class AuditQuality(_TableQuality):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        self._labels = torch.zeros(0, dtype=torch.int64)  # of the audit, where the data have none to compare beforehand
+        self._labels = torch.zeros(0, dtype=torch.int64)  # labels of the audit, compared during training
         self._mismatches: Tensor | None = None
 
     def fit(self, module: Any = None) -> None:
-        """Read the audit, unless the values are known.
+        """Read the audit, unless the values are already known.
 
         Raises:
-            FileNotFoundError: if there is no such audit.
-            ValueError: if it lacks training samples, or has other labels for them.
+            FileNotFoundError: if the audit does not exist.
+            ValueError: if the audit lacks training samples, or has other labels for them.
         """
         wrong, self._mismatches = self._mismatches, None
         if wrong is not None and int(wrong):
             raise ValueError(
-                f"expected the given labels that {self.path!r} audited, got others in {int(wrong)} samples of the epoch "
-                "before; audit the labels that are trained on, in the order of their index"
+                f"expected the given labels of the audit {self.path!r}, got different labels for {int(wrong)} samples of "
+                "the previous epoch; audit the labels used for training, in the order of their index"
             )
         if bool(self.table.known.any()):
             return
@@ -103,8 +103,8 @@ class AuditQuality(_TableQuality):
             differ = int((theirs != given.cpu().numpy()).sum())
             if differ:
                 raise ValueError(
-                    f"expected the given labels that {self.path!r} audited, got others for {differ} of {len(rows)} training "
-                    "samples; audit the labels that are trained on (same data, noise and seed)"
+                    f"expected the given labels of the audit {self.path!r}, got different labels for {differ} of "
+                    f"{len(rows)} training samples; audit the labels used for training (same data, noise and seed)"
                 )
         else:
             self._labels = torch.from_numpy(held["labels"][rows].astype(np.int64))
@@ -115,7 +115,7 @@ class AuditQuality(_TableQuality):
         path = path / "samples.npz" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(
-                f"expected the files of an audit in {self.path!r}, got no samples.npz; run sanm audit"
+                f"expected the files of an audit in {self.path!r}, got no samples.npz; run sanm audit first"
             )
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -151,7 +151,8 @@ class AuditQuality(_TableQuality):
         expected = getattr(data, "num_samples", None)
         if isinstance(expected, int) and expected != len(train):
             raise ValueError(
-                f"expected an audit of {expected} training samples in {self.path!r}, got {len(train)}; audit this training set"
+                f"expected an audit of {expected} training samples in {self.path!r}, got {len(train)}; audit this "
+                "training set"
             )
         return train
 
@@ -160,7 +161,7 @@ class AuditQuality(_TableQuality):
         if missing:
             raise ValueError(
                 f"expected all {len(rows)} training samples in the audit {self.path!r}, got {len(rows) - len(missing)}; "
-                f"missing are {len(missing)}, such as {missing[0]!r}; audit this training set"
+                f"{len(missing)} are missing, such as {missing[0]!r}; audit this training set"
             )
         return np.array(rows)
 
@@ -169,16 +170,17 @@ class AuditQuality(_TableQuality):
         quality = super().forward(logits, targets, index)
         if len(self._labels) and index is not None:
             self._labels = self._labels.to(index.device)
-            wrong = (self._labels[index] != targets.argmax(1)).sum()  # stays on the device until the next epoch
+            wrong = (self._labels[index] != targets.argmax(1)).sum()  # synchronized with the CPU once per epoch
             self._mismatches = wrong if self._mismatches is None else self._mismatches + wrong
         return quality
 
 
 class FeatureQuality(_TableQuality):
-    """Label quality from the features of the network in training, renewed once per epoch.
+    """Label quality from the features of the network in training, updated once per epoch.
 
-    An out-of-fold linear probe on the given labels, with the weight decay of the lowest log-loss on these; or a vote among the
-    nearest neighbors; then the noise model of an audit (:mod:`sanm_lightning.functional.noise_model`).
+    The features are classified by an out-of-fold linear probe on the given labels, with the weight decay of the lowest
+    log-loss on these labels, or by a vote of the nearest neighbors. The quality follows from the noise model of an
+    audit (:mod:`sanm_lightning.functional.noise_model`).
 
     Args:
         classifier: ``"probe"`` or ``"neighbors"``.
@@ -187,7 +189,7 @@ class FeatureQuality(_TableQuality):
             networks, each has its own.
         every: epochs between two renewals.
         k: number of neighbors.
-        momentum: weight of the earlier quality in the new one, in [0, 1).
+        momentum: weight of the previous quality in the new quality, in [0, 1).
 
     Raises:
         ValueError: if an argument is out of range.
@@ -225,19 +227,19 @@ class FeatureQuality(_TableQuality):
             self.recorded.record(index, features, targets)
 
     def fit(self, module: Any = None) -> None:
-        """Renew the quality of all samples. A collective.
+        """Update the quality of all samples. Collective operation.
 
         Raises:
-            ValueError: if the module cannot make a pass over the training set and ``source`` is ``"pass"``.
+            ValueError: if ``source`` is ``"pass"`` and the module cannot make a pass over the training set.
         """
         if self.source == "pass":
             if not hasattr(module, "predict_train"):
                 raise ValueError(
-                    f"expected a module with predict_train for features of a pass, got {type(module).__name__}; use source: "
-                    "recorded"
+                    f"expected a module with predict_train for features of a pass, got {type(module).__name__}; set "
+                    "source to 'recorded'"
                 )
             if module.current_epoch == 0:
-                return  # the features of an untrained network
+                return  # the network is untrained
             if (self.fits + 1) % self.every == 0:
                 found = module.predict_train("features", "labels", network=_network_of(self, module))
                 self._renew(found["features"], found["labels"], torch.ones(len(found["labels"]), dtype=torch.bool))
@@ -269,11 +271,11 @@ class FeatureQuality(_TableQuality):
         return fit_noise_model(probs, labels).posterior[place, labels]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the number of epochs so far."""
+        """Return the number of calls to `fit`."""
         return {"fits": self.fits}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Restore the number of calls to `fit`."""
         self.fits = state["fits"]
 
 
@@ -284,7 +286,7 @@ def _network_of(estimator: nn.Module, module: Any) -> int:
 
 
 class _RecordedFeatures(SampleState):
-    """Pooled features and given labels of the samples, as the steps of the epoch saw them."""
+    """Pooled features and given labels of the samples, recorded in the training steps of the epoch."""
 
     required = False
     features: Tensor
@@ -297,10 +299,10 @@ class _RecordedFeatures(SampleState):
         self.add_state("seen", dtype=torch.bool)
 
     def record(self, index: Tensor, maps: Tensor, targets: Tensor) -> None:
-        """Write rows: maps (B, D, h, w) or features (B, D), and targets (B, C)."""
+        """Write rows from maps (B, D, h, w) or features (B, D), and targets (B, C)."""
         if not len(self):
             raise ValueError(
-                "expected a data module with num_samples for recorded features, got none; add num_samples to yours"
+                "expected a data module with num_samples for recorded features, got none; define num_samples"
             )
         pooled = maps.detach().float().flatten(2).mean(2) if maps.ndim > 2 else maps.detach().float()
         if "features" not in self._states:
@@ -315,21 +317,21 @@ class _RecordedFeatures(SampleState):
         self._written["features"] = self._written["features"].to(device)
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state; features that are in it are declared first."""
+        """Restore the state; features are declared first if the state contains them."""
         if "features" in state.get("tables", {}) and "features" not in self._states:
             self._declare(state["tables"]["features"].shape[1], self.device)
         super().set_extra_state(state)
 
 
 class CombinedQuality(QualityEstimator):
-    """Mean of the quality of several estimators, such as features and the loss mixture.
+    """Mean quality of several estimators, such as features and the loss mixture.
 
     Args:
         parts: the estimators, or their class paths and arguments.
-        weights: of the mean, positive; None weighs all alike.
+        weights: positive weights of the mean; None uses equal weights.
 
     Raises:
-        ValueError: if there are no parts, or not as many weights.
+        ValueError: if there are no estimators, or another number of weights.
     """
 
     def __init__(
@@ -350,12 +352,12 @@ class CombinedQuality(QualityEstimator):
     def update(
         self, logits: Tensor, targets: Tensor, index: Tensor | None = None, features: Tensor | None = None
     ) -> None:
-        """Update every part."""
+        """Update all estimators."""
         for part in self.parts:
             part.update(logits, targets, index, features)  # type: ignore[operator]
 
     def fit(self, module: Any = None) -> None:
-        """Fit every part. A collective where that of a part is one."""
+        """Fit all estimators. Collective operation if that of any estimator is one."""
         for part in self.parts:
             part.fit(module)  # type: ignore[operator]
 
@@ -367,7 +369,7 @@ class CombinedQuality(QualityEstimator):
 
     @property
     def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,); None where a part does not know it."""
+        """Quality of each training sample, (N,); None if unknown to any estimator."""
         values = [part.values for part in self.parts]
         if any(value is None for value in values):
             return None

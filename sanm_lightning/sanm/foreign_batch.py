@@ -1,4 +1,4 @@
-"""Batches of modules that know nothing of SANM: read, and built again with other images and labels."""
+"""Read batches of third-party modules, and rebuild them with other images and labels."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,35 +11,43 @@ __all__ = ["images_and_labels", "probabilities", "rebuilt", "tensor_or_none"]
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the first two parts of a batch, which must be tensors."""
+    """Return the first two elements of a batch.
+
+    Raises:
+        MisconfigurationException: if they are not tensors.
+    """
     if isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
     raise MisconfigurationException(
-        f"SANM expected batches (images, labels, ...) of tensors, got {type(batch).__name__}; call SANM in the step yourself "
-        "for batches of another shape"
+        f"expected batches (images, labels, ...) of tensors for SANM, got {type(batch).__name__}; for other batches, "
+        "call SANM in the training step"
     )
 
 
 def tensor_or_none(batch: Any, name: str) -> Tensor | None:
-    """Return a named part of a batch, where it has one."""
+    """Return a named tensor of a batch; None if there is none."""
     part = getattr(batch, name, None)  # every list and tuple has a method called index
     return part if isinstance(part, Tensor) else None
 
 
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels (B,) of indices or (B, C) of probabilities -> (B, C), floating."""
+    """Convert labels, indices (B,) or probabilities (B, C), to probabilities (B, C), floating.
+
+    Raises:
+        MisconfigurationException: if the labels have another shape or dtype.
+    """
     if labels.ndim == 2 and labels.is_floating_point():
         return labels
     if labels.ndim == 1 and not labels.is_floating_point():
         return F.one_hot(labels.long(), num_classes).float()
     raise MisconfigurationException(
-        "SANM expected labels (B,) of class indices or (B, C) of class probabilities, got "
+        "expected labels (B,) of class indices or (B, C) of class probabilities for SANM, got "
         f"{tuple(labels.shape)} of {labels.dtype}"
     )
 
 
 def rebuilt(batch: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Any:
-    """Return a new batch of the same kind with other images and labels, and the asked rows of what else is per sample."""
+    """Return a batch of the same type with other images and labels, and ``rows`` of further per-sample elements."""
     size = len(batch[0])
     rest = [part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == size else part for part in batch[2:]]
     parts = [images, labels, *rest]

@@ -1,4 +1,4 @@
-"""Run a network in the middle of its training, as in evaluation."""
+"""Run a network in evaluation mode during training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,24 +12,24 @@ __all__ = ["inference_context"]
 
 @contextlib.contextmanager
 def inference_context(network: Any, images: Tensor, batch_statistics: bool = False) -> Iterator[None]:
-    """Run ``network`` as in evaluation, without gradient, with modes, statistics, streams and caches restored after it.
+    """Context manager for a forward pass in evaluation mode, without gradient; modes and random streams are restored.
 
     Args:
-        network: the network that is run.
-        images: its input; the device counts.
-        batch_statistics: let batch norm use the statistics of this batch, as in training, in place of the running ones.
+        network: network to run.
+        images: input of the network; only the device is used.
+        batch_statistics: whether batch norm uses batch statistics, as in training, instead of running statistics.
 
-    The cache is autocast's: a weight cast to bf16 without gradient would be served again to the training forward, and its
-    gradient would be lost.
+    The cache of autocast is disabled: a weight that is cast to bf16 without gradient would be reused in the training
+    forward pass, and its gradient would be lost.
     """
     training = [module for module in network.modules() if module.training] if hasattr(network, "modules") else []
     norms = [m for m in training if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     device = images.device
-    flag = object.__setattr__  # a module's own looks for parameters first: a third of a mask's time for a ResNet-18
+    flag = object.__setattr__  # nn.Module.__setattr__ takes a third of the masking time for a ResNet-18
     for module in training:
         flag(module, "training", False)
     if batch_statistics:
-        for norm in norms:  # in training mode but without tracking: the batch's own statistics, and no update
+        for norm in norms:  # training mode without tracking: batch statistics, and no update
             flag(norm, "training", True)
             flag(norm, "track_running_stats", False)
     try:

@@ -1,4 +1,4 @@
-"""Soften a label by as much as was hidden of its image (SANM, Eq. 7)."""
+"""Label regularization by the masked fraction of the image (SANM, Eq. 7)."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,24 @@ __all__ = ["regularize_labels"]
 
 
 def regularize_labels(targets: Tensor, ratio: Tensor, *, spread: str = "all") -> Tensor:
-    """Take ``ratio`` of probability from each target's top class and spread it evenly.
+    """Subtract ``ratio`` from the probability of each target's top class and distribute it evenly.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 7.
-    Departure: the move stops at the top class's own mass, so that a flat target (a guess over 100 classes) stays a
-    distribution. For one-hot targets this changes nothing.
+    Departure: the subtracted probability is limited to that of the top class, so that flat targets (guesses over 100
+    classes) remain distributions. One-hot targets are not affected.
 
     Args:
         targets: class probabilities, shape (B, C), rows sum to 1. Not modified.
-        ratio: masked share of the image area, shape (B,), in [0, 1].
-        spread: ``"all"`` classes get their part, the top class too (Eq. 7), or only the ``"others"`` (released code).
+        ratio: masked fraction of the image area, shape (B,), in [0, 1].
+        spread: classes that receive the probability: ``"all"``, including the top class (Eq. 7), or ``"others"``
+            (released code).
 
     Returns:
-        Regularised probabilities, shape (B, C), rows sum to 1.
+        Regularized probabilities, shape (B, C), rows sum to 1.
 
     Raises:
-        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), ``spread`` is another
-            word, or (on CPU) a ratio is outside [0, 1].
+        ValueError: if ``targets`` is not floating (B, C) with C >= 2, ``ratio`` is not (B,), ``spread`` is unknown, or
+            (on CPU) a ratio is outside [0, 1].
 
     Example:
         >>> regularize_labels(torch.tensor([[0.8, 0.1, 0.1]]), torch.tensor([0.3]))

@@ -1,4 +1,4 @@
-"""How much to hide, where, and with what (SANM, Eq. 2 to 5)."""
+"""Mask ratio, mask box and fill (SANM, Eq. 2 to 5)."""
 
 import math
 from collections.abc import Callable
@@ -29,7 +29,7 @@ __all__ = [
 def _check_quality(quality: Tensor) -> None:
     if quality.ndim != 1:
         raise ValueError(f"expected label quality (B,), got shape {tuple(quality.shape)}")
-    # Values are checked on the CPU only: elsewhere the check would make the step wait for the device.
+    # Values are checked on the CPU only, because the check would synchronize with other devices.
     if quality.device.type == "cpu" and not bool(((quality >= 0) & (quality <= 1)).all()):
         raise ValueError(f"expected label quality in [0, 1], got {float(quality.min())} to {float(quality.max())}")
 
@@ -40,16 +40,16 @@ def _check_fraction(name: str, value: float) -> None:
 
 
 def mask_ratio(quality: Tensor, mu: float) -> Tensor:
-    """Hide more of an image the less its label is trusted: r = mu (1 - G).
+    """Return the noise-aware mask ratio r = mu (1 - G).
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 2.
 
     Args:
-        quality: probability that each given label is right, shape (B,), in [0, 1].
+        quality: probability G that each given label is correct, shape (B,), in [0, 1].
         mu: basic mask ratio, in [0, 1].
 
     Returns:
-        Fraction of the image area to hide, shape (B,), in [0, mu].
+        Fraction of the image area to mask, shape (B,), in [0, mu].
 
     Raises:
         ValueError: if ``quality`` is not (B,), ``mu`` is outside [0, 1], or (on CPU) a quality is outside [0, 1].
@@ -60,14 +60,14 @@ def mask_ratio(quality: Tensor, mu: float) -> Tensor:
 
 
 def fixed_ratio(quality: Tensor, mu: float) -> Tensor:
-    """Hide the fraction ``mu`` of every image, whatever its label. Source: SANM, Figure 2, "Fixed". Shapes as mask_ratio."""
+    """Return ``mu`` for every image. Source: SANM, Figure 2, "Fixed". Shapes and errors as :func:`mask_ratio`."""
     _check_fraction("mu", mu)
     _check_quality(quality)
     return torch.full_like(quality, mu)
 
 
 def random_ratio(quality: Tensor, low: float, high: float, generator: torch.Generator | None = None) -> Tensor:
-    """Hide a fraction drawn from U(low, high), whatever the label. Source: SANM, Figure 2, "Random" (.2 to .4).
+    """Return ratios sampled from U(low, high) for all labels. Source: SANM, Figure 2, "Random" (.2 to .4).
 
     Shapes and errors as :func:`mask_ratio`.
     """
@@ -75,11 +75,11 @@ def random_ratio(quality: Tensor, low: float, high: float, generator: torch.Gene
     _check_fraction("high", high)
     _check_quality(quality)
     drawn = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32)
-    return (low + (high - low) * drawn).clamp(max=1)  # rounding may step over it
+    return (low + (high - low) * drawn).clamp(max=1)  # rounding may exceed 1
 
 
 def two_level_ratio(quality: Tensor, clean: float, noisy: float) -> Tensor:
-    """Hide ``clean`` of an image whose label is more likely right than wrong (G >= .5), ``noisy`` of any other.
+    """Return ``clean`` for labels that are more likely correct than wrong (G >= .5), and ``noisy`` for others.
 
     Source: SANM, Figure 2, "Noise-aware" (.2 and .3). Shapes and errors as :func:`mask_ratio`.
     """
@@ -92,7 +92,7 @@ def two_level_ratio(quality: Tensor, clean: float, noisy: float) -> Tensor:
 def affine_ratio(
     quality: Tensor, mu: float, low: float, high: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Hide a drawn offset plus a term for distrust: U(low, high) + mu (1 - G), at most 1.
+    """Return a random offset plus the noise-aware ratio: U(low, high) + mu (1 - G), at most 1.
 
     Source: the authors' released code (low .02, high .07, mu .03). Shapes and errors as :func:`mask_ratio`.
     """
@@ -100,21 +100,24 @@ def affine_ratio(
 
 
 Ratio = Callable[..., Tensor]
-"""(quality (B,), generator=...) -> the fraction of each image to hide, (B,), in [0, 1]."""
+"""(quality (B,), generator=...) -> the fraction of each image to mask, (B,), in [0, 1]."""
 
 RATIO_RANGES = {"random": (0.2, 0.4), "two_level": (0.2, 0.3), "affine": (0.02, 0.07)}
-"""Published low and high of the ratios that have them."""
+"""Published low and high of the ratios with a range."""
 
 
 def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
-    """Turn the ``ratio`` of SANM into a callable.
+    """Convert the ``ratio`` option of SANM to a callable.
 
     Args:
         ratio: ``"noise_aware"``, ``"fixed"``, ``"random"``, ``"two_level"``, ``"affine"``, or a callable
-            (quality (B,), generator=...) -> (B,); or the import path of one, as checkpoints hold it.
+            (quality (B,), generator=...) -> (B,); or the import path of a callable, as in checkpoints.
         mu: basic mask ratio.
-        low: of the last three.
-        high: likewise.
+        low: lower bound for the last three.
+        high: upper bound for the last three.
+
+    Returns:
+        The callable.
 
     Raises:
         ValueError: if it is none of these.
@@ -130,21 +133,22 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
     found = ratios.get(ratio) if isinstance(ratio, str) else ratio
     if not callable(found):
         raise ValueError(
-            f"SANM expected a ratio among {', '.join(ratios)}, or a callable, got {ratio!r}; choose one of them"
+            f"expected a ratio among {', '.join(ratios)}, or a callable, got {ratio!r}; choose one of them"
         )
     return found
 
 
 def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
-    """Draw a box of the asked area and aspect at each map's first maximum.
+    """Return a box with the given area and aspect at the first maximum of each map.
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's centre, and the box is clipped to the image, so that
-    near a border it is smaller than ``ratio`` says. The released code (``anchor="corner"``) makes the maximum the box's top
-    left pixel, rounds its sides to whole pixels, and shifts a box that crosses the border back inside.
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so
+        that
+    it is smaller than ``ratio`` near a border. In the released code (``anchor="corner"``), the maximum is the box's top
+    left pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside.
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
-        ratio: fraction of the image area to hide, shape (B,), in [0, 1].
+        ratio: fraction of the image area to mask, shape (B,), in [0, 1].
         aspect: height over width of the box, shape (B,), positive.
         anchor: ``"center"`` or ``"corner"``.
 
@@ -153,8 +157,8 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
         A corner box of h rows ends at up + h - 1/2, between its last row and the next.
 
     Raises:
-        ValueError: if the shapes do not fit together, ``anchor`` is another word, or (on CPU) a ratio is outside [0, 1] or an
-            aspect not positive.
+        ValueError: if the shapes do not match, ``anchor`` is unknown, or (on CPU) a ratio is outside [0, 1] or an
+            aspect is not positive.
     """
     if activation.ndim != 3 or ratio.shape != activation.shape[:1] or aspect.shape != ratio.shape:
         raise ValueError(
@@ -170,13 +174,13 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
     height, width = activation.shape[1:]
     where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
     row, column = where // width, where % width
-    # float32 whatever the precision of the step: bf16 has whole pixels only to 256
+    # always float32: bf16 represents whole pixels up to 256 only
     area = height * width * ratio.float()
     if anchor == "corner":
         rows = (area * aspect.float()).sqrt().round().clamp(max=height)
         columns = (area / aspect.float()).sqrt().round().clamp(max=width)
         up, left = torch.minimum(row, height - rows), torch.minimum(column, width - columns)
-        # inside_box counts both edges in, and takes a box whose edges meet for empty
+        # inside_box includes both edges, and boxes with equal edges are empty
         return torch.stack([up, (up + rows - 0.5).clamp(min=0), left, (left + columns - 0.5).clamp(min=0)], dim=1)
     half_height = (area * aspect.float() / 4).sqrt()
     half_width = (area / aspect.float() / 4).sqrt()
@@ -192,7 +196,7 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
 
 
 def inside_box(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Say which pixels lie in each image's box, edges included; a box without area holds none.
+    """Return which pixels are in the box of each image, edges included; boxes without area contain no pixels.
 
     Source: SANM, Eq. 5.
 
@@ -211,7 +215,7 @@ def inside_box(box: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _sides(box: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Say which rows (B, H) and which columns (B, W) lie in each box; none where it has no area."""
+    """Return which rows (B, H) and columns (B, W) are in each box; none for boxes without area."""
     if box.ndim != 2 or box.shape[1] != 4:
         raise ValueError(f"expected boxes (B, 4) of up, down, left, right, got {tuple(box.shape)}")
     up, down, left, right = (edge.unsqueeze(1) for edge in box.unbind(1))
@@ -222,7 +226,7 @@ def _sides(box: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 
 def masked_fraction(box: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the fraction of pixels that :func:`inside_box` marks in each image, shape (B,), float32, in [0, 1]."""
+    """Return the fraction of pixels of each image inside its box, shape (B,), float32, in [0, 1]."""
     rows, columns = _sides(box, size)
     return rows.float().mean(1) * columns.float().mean(1)
 
@@ -230,20 +234,20 @@ def masked_fraction(box: Tensor, size: tuple[int, int]) -> Tensor:
 def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: torch.Generator | None = None) -> Tensor:
     """Fill each image's box with noise from U(0, 1).
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 5, for images in [0, 1]. The equation does not say whether U(0, 1) is drawn
-    once per box or once per pixel; the released code draws one constant per channel (and fills normalised images).
+    Source: SANM (Tu et al., CVPR 2023), Eq. 5, for images in [0, 1]. The equation does not specify whether U(0, 1) is
+    sampled per box or per pixel; the released code samples one constant per channel (and fills normalized images).
 
     Args:
         images: shape (B, 3, H, W), floating, in [0, 1]. Not modified.
         box: up, down, left, right in pixels, shape (B, 4).
-        fill: ``"pixel"`` draws for each pixel and channel, ``"channel"`` once per image and channel.
-        generator: source of the fill, on the device of ``images``; None is the global one.
+        fill: ``"pixel"`` samples each pixel and channel, ``"channel"`` samples once per image and channel.
+        generator: random generator of the fill, on the device of ``images``; None uses the global one.
 
     Returns:
         New images of the same shape, dtype and device.
 
     Raises:
-        ValueError: if the shapes do not fit together, ``images`` are not floating, or ``fill`` is another word.
+        ValueError: if the shapes do not match, ``images`` are not floating, or ``fill`` is unknown.
     """
     if images.ndim != 4 or not images.is_floating_point() or box.shape != (len(images), 4):
         raise ValueError(
@@ -258,7 +262,7 @@ def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: t
 
 
 def _uniform(shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """Draw U(0, 1), float32. On the CPU, where the draws are most of the mask's cost, four from one word, of 16 bits each."""
+    """Sample U(0, 1), float32; on the CPU, four 16-bit values per word, because sampling dominates the cost."""
     if device.type != "cpu":
         return torch.rand(shape, generator=generator, device=device)
     count = math.prod(shape)

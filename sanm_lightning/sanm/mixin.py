@@ -1,4 +1,4 @@
-"""SANM as a base class: one line in the definition of a LightningModule."""
+"""Mixin that applies SANM to a LightningModule."""
 
 import functools
 from collections.abc import MutableMapping
@@ -14,25 +14,25 @@ __all__ = ["SANMMixin"]
 
 
 class SANMMixin:
-    """Lay SANM over a LightningModule with an ordinary ``training_step`` on ``(x, y)`` batches.
+    """Apply SANM to a LightningModule with a standard ``training_step`` on ``(x, y)`` batches.
 
     ::
 
         class Mine(SANMMixin, L.LightningModule):
             ...
 
-    The mixin comes first among the bases. The module then holds ``self.sanm``: parameters, state dict and options are its own,
-    and a checkpoint restores all. The work is done by :class:`SANMCallback`, which the mixin attaches; what that says of
-    losses, labels, images, label quality, figures and errors holds here.
+    The mixin must be the first base class. The module contains ``self.sanm``, whose parameters, state and options are
+    saved in its checkpoints. The mixin attaches a :class:`SANMCallback`; its documentation of losses, labels, images,
+    label quality, metrics and errors applies.
 
     Args:
-        sanm: hyper-parameters and parts; None means ``SANM()``. A dictionary of them is what a checkpoint holds.
-        sanm_network: name of the submodule that classifies; None finds it.
-        sanm_layer: name of that network's submodule whose output is the last feature map; None finds it.
-        sanm_image_size: H, W of the training images; None takes that of the data module, or else of a batch.
+        sanm: SANM with its options, or a dictionary of options, as in checkpoints; None means ``SANM()``.
+        sanm_network: name of the classifier submodule; None detects it.
+        sanm_layer: name of the network's submodule whose output is the last feature map; None detects it.
+        sanm_image_size: H, W of the training images; None uses that of the data module, or of a batch.
         sanm_rehearse: see :class:`SANMCallback`.
 
-    All other arguments go to the next base class.
+    All other arguments are passed to the next base class.
 
     Raises:
         ValueError: if an option of SANM is out of its range.
@@ -40,7 +40,7 @@ class SANMMixin:
 
     sanm: SANM
     wraps_training_step = True
-    """False in a class whose own training step calls ``self.sanm``."""
+    """Whether to wrap the training step; False in classes whose training step calls ``self.sanm``."""
 
     def __init__(
         self,
@@ -59,13 +59,13 @@ class SANMMixin:
         }  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Add SANM's callbacks to those of a class that overrides ``configure_callbacks``, with or without ``super()``."""
+        """Add SANM's callbacks in classes that override ``configure_callbacks``, with or without ``super()``."""
         super().__init_subclass__(**kwargs)
         bases = cls.__mro__
         if L.LightningModule in bases and bases.index(L.LightningModule) < bases.index(SANMMixin):
             raise TypeError(
-                f"expected SANMMixin before LightningModule among the bases of {cls.__name__}, got it after, where it does "
-                f"nothing; write class {cls.__name__}(SANMMixin, L.LightningModule)"
+                f"expected SANMMixin before LightningModule among the bases of {cls.__name__}, got it after "
+                f"LightningModule, where it has no effect; write class {cls.__name__}(SANMMixin, L.LightningModule)"
             )
         if "configure_callbacks" in cls.__dict__:
             own = cls.configure_callbacks
@@ -77,7 +77,7 @@ class SANMMixin:
             cls.configure_callbacks = configure_callbacks  # type: ignore[method-assign]
 
     def configure_callbacks(self) -> list[Any]:
-        """Attach the callback that does the work, after the callbacks of the other bases."""
+        """Add SANM's callbacks to those of the other base classes."""
         return self._with_sanm(super().configure_callbacks())  # type: ignore[misc]
 
     def _with_sanm(self, callbacks: Any) -> list[Any]:
@@ -86,11 +86,11 @@ class SANMMixin:
         return [*found, *(own for own in self._own_callbacks() if not issubclass(type(own), kinds))]
 
     def _own_callbacks(self) -> list[Any]:
-        """The callbacks without which the module would not be under SANM."""
+        """Return the callbacks that SANM requires."""
         return [SampleStateCallback(), SANMCallback(self.sanm, wrap=self.wraps_training_step, **self._sanm_options)]
 
     def _set_hparams(self, hp: Any) -> None:
-        """Let ``save_hyperparameters`` record SANM as plain Python, so that a checkpoint opens safely."""
+        """Save SANM as built-in types in ``save_hyperparameters``, which load safely from a checkpoint."""
         if isinstance(hp, MutableMapping) and isinstance(hp.get("sanm"), SANM):
             hp = {**hp, "sanm": hp["sanm"].saved_options}
         super()._set_hparams(hp)  # type: ignore[misc]

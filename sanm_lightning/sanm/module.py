@@ -1,4 +1,4 @@
-"""SANM as one module: hyper-parameters, decoder and label quality behind two calls."""
+"""SANM as one module: hyper-parameters, decoder and label quality, with two calls per training step."""
 
 import copy
 from collections.abc import Callable
@@ -29,7 +29,7 @@ __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
 
 
 class SANM(nn.Module):
-    """Self-supervised Adversarial Noisy Masking, laid over any method for learning with noisy labels.
+    """Self-supervised Adversarial Noisy Masking, for use with any method for learning with noisy labels.
 
     Source: SANM (Tu et al., CVPR 2023), Algorithm 1. Two calls in a training step::
 
@@ -37,44 +37,47 @@ class SANM(nn.Module):
         ...the method's own loss on views.images and views.targets...   # steps 6 and 8
         loss = loss + sanm.reconstruction(features, images)        # steps 9 and 10; features of views.images
 
-    and :meth:`build` once before training. What the paper leaves open is an argument here.
+    and :meth:`build` once before training. Details that the paper does not specify are arguments.
 
     Args:
-        mu: basic mask ratio, the fraction of the area hidden when a label is surely wrong, in [0, 1].
+        mu: basic mask ratio, the masked fraction of the area for a label of quality 0, in [0, 1].
         delta: bound of the box's aspect, height over width ~ U(delta, 1 / delta), in (0, 1].
         beta: weight of the reconstruction loss, >= 0.
-        mask: hide image regions (AMG); False leaves images as they are.
-        labels: soften labels (NLR); False leaves targets as they are.
-        reconstruct: learn to reconstruct (SMR); False builds no decoder.
-        place: where to hide: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1);
-            ``"energy"``, of the squared features (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable, see
-            :data:`~sanm_lightning.sanm.saliency.Saliency`.
-        ratio: how much to hide: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
+        mask: whether to mask image regions (AMG).
+        labels: whether to soften labels (NLR).
+        reconstruct: whether to reconstruct the images (SMR); False creates no decoder.
+        place: center of the mask: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1);
+            ``"energy"``, that of the squared features (released code); ``"random"``; a :class:`FrozenNetwork`; or a
+            callable, see :data:`~sanm_lightning.sanm.saliency.Saliency`.
+        ratio: masked fraction: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
             ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
             callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
-        ratio_range: low, high of the last three; None means what was published: (.2, .4), (.2, .3), (.02, .07).
-        quality: None or ``"estimated"``: the method's own estimate where it has one, else :class:`LabelQuality` on the
-            network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`, which
-            always counts. The estimator is copied.
-        evidence: what :class:`LabelQuality` uses, see there.
-        history: over which epochs, see :class:`LabelQuality`.
+        ratio_range: low, high of the last three; None uses the published values: (.2, .4), (.2, .3), (.02, .07).
+        quality: None or ``"estimated"``: the method's estimate if it has one, else :class:`LabelQuality` on the
+            network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`,
+            which overrides the method's estimate. The estimator is copied.
+        evidence: evidence of :class:`LabelQuality`.
+        history: history of :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
-        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see :func:`mask_box`.
-        regions: ``"peak"`` hides at the map's maximum; ``"peak_and_trough"`` (released code) makes two copies of each image,
-            one with a box at the maximum and one at the minimum, of one ratio and aspect, with the same targets. The
-            reconstruction loss is the mean over copies, where the released code has their sum: double ``beta`` for its weight.
-        area: fraction of the ratio that a box hides, in (0, 1]; the label moves by the whole ratio. 1/2 in the released code.
-        spread: which classes the label's probability moves to, ``"all"`` (Eq. 7) or ``"others"`` (released code).
-        batch_statistics: let batch norm use the batch's own statistics in the pass over the unmasked images (as the released
-            code does, whose network is in training mode there); False uses the running ones. Those come from masked images
-            only, and lag: on digits with half of the labels wrong, the test accuracy in mid-training of a first version of our
-            PreAct ResNet was .25 with them and .76 with statistics of unmasked images (one run). Either way no statistic is
-            updated.
-        keep_unmasked: learn from the unmasked images and their given labels beside the masked ones. Departure: the paper
-            learns from the masked ones only.
-        warmup_epochs: epochs before the first mask; None means the method's own warm-up. In the first epoch nothing is known
-            of any label, every label is trusted, and with the ratio "noise_aware" nothing is hidden.
-        seed: seed of boxes, fills and decoder weights; None takes the one torch was seeded with.
+        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see
+            :func:`mask_box`.
+        regions: ``"peak"`` masks the map's maximum; ``"peak_and_trough"`` (released code) creates two copies of each
+            image with the same ratio, aspect and targets, one masked at the maximum and one at the minimum. The
+            reconstruction loss is the mean over copies, where the released code uses their sum: double ``beta`` for its
+            weight.
+        area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code:
+            1/2.
+        spread: classes that receive the label's probability: ``"all"`` (Eq. 7) or ``"others"`` (released code).
+        batch_statistics: whether batch norm uses batch statistics in the pass over the unmasked images, as in the
+            released code, whose network is in training mode; False uses running statistics, which are those of masked
+            images and lag behind: on digits with half of the labels wrong, the test accuracy in mid-training of a first
+            version of the PreAct ResNet was .25 with running statistics and .76 with statistics of unmasked images (one
+            run). The pass never updates running statistics.
+        keep_unmasked: whether to train on the unmasked images and their given labels in addition to the masked images.
+            Departure: the paper trains on masked images only.
+        warmup_epochs: epochs before the first mask; None uses the method's warm-up. In the first epoch, every label has
+            quality 1, and the ratio "noise_aware" masks nothing.
+        seed: seed of boxes, fills and decoder weights; None uses torch's initial seed.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -118,7 +121,7 @@ class SANM(nn.Module):
             "area": area, "spread": spread, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
             "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
-        """The arguments as plain Python, for a checkpoint; a subclass adds its own."""
+        """The arguments as built-in types, for checkpoints; subclasses add theirs."""
         check_ranges(low, high, self.options)
         self.ratio_of: Ratio = resolve_ratio(ratio, mu, low, high)
         self.mu, self.delta, self.beta = mu, delta, beta
@@ -132,44 +135,46 @@ class SANM(nn.Module):
         self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
         self.last: dict[str, Tensor] = {}
-        """Figures of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
+        """Metrics of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
-        self._views: Views | None = None  # of the last call, for the form of reconstruction that does not name them
+        self._views: Views | None = None  # of the last call, for `reconstruction` without views
         self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last fit
 
     @classmethod
     def off(cls) -> "SANM":
-        """Return a SANM that changes nothing: the plain base method."""
+        """Return a disabled SANM, which leaves the base method unchanged."""
         return cls(mask=False, labels=False, reconstruct=False)
 
     @staticmethod
     def from_options(options: dict[str, Any]) -> "SANM":
-        """Make a SANM from options that a checkpoint holds: arguments, or class path and arguments of a subclass.
+        """Create a SANM from the options in a checkpoint: arguments, or class path and arguments of a subclass.
 
         Raises:
-            ValueError: if the class path does not name a subclass of SANM.
+            ValueError: if the class path is not that of a subclass of SANM.
         """
         if "class_path" not in options:
             return SANM(**options)
         kind = found_by_path(options["class_path"])
         if not (isinstance(kind, type) and issubclass(kind, SANM)):
             raise ValueError(
-                f"expected the class path of a SANM, got {options['class_path']!r}; derive the class from SANM"
+                f"expected the class path of a subclass of SANM, got {options['class_path']!r}; derive the class from "
+                "SANM"
             )
         return kind(**(options.get("init_args") or {}))
 
     @property
     def saved_options(self) -> dict[str, Any]:
-        """What :meth:`from_options` takes."""
+        """Options for :meth:`from_options`."""
         if type(self) is SANM:
             return self.options
         return {"class_path": path_of(type(self)), "init_args": self.options}
 
     def peer_copy(self, seed: int) -> "SANM":
-        """Return a copy for a second network: the same class and options, a decoder and an estimator of its own.
+        """Return a copy for a second network, with the same class and options, and a separate decoder and estimator.
 
         Args:
-            seed: of boxes, fills and decoder weights. The decoder is built by :meth:`build`. A frozen network is shared.
+            seed: seed of boxes, fills and decoder weights. The decoder is created by :meth:`build`. A frozen network is
+                shared.
         """
         twin = copy.deepcopy(self, {id(self.saliency): self.saliency})
         twin.seed, twin.decoder = seed, None
@@ -177,25 +182,26 @@ class SANM(nn.Module):
 
     @property
     def prefers_method_quality(self) -> bool:
-        """Whether a method's own estimate of label quality takes the place of SANM's."""
+        """Whether a method's estimate of label quality replaces that of SANM."""
         return self.quality == "estimated"
 
     @property
     def enabled(self) -> bool:
-        """Whether any of the three parts is on."""
+        """Whether any of the three parts is enabled."""
         return self.mask or self.labels or self.reconstruct
 
     def build(self, network: Backbone, image_size: tuple[int, int]) -> None:
-        """Build the decoder for the feature map of ``network``, and refuse a network that has no CAM.
+        """Create the decoder for the feature map of ``network``, and check that the network supports SANM.
 
-        Call it before the optimizer is made; a second call changes nothing.
+        Call it before the optimizer is created; further calls have no effect.
 
         Args:
-            network: by timm's conventions, on any device.
+            network: network with timm's interface, on any device.
             image_size: H, W of the training images in pixels.
 
         Raises:
-            ValueError: if the network yields no feature map, a map of one place, or (place cam) no class activation map.
+            ValueError: if the network has no feature map, a map of one position, or (place cam) no class activation
+                map.
         """
         if not self.enabled:
             return
@@ -210,27 +216,30 @@ class SANM(nn.Module):
         self.to(like.device, like.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
-        """Say whether masks are drawn in ``epoch``, given the method's own number of warm-up epochs."""
+        """Return whether images are masked in ``epoch``, given the method's number of warm-up epochs."""
         return self.enabled and epoch >= (method_warmup if self.warmup_epochs is None else self.warmup_epochs)
 
     def source_of_quality(
         self, targets: Tensor, index: Tensor | None = None, true_labels: Tensor | None = None
     ) -> Quality:
-        """Return what :meth:`forward` takes as ``quality``: the estimate, or the oracle's answer where that was asked for.
+        """Return the ``quality`` argument of :meth:`forward`: the estimate, or the oracle quality if configured.
 
         Args:
             targets: given labels as class probabilities, shape (B, C).
             index: positions in the training set, shape (B,), or None.
-            true_labels: right class indices, shape (B,), or None; read for the oracle only.
+            true_labels: true class indices, shape (B,), or None; used by the oracle only.
+
+        Returns:
+            Quality, shape (B,), or a function of the logits.
 
         Raises:
-            ValueError: if the oracle is asked for and the batch has no true labels.
+            ValueError: if the oracle is configured and the batch has no true labels.
         """
         if self.quality == "oracle":
             if true_labels is None:
                 raise ValueError(
-                    "quality: oracle needs batches with true_labels, got none; use quality: estimated, or data whose true "
-                    "labels are known"
+                    "expected batches with true_labels for quality: oracle, got none; use quality: estimated, or data "
+                    "with known true labels"
                 )
             return (targets.argmax(1) == true_labels).float()
         return lambda logits: self.label_quality(logits, targets, index)
@@ -244,24 +253,27 @@ class SANM(nn.Module):
         features: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Views:
-        """Make the views a method learns from. No gradient, no trace in batch-norm statistics or random streams.
+        """Compute the training views, without gradient and without changes of batch-norm statistics or global streams.
 
         Source: SANM, Algorithm 1, steps 3 to 5 and 7.
 
         Args:
-            network: the network in training, by timm's conventions.
+            network: the trained network, with timm's interface.
             images: shape (B, 3, H, W), floating, in [0, 1].
             targets: class probabilities, shape (B, C).
-            quality: label quality G, shape (B,), in [0, 1]; or a function that makes it from the logits (B, C) of the
-                unmasked images; or None before the first mask.
-            features: of the unmasked images, shape (B, D, h, w), where the method has them; then no pass over the
-                backbone is made here.
-            generator: source of boxes and fills, on the device of the images; None takes a stream of this module, named
-                by seed, process and number of the call.
+            quality: label quality G, shape (B,), in [0, 1]; or a function that computes it from the logits (B, C) of
+                the unmasked images; or None before the first mask.
+            features: features of the unmasked images, shape (B, D, h, w), if available; this saves a pass over the
+                backbone.
+            generator: random generator of boxes and fills, on the device of the images; None uses a stream named by
+                seed, process and number of the call.
+
+        Returns:
+            The views.
 
         Raises:
-            ValueError: if shapes do not fit, or (on CPU; elsewhere at the next fit of the quality) a quality is outside
-                [0, 1].
+            ValueError: if shapes do not match, or a quality is outside [0, 1] (on other devices than the CPU, raised at
+                the next fit of the quality).
         """
         if images.ndim != 4 or targets.ndim != 2 or len(images) != len(targets):
             raise ValueError(
@@ -303,28 +315,30 @@ class SANM(nn.Module):
     def reconstruction(self, features: Tensor, images: Tensor, views: Views | None = None) -> Tensor:
         """Return beta times the reconstruction loss of the images from the features of their masked views.
 
-        Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask the decoder takes part with weight
-        zero, or DistributedDataParallel stops on unused parameters.
+        Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask, the decoder is used with weight
+            0,
+        because DistributedDataParallel does not support unused parameters.
 
         Args:
-            features: of the views' images, from the forward that the method learns from, shape (V, D, h, w), with
-                gradient; several masked copies of the batch may follow one another.
+            features: features of the views' images, from the training forward pass, shape (V, D, h, w), with gradient;
+                several masked copies of the batch may be concatenated.
             images: the unmasked images, shape (B, 3, H, W).
-            views: of :meth:`forward`; None takes those of its last call.
+            views: output of :meth:`forward`; None uses that of its last call.
 
         Returns:
-            A scalar; zero where there is nothing to learn from.
+            A scalar; 0 without masked views.
 
         Raises:
             RuntimeError: if :meth:`build` was not called.
-            ValueError: if the features do not belong to the images.
+            ValueError: if the number of features does not match the images.
         """
         views, self._views = views or self._views, None
         if not self.reconstruct:
             return features.new_zeros(())
         if self.decoder is None:
             raise RuntimeError(
-                "SANM has no decoder yet; call sanm.build(network, image_size) before the optimizer is made"
+                "expected a decoder of SANM, got none; call sanm.build(network, image_size) before the optimizer is "
+                "created"
             )
         if views is None or not views.masked:
             return 0.0 * torch.stack([parameter.sum() for parameter in self.decoder.parameters()]).sum()
@@ -340,7 +354,7 @@ class SANM(nn.Module):
         return self.beta * loss
 
     def fit_quality(self, module: Any = None) -> None:
-        """Fit the estimator of label quality; once per epoch, in every process.
+        """Fit the estimator of label quality; call it once per epoch, in every process.
 
         Raises:
             ValueError: if a quality outside [0, 1] was used since the last call.
@@ -348,13 +362,13 @@ class SANM(nn.Module):
         wrong, self._out_of_range = self._out_of_range, None
         if wrong is not None and bool(wrong):
             raise ValueError(
-                "expected label quality in [0, 1], got values outside of it (or NaN) in the epoch before; make it a "
-                "probability that the given label is right"
+                "expected label quality in [0, 1], got values outside of it (or NaN) in the last epoch; return the "
+                "probability that the given label is correct"
             )
         self.label_quality.fit(module)
 
     def _check_later(self, quality: Tensor) -> None:
-        """Note on the device whether a quality (B,) is outside [0, 1]; on the CPU the functions that use it raise at once."""
+        """Record on the device whether a quality (B,) is outside [0, 1]; on the CPU, its users raise immediately."""
         if quality.device.type != "cpu":
             bad = ~((quality >= 0) & (quality <= 1)).all()
             self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
@@ -369,7 +383,7 @@ class SANM(nn.Module):
     def _masked(
         self, images: Tensor, activation: Tensor, ratio: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Masked copies of the images, and their boxes."""
+        """Return masked copies of the images, and their boxes."""
         drawn = torch.rand(ratio.shape, generator=generator, device=ratio.device)
         aspect = self.delta + (1 / self.delta - self.delta) * drawn  # delta_i ~ U(delta, 1 / delta), Eq. 3
         extremes = [activation] if self.regions == "peak" else [activation, -activation]
@@ -381,12 +395,12 @@ class SANM(nn.Module):
         self.decoder = Decoder(channels, map_size, image_size, seed=named_seed("decoder", self.seed))
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return seed and step counter, which name the random streams, and the decoder's shape, so that a load can build it."""
+        """Return seed and step counter, which identify the random streams, and the shape of the decoder."""
         decoder = None if self.decoder is None else [list(self.decoder.shape), list(self.decoder.image_size)]
         return {"seed": self.seed, "steps": self._steps, "decoder": decoder}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state; a decoder that is in it and not here yet is built, its weights follow."""
+        """Restore a state; a missing decoder is created, and its weights are loaded afterwards."""
         self.seed, self._steps = state["seed"], state["steps"]
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
             (channels, *map_size), image_size = state["decoder"]

@@ -1,4 +1,4 @@
-"""Options of SANM: checked, and written as plain Python, so that a checkpoint opens safely and rebuilds what was handed in."""
+"""Check the options of SANM, and convert them to built-in types that load safely from a checkpoint."""
 
 import inspect
 import pkgutil
@@ -9,15 +9,15 @@ __all__ = ["bound_arguments", "check_ranges", "found_by_path", "made_from", "pat
 
 
 def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
-    """Refuse arguments of SANM that are out of their range.
+    """Check the ranges of SANM's arguments.
 
     Args:
-        low: of the ratio range.
-        high: likewise.
+        low: lower bound of the ratio range.
+        high: upper bound of the ratio range.
         options: the other arguments by name.
 
     Raises:
-        ValueError: if one is out of its range.
+        ValueError: if an argument is out of its range.
     """
     for name in ("mu", "delta", "beta", "area"):
         _require(isinstance(options[name], (int, float)), f"a number as {name}", options[name])
@@ -44,22 +44,22 @@ def path_of(thing: Any) -> str:
 
 
 def found_by_path(path: Any) -> Any:
-    """Import the class or function of an import path.
+    """Import a class or function by its import path.
 
     Raises:
-        ValueError: if there is no such thing.
+        ValueError: if the path cannot be imported.
     """
     try:
         return pkgutil.resolve_name(str(path))
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"expected an import path, got {path!r} ({error}); make its module importable") from error
+        raise ValueError(f"expected a valid import path, got {path!r} ({error}); make its module importable") from error
 
 
 def made_from(option: dict[str, Any]) -> Any:
-    """Make what :func:`plain` has written: an object from class path and arguments, or a function by its path.
+    """Create an object from class path and arguments, or import a function, as saved by :func:`plain`.
 
     Raises:
-        ValueError: if the path names nothing.
+        ValueError: if the path cannot be imported.
     """
     found, arguments = found_by_path(option["class_path"]), option.get("init_args") or {}
     if isinstance(found, type):
@@ -68,10 +68,11 @@ def made_from(option: dict[str, Any]) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Write an argument as plain Python.
+    """Convert an argument to built-in types.
 
-    Objects with ``options`` (the arguments that they were made with) become class path and arguments, functions their path.
-    What cannot be imported, such as a lambda, becomes a string, which :class:`SANM` refuses with its name.
+    Objects with ``options`` (their constructor arguments) are converted to class path and arguments, functions to their
+    path. Objects that cannot be imported, such as lambdas, are converted to a string, for which :class:`SANM` raises an
+    error with their name.
     """
     if not callable(value):
         return value
@@ -86,10 +87,10 @@ def plain(value: Any) -> Any:
 
 
 def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Return the arguments of a constructor by name, as plain Python; what was given by ``**`` among them.
+    """Return the arguments of a constructor by name, including ``**kwargs``, as built-in types.
 
     Raises:
-        TypeError: if the arguments do not fit, or some were given by ``*``, which have no name.
+        TypeError: if the arguments do not match the signature, or ``*args`` are used, which have no name.
     """
     signature = inspect.signature(function)
     bound = signature.bind(*args, **kwargs).arguments
@@ -98,7 +99,8 @@ def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL and value:
             raise TypeError(
-                "expected arguments by name, got some without; name them, so that a checkpoint can hold them"
+                "expected arguments by name, got arguments without a name; use keyword arguments, which checkpoints "
+                "can save"
             )
         if place and kind is inspect.Parameter.VAR_KEYWORD:
             given.update(value)
@@ -109,4 +111,4 @@ def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
 
 def _require(condition: bool, expected: str, got: Any) -> None:
     if not condition:
-        raise ValueError(f"SANM expected {expected}, got {got!r}")
+        raise ValueError(f"expected {expected}, got {got!r}; correct the option of SANM")

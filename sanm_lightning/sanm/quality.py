@@ -1,12 +1,12 @@
-"""Label quality: the probability that a given label is right (the G of SANM's Eq. 2), and its estimators.
+"""Estimators of label quality, the probability that a given label is correct (G in SANM's Eq. 2).
 
-The paper leaves the estimator open. The one of DivideMix (Li et al., ICLR 2020), which SANM's released code uses, fits two
-Gaussians to the losses: networks learn right labels first, so that a small loss is evidence for a label.
+The paper does not specify the estimator. That of DivideMix (Li et al., ICLR 2020), used in SANM's released code, fits
+two Gaussians to the losses: networks learn correct labels first, so a small loss is evidence for a correct label.
 """
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,22 +23,22 @@ from sanm_lightning.functional import (
 from sanm_lightning.per_sample import EpochMean, SampleState
 from sanm_lightning.sanm.options import bound_arguments, found_by_path, path_of
 
-__all__ = ["LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
+__all__ = ["FittedEvidence", "LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
 
 
 class QualityEstimator(nn.Module):
     """Base class of estimators of label quality, for ``SANM(quality=...)``.
 
-    An estimator that is handed in takes the place of what a method makes of the labels itself. The second network of a method
-    gets a deep copy. Its constructor must not read files: a checkpoint is loaded without them. What is known of each sample
-    belongs into a :class:`~sanm_lightning.per_sample.SampleState`. Arguments of the constructor are recorded for checkpoints:
-    they should be plain Python, or functions that can be imported.
+    An estimator passed to SANM replaces a method's estimate of label quality. The second network of a method uses a
+    deep copy. The constructor must not read files, which may be missing when a checkpoint is loaded. Store per-sample
+    values in a :class:`~sanm_lightning.per_sample.SampleState`. The arguments of the constructor are saved in
+    checkpoints and should be built-in types or importable functions.
     """
 
     init_args: dict[str, Any]
-    """The arguments that the estimator was made with."""
+    """The constructor arguments."""
     needs_evidence = True
-    """Whether :meth:`update` reads what the network predicts; without, no pass is made for it."""
+    """Whether :meth:`update` uses the predictions; otherwise no forward pass is run for it."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "QualityEstimator":
         """Record the arguments."""
@@ -46,57 +46,70 @@ class QualityEstimator(nn.Module):
         try:
             made.__dict__["init_args"] = bound_arguments(cls.__init__, made, *args, **kwargs)
         except TypeError:
-            if args or kwargs:  # none: a copy, which is filled afterwards
+            if args or kwargs:  # without arguments: a copy, whose attributes are set afterwards
                 raise
             made.__dict__["init_args"] = {}
         return made
 
     @property
     def options(self) -> dict[str, Any]:
-        """Class path and arguments as plain Python, for checkpoints."""
+        """Class path and arguments as built-in types, for checkpoints."""
         return {"class_path": path_of(type(self)), "init_args": dict(self.init_args)}
 
     def update(
         self, logits: Tensor, targets: Tensor, index: Tensor | None = None, features: Tensor | None = None
     ) -> None:
-        """Take in what the network predicts for unmasked images. No communication, no wait for the device.
+        """Update the estimator with predictions for unmasked images, without communication or device synchronization.
 
         Args:
-            logits: shape (B, C).
+            logits: predictions, shape (B, C).
             targets: given labels as class probabilities, shape (B, C).
-            index: positions in the training set, shape (B,), or None where samples have no identity.
-            features: feature maps of the images, shape (B, D, h, w), where they are at hand.
+            index: positions in the training set, shape (B,); None if unknown.
+            features: feature maps of the images, shape (B, D, h, w), if available.
         """
 
     def fit(self, module: Any = None) -> None:
-        """Do what is done once per epoch; every process calls it.
+        """Fit the estimator; called once per epoch, in every process.
 
         Args:
-            module: in training; a method of this package has ``predict_train`` for a pass over the training set.
+            module: the trained module; methods of this package have ``predict_train`` for a pass over the training set.
         """
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the quality of each label, shape (B,), in [0, 1]; arguments as for :meth:`update`."""
-        raise TypeError(f"expected {type(self).__name__} to define forward(logits, targets, index); add it")
+        raise TypeError(
+            f"expected {type(self).__name__} to define forward(logits, targets, index), got no such method; add it"
+        )
 
     @property
     def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,), where it is known by index; for records."""
+        """Quality of each training sample, (N,), if known by index; for results."""
         return None
 
 
-class LabelQuality(QualityEstimator):
-    """Label quality as the posterior of a mixture of two Gaussians over the losses of the samples.
+class FittedEvidence(NamedTuple):
+    """The evidence that a mixture was fitted to."""
 
-    With sample indices: a table of N values, the mean evidence of each sample in an epoch; once per epoch (:meth:`fit`) a
-    mixture is fitted to it and gives each sample its quality for the next epoch. Without: a window of recent evidence, a
-    mixture fitted to it once per epoch, and each batch scored under that.
+    evidence: Tensor
+    """(M,)."""
+    positions: Tensor | None
+    """(M,), positions in the training set, on the CPU; None where samples have no identity."""
+    mixture: Mixture
+
+
+class LabelQuality(QualityEstimator):
+    """Label quality as the posterior of a mixture of two Gaussians on the losses of the samples.
+
+    With sample indices, a mixture is fitted once per epoch (:meth:`fit`) to a table of N values, the mean evidence of
+    each sample in an epoch; its posterior is the quality of each sample in the next epoch. Without indices, a mixture
+    is fitted once per epoch to a window of recent evidence, and each batch is scored with that mixture.
 
     Args:
-        evidence: ``"loss"`` is the cross-entropy (DivideMix); ``"margin"`` the best other logit minus the label's.
-        history: ``"last"`` uses the last epoch's evidence; ``"mean"`` the mean of all epochs so far; a number in (0, 1)
-            a running mean with that momentum.
-        window: number of recent samples that the mixture is fitted to where samples have no index.
+        evidence: ``"loss"`` is the cross-entropy (DivideMix); ``"margin"`` is the largest other logit minus that of the
+            label.
+        history: ``"last"`` uses the evidence of the last epoch; ``"mean"`` the mean over all epochs so far; a number in
+            (0, 1) a running mean with that momentum.
+        window: number of recent samples for the fit without indices.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -110,22 +123,24 @@ class LabelQuality(QualityEstimator):
     ) -> None:
         super().__init__()
         if evidence not in ("loss", "margin"):
-            raise ValueError(f"expected evidence 'loss' or 'margin', got {evidence!r}; choose one")
+            raise ValueError(f"expected evidence 'loss' or 'margin', got {evidence!r}; choose one of them")
         if not (history in ("last", "mean") or (isinstance(history, float) and 0 < history < 1)):
-            raise ValueError(f"expected history 'last', 'mean' or a momentum in (0, 1), got {history!r}; choose one")
+            raise ValueError(
+                f"expected history 'last', 'mean' or a momentum in (0, 1), got {history!r}; choose one of them"
+            )
         if window < 2:
             raise ValueError(f"expected a window of at least 2 samples, got {window}; raise it")
         self.evidence, self.history, self.window = evidence, history, window
         momentum = history if isinstance(history, float) else 0.0
         self.bank = EpochMean(momentum, running_mean=history == "mean")
-        self.bank.required = False  # without indices, a window of recent samples serves
-        self.quality = torch.ones(0)  # (N,), of the samples of the bank; empty until something is known
-        self._recent = torch.zeros(0)  # (W,), a ring of the latest evidence
-        self._seen = 0  # samples that went through the ring
+        self.bank.required = False  # without indices, a window of recent samples is used
+        self.quality = torch.ones(0)  # (N,), of the samples of the bank; empty before the first fit
+        self._recent = torch.zeros(0)  # (W,), ring buffer of recent evidence
+        self._seen = 0  # number of samples written to the ring buffer
         self._mixture: Mixture | None = None
 
     def reset(self, num_samples: int) -> None:
-        """Forget everything, and make room for ``num_samples`` training samples; a trainer's callback does so by itself."""
+        """Reset the estimator for ``num_samples`` training samples; a trainer does so through its callback."""
         self.bank.reset(num_samples)
         self.quality = torch.ones(num_samples, device=self.bank.device)
 
@@ -144,10 +159,10 @@ class LabelQuality(QualityEstimator):
         self._seen += len(evidence)
 
     def fit(self, module: Any = None) -> None:
-        """Fit the mixture to the evidence so far; once per epoch, in every process.
+        """Fit the mixture to the recorded evidence; call it once per epoch, in every process.
 
         Raises:
-            ValueError: if the evidence holds NaN or infinity.
+            ValueError: if the evidence contains NaN or infinity.
         """
         if len(self.bank):
             values = self.bank.compute()
@@ -158,16 +173,26 @@ class LabelQuality(QualityEstimator):
         if self._seen:
             self._mixture = fit_mixture(self._recent[: min(self._seen, self.window)])
 
+    def fitted(self) -> FittedEvidence | None:
+        """Return the evidence of the last :meth:`fit` and its mixture, for plots; None before. No communication."""
+        if len(self.bank) and bool(self.bank.epochs.any()):
+            seen = self.bank.epochs.nonzero()[:, 0]
+            values = self.bank.value[seen]
+            return FittedEvidence(values, seen.cpu(), fit_mixture(values))
+        if self._mixture is None:
+            return None
+        return FittedEvidence(self._recent[: min(self._seen, self.window)], None, self._mixture)
+
     @property
     def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,); None where nothing was recorded by index."""
+        """Quality of each training sample, (N,); None if nothing was recorded by index."""
         return self.quality if len(self.quality) and bool(self.bank.epochs.any()) else None
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the quality of each sample's label, shape (B,), in [0, 1]; 1 where nothing is known yet.
+        """Return the quality of each label, shape (B,), in [0, 1]; 1 before the first fit.
 
         Args:
-            logits: present predictions, shape (B, C); read only where samples have no index.
+            logits: current predictions, shape (B, C); used without index only.
             targets: given labels as class probabilities, shape (B, C).
             index: positions in the training set, shape (B,), or None.
         """
@@ -182,13 +207,13 @@ class LabelQuality(QualityEstimator):
         return (soft_cross_entropy if self.evidence == "loss" else label_margin)(logits.detach(), targets.detach())
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return qualities, window position and mixture as tensors and plain Python."""
+        """Return qualities, window position and mixture as tensors and built-in types."""
         mixture = None if self._mixture is None else [part.cpu() for part in self._mixture]
         recent = self._recent.cpu().clone()
         return {"quality": self.quality.cpu().clone(), "recent": recent, "seen": self._seen, "mixture": mixture}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over a state of any number of samples."""
+        """Restore a state of any number of samples."""
         device = self.bank.value.device
         self.quality, self._recent = state["quality"].to(device).clone(), state["recent"].to(device).clone()
         self._seen = state["seen"]
@@ -205,14 +230,14 @@ class LabelQuality(QualityEstimator):
 
 
 class QualityFile(QualityEstimator):
-    """Label quality from a file, fixed for the whole training.
+    """Label quality from a file, constant during training.
 
-    The file is read when a training begins, and not in the constructor; checkpoints hold the values.
+    The file is read at the start of training, not in the constructor; checkpoints contain the values.
 
     Args:
-        path: a ``.npy`` file of shape (N,), a ``.npz`` file, or a ``.csv`` file with a header, with one value in [0, 1] per
-            training sample, in the order of the training set.
-        key: name of the array or column, by default ``quality``.
+        path: a ``.npy`` file of shape (N,), a ``.npz`` file, or a ``.csv`` file with a header, with one value in [0, 1]
+            per training sample, in the order of the training set.
+        key: name of the array or column.
     """
 
     needs_evidence = False
@@ -225,11 +250,11 @@ class QualityFile(QualityEstimator):
         self.table.add_state("known", dtype=torch.bool, dist_reduce_fx=None)
 
     def fit(self, module: Any = None) -> None:
-        """Read the file, unless the values are known.
+        """Read the file, unless the values are loaded.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it does not hold N values in [0, 1].
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file does not contain N values in [0, 1].
         """
         if bool(self.table.known.any()):
             return
@@ -238,7 +263,7 @@ class QualityFile(QualityEstimator):
             raise ValueError(
                 f"expected {len(self.table)} values in [0, 1] in {self.path!r}, one per training sample, got shape "
                 f"{tuple(values.shape)} from {float(values.min()) if values.numel() else None} to "
-                f"{float(values.max()) if values.numel() else None}; make the file for this training set"
+                f"{float(values.max()) if values.numel() else None}; use a file for this training set"
             )
         self.table.quality = values.to(self.table.device, torch.float32)
         self.table.known = torch.ones_like(self.table.known)
@@ -257,16 +282,16 @@ class QualityFile(QualityEstimator):
             return torch.from_numpy(np.asarray(held if path.suffix == ".npy" else held[self.key], dtype=np.float32))
         except (ValueError, KeyError, OSError, IndexError) as error:
             raise ValueError(
-                f"expected label quality under {self.key!r} in {self.path!r}, got a file that cannot be read so ({error}); "
-                "give a .npy, .npz or .csv file and the name of the array or column"
+                f"expected label quality under {self.key!r} in {self.path!r}, got {type(error).__name__}: {error}; use "
+                "a .npy, .npz or .csv file, and set key to the name of the array or column"
             ) from error
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the values of the samples, (B,); 1 before the file is read."""
         if index is None:
             raise ValueError(
-                "expected batches with positions in the training set for quality from a file, got none; use a data module of "
-                "this package, or batches NoisyBatch(images, labels, index)"
+                "expected batches with an index for quality from a file, got none; use a data module of this package, "
+                "or batches NoisyBatch(images, labels, index)"
             )
         quality: Tensor = self.table.quality[index]
         return quality
@@ -279,10 +304,13 @@ class QualityFile(QualityEstimator):
 
 
 def resolve_quality(quality: Any) -> QualityEstimator | None:
-    """Return the estimator that ``SANM(quality=...)`` names, a copy of its own; None for ``"estimated"`` and ``"oracle"``.
+    """Convert the ``quality`` option of SANM to an estimator.
 
     Args:
-        quality: None, ``"estimated"``, ``"oracle"``, an estimator, or the options of one, as checkpoints hold them.
+        quality: None, ``"estimated"``, ``"oracle"``, an estimator, or the options of an estimator, as in checkpoints.
+
+    Returns:
+        A copy of the estimator; None for None, ``"estimated"`` and ``"oracle"``.
 
     Raises:
         ValueError: if it is none of these.
@@ -296,5 +324,5 @@ def resolve_quality(quality: Any) -> QualityEstimator | None:
     if isinstance(quality, QualityEstimator):
         return copy.deepcopy(quality)
     raise ValueError(
-        f"SANM expected quality 'estimated', 'oracle' or a QualityEstimator, got {quality!r}; choose one of them"
+        f"expected quality 'estimated', 'oracle' or a QualityEstimator, got {quality!r}; choose one of them"
     )

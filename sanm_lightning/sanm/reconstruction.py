@@ -1,4 +1,4 @@
-"""Paint the hidden part back from the features of the masked image (SANM, Eq. 9 and 10)."""
+"""Reconstruction of the image from the features of the masked image (SANM, Eq. 9 and 10)."""
 
 import math
 from itertools import pairwise
@@ -14,8 +14,9 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Return the mean squared error over all elements, in float32 or better.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 10.
-    Departure: the equation sums over an image's elements; the released code, and we, take the mean, so that the weight
-    beta does not depend on the image size.
+    Departure: the equation sums over the elements of an image; here, as in the released code, it is the mean, so that
+        the
+    weight beta does not depend on the image size.
 
     Args:
         reconstruction: shape (B, 3, H, W).
@@ -36,19 +37,19 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A linear map from a feature map to an image: transposed convolutions that each double height and width.
+    """Linear decoder from a feature map to an image: transposed convolutions that each double height and width.
 
-    Source: the released code's decoder is three transposed convolutions without activation or normalisation (512-256-128-3
-    from 4 x 4 to 32 x 32). Departure: every stage here is kernel 4, stride 2, padding 1, an exact doubling, so that one rule
-    serves any feature map and image size; what is left over is resized bilinearly. On CIFAR it takes 69 million
-    multiplications an image in place of 153.
+    Source: the decoder of the released code has three transposed convolutions without activation or normalization
+    (512-256-128-3 from 4 x 4 to 32 x 32). Departure: every stage has kernel 4, stride 2 and padding 1, which doubles
+    the size exactly and supports any feature map and image size; remaining differences are resized with bilinear
+    interpolation. On CIFAR, it requires 69 million multiplications per image instead of 153.
 
     Args:
-        channels: D, channels of the feature map.
+        channels: D, number of channels of the feature map.
         map_size: h, w of the feature map.
         image_size: H, W of the images in pixels.
-        seed: seed of the initial weights. They are drawn from a stream of their own: a network built afterwards has
-            the weights it would have without a decoder.
+        seed: seed of the initial weights, which use a separate stream: the weights of networks created afterwards do
+            not depend on the decoder.
 
     Raises:
         ValueError: if a size is not positive.
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         doublings = max(0, math.ceil(math.log2(growth)))
         widths = [channels, *(max(16, min(channels // 2, 256) >> stage) for stage in range(doublings - 1)), 3]
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too, for good
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators, permanently
             self.layers = nn.Sequential(
                 *(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in pairwise(widths))
                 if doublings
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Feature maps (B, D, h, w) -> reconstructed images (B, 3, H, W), unbounded."""
+        """Return reconstructed images (B, 3, H, W), unbounded, of feature maps (B, D, h, w)."""
         image: Tensor = self.layers(features)
         if image.shape[2:] != self.image_size:
             image = image.to(torch.promote_types(image.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""Run the training step of a foreign module on a copy, to find out whether it reads labels as class indices."""
+"""Run the training step of a third-party module on a copy, to detect steps that use labels as class indices."""
 
 import contextlib
 import copy
@@ -23,17 +23,17 @@ __all__ = ["misread_labels", "own_streams"]
 
 @contextlib.contextmanager
 def own_streams() -> Iterator[None]:
-    """Restore all global random streams afterwards."""
+    """Context manager that restores all global random streams at exit."""
     streams = isolate_rng()
     streams.__enter__()
     try:
         yield
-    finally:  # which isolate_rng lacks
+    finally:  # missing in isolate_rng
         streams.__exit__(None, None, None)
 
 
 class _QuietTrainer:
-    """A trainer for a rehearsal: it answers as the real one, and what is written to it or its loggers is lost."""
+    """Proxy of a trainer for a rehearsal: reads are forwarded, writes and logger calls are discarded."""
 
     def __init__(self, trainer: Any) -> None:
         self._real = trainer
@@ -47,12 +47,12 @@ class _QuietTrainer:
 def misread_labels(
     pl_module: L.LightningModule, tap: FeatureExtractor, step: Any, batch: Any, args: Any, kwargs: Any
 ) -> str | None:
-    """Say what goes wrong in a step that gets one-hot rows in place of class indices; None if nothing is seen to.
+    """Describe the difference of a training step with one-hot rows instead of class indices; None if there is none.
 
-    The step is rehearsed on copies of the module, with the labels that the network predicts (so that no accuracy is zero by
-    chance) and a batch size that is neither 1 nor the number of classes (so that a broadcast fails aloud). What it logs, and
-    what its metrics count, must be the same with indices and with rows. Figures that change with the loss (cross-entropy with
-    class weights normalises rows in another way), or from one rehearsal to the next (times), say nothing.
+    The step runs on copies of the module, with the predicted labels (so that no accuracy is zero by chance) and a batch
+    size that is neither 1 nor the number of classes (so that wrong broadcasts raise an error). Logged values and
+    metrics must be the same with indices and with rows. Values that change with the loss (cross-entropy with class
+    weights normalizes rows differently), or between two runs (times), are ignored.
     """
     images, labels = images_and_labels(batch)
     if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:
@@ -61,7 +61,7 @@ def misread_labels(
     rows = torch.arange(size + (size == tap.num_classes), device=images.device) % len(images)
 
     def rehearse(given: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-        twin, twin_tap = copy.deepcopy((pl_module, tap))  # without a trainer: a module's copy has none
+        twin, twin_tap = copy.deepcopy((pl_module, tap))  # the copy of a module has no trainer
         twin._trainer = _QuietTrainer(pl_module._trainer)
         twin_tap.forget()
         figures = _listen_to(twin)
@@ -85,7 +85,7 @@ def misread_labels(
         _, logits = quietly(labels[rows])
         predicted = logits.argmax(1) if logits is not None and logits.shape[:1] == rows.shape else labels[rows]
         plain, again = quietly(predicted)[0], quietly(predicted)[0]
-    except Exception:  # plain labels fail as well, or the module cannot be copied: training itself will say
+    except Exception:  # index labels fail as well, or the module cannot be copied: training raises the error
         return None
     try:
         soft = quietly(F.one_hot(predicted, tap.num_classes).float())[0]
@@ -95,12 +95,12 @@ def misread_labels(
     for name in plain.keys() & again.keys() & soft.keys():
         before, after = plain[name], soft[name]
         if _close(before, again[name]) and not _close(before, after) and not _close(before * loss_change, after):
-            return f"{name} is {_shown(after)} in place of {_shown(before)}"
+            return f"{name} is {_shown(after)} instead of {_shown(before)}"
     return None
 
 
 def _listen_to(twin: Any) -> dict[str, Tensor]:
-    """Reset the metrics of a copied module, and collect what it logs in a dictionary."""
+    """Reset the metrics of a copied module, and collect its logged values in a dictionary."""
     figures: dict[str, Tensor] = {}
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:

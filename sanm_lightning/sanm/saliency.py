@@ -1,4 +1,4 @@
-"""Where to hide: callables that give an activation map (SANM, Eq. 1, its Table 4, and the released code)."""
+"""Activation maps for the position of the mask (SANM, Eq. 1, its Table 4, and the released code)."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from timm.data import resolve_data_config
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.models import load_pretrained
 from sanm_lightning.sanm.activation import (
     Backbone,
     class_activation_map,
@@ -34,36 +35,36 @@ __all__ = [
 
 
 class NetworkOutput(NamedTuple):
-    """What a network makes of the unmasked images of a batch, without gradient."""
+    """Output of a network for the unmasked images of a batch, without gradient."""
 
     network: Backbone
     images: Tensor
     """(B, 3, H, W)."""
     features: Tensor
-    """As ``forward_features`` gives them, (B, D, h, w)."""
+    """Output of ``forward_features``, (B, D, h, w)."""
     logits: Tensor
     """(B, C)."""
     generator: torch.Generator
-    """Source of randomness, on the device of the images."""
+    """Random generator, on the device of the images."""
 
 
 Saliency = Callable[[NetworkOutput], Tensor]
-"""Gives activation maps, shape (B, h, w) of any size; the largest value is where to hide."""
+"""Function that returns activation maps, shape (B, h, w) of any size; the maximum is the position of the mask."""
 
 
 def cam(output: NetworkOutput) -> Tensor:
-    """Class activation map of the predicted class. Source: SANM, Eq. 1."""
+    """Return the class activation map of the predicted class. Source: SANM, Eq. 1."""
     maps = feature_map(output.features, output.network.num_features)
     return class_activation_map(maps, classifier_weight(output.network, maps.shape[1]), output.logits.argmax(1))
 
 
 def energy(output: NetworkOutput) -> Tensor:
-    """Squared features, summed over the channels. Source: the authors' released code."""
+    """Return the squared features, summed over the channels. Source: the authors' released code."""
     return energy_map(feature_map(output.features, output.network.num_features))
 
 
 def random_place(output: NetworkOutput) -> Tensor:
-    """A map of noise: a control for the place of the mask."""
+    """Return a map of uniform noise, as a control for the position of the mask."""
     size = (len(output.images), *output.images.shape[2:])
     return torch.rand(size, generator=output.generator, device=output.images.device)
 
@@ -72,11 +73,14 @@ _PLACES: dict[str, Saliency] = {"cam": cam, "energy": energy, "random": random_p
 
 
 def resolve_saliency(place: Any) -> Saliency:
-    """Turn the ``place`` of SANM into a callable.
+    """Convert the ``place`` option of SANM to a callable.
 
     Args:
-        place: ``"cam"``, ``"energy"`` or ``"random"``; a callable; or the class path and arguments of one,
-            as checkpoints hold them.
+        place: ``"cam"``, ``"energy"`` or ``"random"``; a callable; or the class path and arguments of a callable, as in
+            checkpoints.
+
+    Returns:
+        The callable.
 
     Raises:
         ValueError: if it is none of these.
@@ -85,19 +89,22 @@ def resolve_saliency(place: Any) -> Saliency:
     found = _PLACES.get(place) if isinstance(place, str) else place
     if not callable(found):
         raise ValueError(
-            f"SANM expected a place among {', '.join(_PLACES)}, or a callable, got {place!r}; choose one of them"
+            f"expected a place among {', '.join(_PLACES)}, or a callable, got {place!r}; choose one of them"
         )
     return found
 
 
 def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Generator, like: Tensor) -> NetworkOutput:
-    """Run a network on two random images, to learn the shape of its feature map.
+    """Run a network on two random images, to find the shape of its feature map.
 
     Args:
-        network: by timm's conventions.
+        network: network with timm's interface.
         image_size: H, W of the images in pixels.
-        generator: source of the images, on the CPU.
-        like: a tensor of the device and type of the network.
+        generator: random generator of the images, on the CPU.
+        like: a tensor with the device and dtype of the network.
+
+    Returns:
+        The output of the network.
 
     Raises:
         ValueError: if such images do not fit in memory.
@@ -114,14 +121,15 @@ def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Gener
 
 
 def check_saliency(saliency: Saliency, output: NetworkOutput) -> None:
-    """Refuse a network whose activation map would mean nothing.
+    """Check that the activation map of a network is meaningful.
 
     Args:
-        saliency: the callable that is going to give the map.
-        output: from :func:`probe`.
+        saliency: the callable that returns the map.
+        output: output of :func:`probe`.
 
     Raises:
-        ValueError: if the logits are no linear map of the pooled features (``cam``), or the map has one place only.
+        ValueError: if the logits are not a linear map of the pooled features (``cam``), or the map has one position
+            only.
     """
     if saliency not in (cam, energy):
         return
@@ -131,48 +139,59 @@ def check_saliency(saliency: Saliency, output: NetworkOutput) -> None:
     if maps.shape[2] * maps.shape[3] == 1:
         height, width = output.images.shape[2:]
         raise ValueError(
-            f"expected a feature map of more than one place, got 1 x 1 ({type(output.network).__name__} on images of {height} "
-            f"x {width}); use a larger image_size, a network of smaller stride, or place: random"
+            f"expected a feature map of more than one position, got 1 x 1 ({type(output.network).__name__} on images "
+            f"of {height} x {width}); use a larger image_size, a network of smaller stride, or place: random"
         )
 
 
 class FrozenNetwork:
-    """Activation maps of a pre-trained timm model that is not trained.
+    """Activation maps of a frozen, pre-trained timm model.
 
     Source: SANM, Table 4 ("masks from pre-trained backbones").
 
-    Images are resized to the model's own input size and normalised with its own statistics. It is not a part of the module
-    that uses it: no parameters, nothing in checkpoints.
+    Images are resized to the model's input size and normalized with its statistics. The model is not a submodule: it
+    has no trained parameters and is not saved in checkpoints.
 
     Args:
-        name: timm model name with a linear head after global pooling, as ``resnet50``.
-        pretrained: load timm's weights (a download on first use); False only makes sense with ``checkpoint``, or in tests.
-        checkpoint: a file of weights for ``name`` in place of timm's own.
+        name: name of a timm model with a linear head after global pooling, such as ``resnet50``.
+        pretrained: whether to load pre-trained weights: those of an installed distribution if available
+            (``tf_efficientnet_lite0``, the extra ``pretrained``), or else those of timm, which are downloaded on first
+            use; use False with ``checkpoint`` or in tests.
+        checkpoint: weight file for ``name``, see :func:`~sanm_lightning.models.load_pretrained`.
+
+    Raises:
+        ValueError: if the weights cannot be loaded, or the network has no linear head after global pooling.
     """
 
     def __init__(self, name: str, pretrained: bool = True, checkpoint: str | None = None) -> None:
         self.options = {"name": name, "pretrained": pretrained, "checkpoint": checkpoint}
-        with torch.random.fork_rng(devices=[]):
-            self.network: Any = timm.create_model(name, pretrained=pretrained, checkpoint_path=checkpoint or "")
-        self.network.eval().requires_grad_(False)
+        self.network: Any
+        if pretrained or checkpoint:
+            self.network = load_pretrained(name, checkpoint).network
+        else:
+            with torch.random.fork_rng(devices=[]):
+                self.network = timm.create_model(name).eval().requires_grad_(False)
         config = resolve_data_config({}, model=self.network)
         self.size = tuple(config["input_size"][1:])
         self.mean = torch.tensor(config["mean"]).view(3, 1, 1)
         self.std = torch.tensor(config["std"]).view(3, 1, 1)
-        self.maps(torch.zeros(1, 3, *self.size))  # fail now on an unsuitable network, not after the warm-up
+        self.maps(torch.zeros(1, 3, *self.size))  # raises an error for unsupported networks
 
     def __call__(self, output: NetworkOutput | Tensor) -> Tensor:
-        """Return the activation map (B, h, w) of the class that the frozen network predicts for the images."""
+        """Return the activation maps (B, h, w) of the classes that the frozen network predicts."""
         return self.maps(output if isinstance(output, Tensor) else output.images)
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] -> activation map (B, h, w) of the class that the frozen network predicts."""
+        """Return the activation maps (B, h, w) of the predicted classes for images (B, 3, H, W) in [0, 1]."""
         self.network.to(images.device)
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # moved once: a copy would wait
+        self.mean, self.std = (
+            self.mean.to(images.device),
+            self.std.to(images.device),
+        )  # moved once, to avoid a synchronizing copy
         resized = F.interpolate(images.float(), size=self.size, mode="bilinear", align_corners=False, antialias=True)
-        normalised = (resized - self.mean) / self.std
-        features = self.network.forward_features(normalised)
+        normalized = (resized - self.mean) / self.std
+        features = self.network.forward_features(normalized)
         maps = feature_map(features, self.network.num_features)
         classes = self.network.forward_head(features).argmax(1)
         return class_activation_map(maps, classifier_weight(self.network, maps.shape[1]), classes)

@@ -124,10 +124,11 @@ class TestFiles:
         }  # fmt: skip
         found = summary(out)
         assert found["num_images"] == 48
-        assert found["splits"] == {"train": 36, "test": 12}
+        counts = {name: part["count"] for name, part in found["splits"].items()}
+        assert counts == {"train": 36, "test": 12}
         assert found["interval"][0] <= 3 / 36 <= found["interval"][1]
         assert found["noise_rate"] == pytest.approx(3 / 36, abs=0.03)
-        assert f"{found['noise_rate']:.1%} of 48 labels are wrong" in capsys.readouterr().out
+        assert f"{found['noise_rate']:.1%} of 36 labels of train are wrong" in " ".join(capsys.readouterr().out.split())
 
     def test_two_runs_are_equal_byte_by_byte_with_and_without_the_cache(self, tmp_path, audit):
         root = folder(tmp_path / "root")
@@ -147,7 +148,7 @@ class TestFiles:
         for name in ("quality", "p_given", "p_suggested", "suggested"):
             one, two = getattr(before.issues, name), getattr(after.issues, name)
             assert np.array_equal(one[train], two[train]), name
-            assert not np.array_equal(one[~train], two[~train]) or name == "suggested"
+            assert not np.array_equal(one[~train], two[~train]) or name in ("suggested", "p_suggested")
         assert np.array_equal(before.probs, after.probs)
         assert before.noise.noise_rate == after.noise.noise_rate
         assert before.issues.quality[~train].min() > 0.5 > np.median(after.issues.quality[~train])
@@ -229,7 +230,7 @@ class TestPlantedFaults:
         assert "Classes without images: 'yellow'" in notes
         assert "'Green' (test only)" in notes
         assert "'green' (train only)" in notes
-        assert "1 file passed over (1 ending .txt unknown to Pillow)" in notes
+        assert "1 file skipped (1 extension .txt unknown to Pillow)." in notes
         assert "2 unreadable, such as " in notes
         assert "'=red+1' (1)" in notes  # fewer than five
         renamed = [row for path, row in rows.items() if path.startswith("test/Green/")]
@@ -342,10 +343,10 @@ class TestCache:
                 raise KeyboardInterrupt
             return call(self, images)
 
-        monkeypatch.setattr(FrozenFeatures, "__call__", stops)
-        with pytest.raises(KeyboardInterrupt):
-            audit(root, "--batch_size", "10", "--out", "here")
-        monkeypatch.setattr(FrozenFeatures, "__call__", call)
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenFeatures, "__call__", stops)
+            with pytest.raises(KeyboardInterrupt):
+                audit(root, "--batch_size", "10", "--out", "here")
         assert not Path("here").exists()
         Path("here").mkdir()
         Path("here/features.npy.tmp").write_bytes(b"")  # as an audit leaves behind that was killed
@@ -363,11 +364,13 @@ class TestCache:
         (own,) = (tmp_path / "cache").iterdir()
         (own / "letter.txt").write_text("mine")
         forwards.clear()
-        with pytest.raises(ValueError, match=r"expected a folder of cached features .* such as 'letter.txt'; name"):
+        with pytest.raises(
+            ValueError, match=r"expected a folder of cached features .* such as 'letter.txt'; use another"
+        ):
             audit(root)
         assert (own / "letter.txt").read_text() == "mine"
         Path("file").write_text("mine")
-        with pytest.raises(OSError, match=r"'.*file' is a file; name another"):
+        with pytest.raises(OSError, match=r"expected a folder .*file"):
             audit(root, "--cache", "file")
         assert Path("file").read_text() == "mine"
         assert forwards == []
@@ -434,7 +437,7 @@ class TestFeatures:
             def forward_head(self, x, pre_logits=False):
                 return x
 
-        with pytest.raises(ValueError, match=r"pooled features \(B, D\) .* of Maps .* shape \(1, 3, 8, 8\); choose"):
+        with pytest.raises(ValueError, match=r"pooled features \(B, D\) .* of Maps .* shape \(1, 3, 8, 8\); use"):
             FrozenFeatures(Normalized(Maps(), (0.5,) * 3, (0.5,) * 3), 8)
         Maps.forward_head = property(lambda self: self.nothing)
         with pytest.raises(ValueError, match=r"got AttributeError"):
@@ -489,7 +492,7 @@ class TestDataModules:
         }  # fmt: skip
 
     def test_a_wrong_split_and_foreign_data_are_refused(self, audit):
-        with pytest.raises(ValueError, match="expected split 'train', 'val' or 'test', got 'all'; choose one"):
+        with pytest.raises(ValueError, match="expected split 'train', 'val' or 'test', got 'all'; use one of these"):
             audit("--data", "Digits", "--split", "all")
         with pytest.raises(ValueError, match="expected a data module with labels by index, got LightningDataModule"):
             audit("--data", "lightning.LightningDataModule")
@@ -501,11 +504,9 @@ class TestCommand:
         share = summary(audit(root))["noise_rate"]
         audit(root, "--fail_over", str(share + 0.001))
         audit(root, "--fail-over", str(share - 0.001), status=1)
-        assert f"{share:.2%} is more than the" in capsys.readouterr().out
+        assert f"{share:.2%} exceeds --fail_over" in capsys.readouterr().out
         audit(root, f"--fail-over={share - 0.001}", status=1)
-        with pytest.raises(
-            ValueError, match=r"expected fail_over in \[0, 1\], got 5.0; use 0.05 for five in a hundred"
-        ):
+        with pytest.raises(ValueError, match=r"expected fail_over in \[0, 1\], got 5.0; use 0.05 for 5 %"):
             audit(root, "--fail-over", "5")
 
     def test_a_baseline_leaves_what_is_new(self, tmp_path, audit, capsys):
@@ -513,7 +514,7 @@ class TestCommand:
         old = audit(root) / "label_issues.csv"
         new = audit(root, "--baseline", old, "--fail-over", "0") / "new_issues.csv"
         assert new.read_text().splitlines() == ["path,split,given_label,suggested_label,quality"]
-        assert "0 issues that the baseline does not hold" in " ".join(capsys.readouterr().out.split())
+        assert "0 issues not in the baseline" in " ".join(capsys.readouterr().out.split())
         save(root / "train/blue/more.png", "red", 600)
         (root / "train/red/green0.png").rename(root / "train/blue/green0.png")  # wrong, and now in another way
         out = audit(root, "--baseline", old, "--fail-over", "0.03", status=1)
@@ -594,7 +595,7 @@ class TestRefused:
 
     def test_a_set_of_one_class(self):
         pool = AuditSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), np.zeros(20, np.int64), ["a", "b"], ["all"] * 20)
-        with pytest.raises(ValueError, match="expected images of two classes or more, got 1; a label needs a rival"):
+        with pytest.raises(ValueError, match="expected images of two classes or more, got 1; add classes"):
             audit_set(pool)
 
     def test_results_that_exist_are_never_overwritten(self, tmp_path, audit):
@@ -618,7 +619,7 @@ class TestRefused:
             run([*words, "--network", "resnet_of_mine"])
         with pytest.raises(ValueError, match=r"expected weights for 'test_resnet' in .* that does not fit"):
             run([*words, "--network", "test_resnet", "--checkpoint", weights])
-        with pytest.raises(FileNotFoundError, match=r"expected a file of weights, got 'none\.pt', no such file"):
+        with pytest.raises(FileNotFoundError, match=r"expected a weight file.*none\.pt"):
             run([*words, "--network", "test_resnet", "--checkpoint", "none.pt"])
         with pytest.raises(ValueError, match="name"):
             run([*words, "--checkpoint", weights])
@@ -637,7 +638,7 @@ def test_classes_of_fewer_than_five_images_are_named(tmp_path, audit):
     for i in range(3):
         save(root / "train/purple" / f"{i}.png", "red", 900 + i)
     notes = summary(audit(root))["notes"]
-    assert "Classes with fewer than 5 images, whose labels cannot be judged: 'purple' (3)." in notes
+    assert "Classes with fewer than 5 images, whose labels cannot be assessed: 'purple' (3)." in notes
 
 
 def test_a_listing_of_class_folders_alone_is_one_split(tmp_path):

@@ -135,7 +135,7 @@ class TestRefuses:
             ({"paths": None}, "got neither"),
             ({"index": np.arange(20)}, "got both"),
             ({"paths": ["same"] * 20}, "each sample once"),
-            ({"class_names": ["a"] * 13}, "class names that differ"),
+            ({"class_names": ["a"] * 13}, "unique class names"),
         ],
     )
     def test_columns_that_do_not_fit(self, changes, says):
@@ -159,7 +159,7 @@ class TestRefuses:
             read_label_issues(tmp_path / "l.csv")
 
     def test_missing_file(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="no file"):
+        with pytest.raises(FileNotFoundError, match="no such file"):
             read_label_issues(tmp_path / "l.csv")
 
     def test_another_class(self, tmp_path):

@@ -60,7 +60,7 @@ class TestReads:
         data.setup()
         assert data.sample_paths() == [f"{tmp_path}/elsewhere/0.png", f"{tmp_path}/elsewhere/1.png"]
         with pytest.raises(
-            ValueError, match=r"relative to the root of .* got 2 absolute ones \(first: .*0\.png'\); leave"
+            ValueError, match=r"relative to the root of .* got 2 absolute ones \(first: .*0\.png'\); omit"
         ):
             csv_images(file, root=str(tmp_path)).setup()
 
@@ -127,8 +127,8 @@ class TestRefuses:
         ("rows", "options", "match"),
         [
             ([], {}, "expected the columns path, label in .* got an empty file without path, label"),
-            (["path,label"], {}, "expected rows in .* got a header alone"),
-            (["a,b", "0.png,1"], {"path_column": "a"}, "columns a, label in .* got a, b without label; name them"),
+            (["path,label"], {}, "expected rows in .* got only a header"),
+            (["a,b", "0.png,1"], {"path_column": "a"}, "columns a, label in .* got a, b without label; set"),
             (
                 ["path,label", "0.png,1", "1.png"],
                 {},
@@ -163,7 +163,7 @@ class TestRefuses:
             csv_images(str(tmp_path / "my.csv")).setup()
         images(tmp_path, "0.png")
         file = table(tmp_path / "my.csv", "path,label", "0.png,1", "a.png,2", "b.png,2")
-        with pytest.raises(FileNotFoundError, match=r"the 3 images .* got 2 that are no files \(first: 'a\.png' in"):
+        with pytest.raises(FileNotFoundError, match=r"the 3 images .* got 2 missing files \(first: 'a\.png' in"):
             csv_images(file).setup()
 
     def test_other_text(self, tmp_path: Path) -> None:

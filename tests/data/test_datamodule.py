@@ -211,7 +211,7 @@ class TestSaveLabels:
         assert (tmp_path / "a.npz").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
     def test_refuses_another_ending(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"ends in \.npz"):
+        with pytest.raises(ValueError, match=r"extension \.npz, got"):
             Own().save_labels(tmp_path / "labels.csv")
 
 
@@ -359,7 +359,7 @@ class TestUnderTheTrainer:
     def test_other_labels_than_those_of_the_resumed_run_are_refused(self, tmp_path: Path) -> None:
         trainer().fit(Recorder(256, 2, tmp_path / "a.ckpt"), Toy(seed=0))
         other = Toy(seed=0, noise=Noise("pair", 0.5))
-        with pytest.raises(ValueError, match="training labels of the run that is resumed"):
+        with pytest.raises(ValueError, match="training labels of the resumed run"):
             trainer().fit(Recorder(256), other, ckpt_path=tmp_path / "a.ckpt", weights_only=False)
         trainer().test(Recorder(256), other, ckpt_path=tmp_path / "a.ckpt", weights_only=False, verbose=False)
 
@@ -373,8 +373,8 @@ class TestArguments:
             ({"crop_padding": -1}, "expected crop_padding of 0 or more"),
             ({"num_workers": -1}, "expected num_workers of 0 or more"),
             ({"val_fraction": 1.0}, r"\[0, 1\), got 1.0"),
-            ({"val_fraction": 0.999}, "leaves 60 for validation and 0 for training"),
-            ({"val_fraction": 0.001}, "leaves 0 for validation"),
+            ({"val_fraction": 0.999}, "gives 60 samples for validation and 0 for training"),
+            ({"val_fraction": 0.001}, "gives 0 samples for validation"),
             ({"max_train_samples": 61}, "size of the training set, got 61"),
             ({"max_train_samples": 2}, "from 3, the number of classes, to 60"),
             ({"seed": -1}, "seed of 0 or more"),

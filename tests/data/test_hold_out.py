@@ -77,7 +77,7 @@ class TestWithoutATestSplit:
         assert (data.eval_names, data.test_names) == (["val"], ["val"])
         said = [record.message for record in caplog.records]
         assert len(said) == 1 and "6 training samples are held out for evaluation as 'val'" in said[0]
-        assert "labels of this hold-out are as noisy as the training labels" in said[0]
+        assert "their labels are as noisy as the training labels" in said[0]
 
     def test_tracking_changes_no_sample(self) -> None:
         tracked, not_tracked = (NoTest(seed=1, track_test=track) for track in (True, False))
@@ -92,7 +92,7 @@ class TestWithoutATestSplit:
 
     def test_few_samples_give_one(self) -> None:
         assert len(NoTest(num_samples=8, seed=1).table("val").labels) == 1
-        with pytest.raises(ValueError, match="leaves 0 for validation and 4 for training out of 4"):
+        with pytest.raises(ValueError, match="gives 0 samples for validation and 4 for training"):
             NoTest(num_samples=4, seed=1).setup()
 
     def test_results_do_not_call_it_a_test(self) -> None:
@@ -120,5 +120,5 @@ class TestWithoutATestSplit:
             getattr(trainer(), evaluate)(method(), second, ckpt_path=tmp_path / "a.ckpt", verbose=False)
             assert torch.equal(second.table("val").origin, first.table("val").origin)
         other = NoTest(noise=Noise("pair", 0.5))
-        with pytest.raises(ValueError, match="from which the split 'val' is held out, got others"):
+        with pytest.raises(ValueError, match="from which the split 'val' is held out, got different labels"):
             trainer().test(method(), other, ckpt_path=tmp_path / "a.ckpt", verbose=False)

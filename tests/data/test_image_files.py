@@ -35,11 +35,11 @@ class TestOneFolder:
         files, passed_over = listed(tmp_path)
         assert files == ["a.png"]
         assert passed_over == {
-            "ending .heic unknown to Pillow": ["b.HEIC"],
-            "no ending": ["c"],
+            "extension .heic unknown to Pillow": ["b.HEIC"],
+            "no extension": ["c"],
             "hidden": [".d.png", ".e/f.png", "g/.DS_Store"],
-            "ending .txt unknown to Pillow": ["g/notes.txt"],
-            "ending .pdf unknown to Pillow": ["h.pdf"],  # which Pillow can write, and not open
+            "extension .txt unknown to Pillow": ["g/notes.txt"],
+            "extension .pdf unknown to Pillow": ["h.pdf"],  # which Pillow can write, and not open
             "broken link": ["i.png", "k.png"],
             "not a file": ["j.png"],
         }
@@ -62,9 +62,9 @@ class TestOneFolder:
     def test_a_phrase_counts(self, tmp_path: Path) -> None:
         touch(tmp_path, "a.png", "b", ".c", ".d")
         assert (
-            count_passed_over(list_class_folder(tmp_path).passed_over) == "3 files passed over (2 hidden, 1 no ending)"
+            count_passed_over(list_class_folder(tmp_path).passed_over) == "3 files skipped (2 hidden, 1 no extension)"
         )
-        assert count_passed_over({"hidden": [Path("a")]}) == "1 file passed over (1 hidden)"
+        assert count_passed_over({"hidden": [Path("a")]}) == "1 file skipped (1 hidden)"
         assert count_passed_over({}) == ""
 
 
@@ -76,7 +76,7 @@ class TestRoot:
         assert found.splits == ["all"] * 3 and found.class_names == ["ant", "bee", "cat"]
         assert found.labels.tolist() == [1, 2, 2]
         assert found.passed_over == {
-            "ending .md unknown to Pillow": [Path("README.md")],
+            "extension .md unknown to Pillow": [Path("README.md")],
             "in no class folder": [Path("loose.png")],
             "hidden": [Path("ant/.1.png")],
         }
@@ -91,9 +91,9 @@ class TestRoot:
         assert found.splits == ["train", "train", "val", "test"]
         assert found.class_names == ["a", "b", "c"] and found.labels.tolist() == [0, 1, 0, 2]
         assert {reason: len(paths) for reason, paths in found.passed_over.items()} == {
-            "ending .csv unknown to Pillow": 1,
+            "extension .csv unknown to Pillow": 1,
             "folder of no split": 1,
-            "ending .txt unknown to Pillow": 1,
+            "extension .txt unknown to Pillow": 1,
         }
 
     def test_a_test_folder_without_classes_is_passed_over(self, tmp_path: Path) -> None:
@@ -111,8 +111,8 @@ class TestRoot:
         [
             ([], "expected class folders in .*, got none; "),
             (["loose.png"], "expected class folders in .*, got none; "),
-            (["a/1.txt", "b/2"], r"expected images of two .*, got 0 of 0 \(2 files passed over"),
-            (["a/1.png", "b/2"], r"got 1 of 1 \(1 file passed over \(1 no ending\)\); put"),
+            (["a/1.txt", "b/2"], r"expected images of two .*, got 0 of 0 \(2 files skipped"),
+            (["a/1.png", "b/2"], r"got 1 of 1 \(1 file skipped \(1 no extension\)\); use"),
             (["train/a/1.png"], "got 1 of 1"),
             (["train/1.txt"], "expected class folders in .*train"),
         ],
@@ -128,5 +128,5 @@ class TestRoot:
             list_images(touch(tmp_path, *others))
 
     def test_no_such_root(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"expected a folder .*nowhere.*got none; check"):
+        with pytest.raises(FileNotFoundError, match=r"expected a folder .*nowhere.*got no such folder; check"):
             list_images(tmp_path / "nowhere")

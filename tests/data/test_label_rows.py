@@ -62,7 +62,7 @@ class TestCSV:
             ValueError, match=r"labels under one of new_label, label, labels in .* got path, noisy, split"
         ):
             read(tmp_path / "a.csv", "path,noisy,split\n" + rows)
-        with pytest.raises(ValueError, match=r"labels under 'z' in .* got path, noisy, split; name one"):
+        with pytest.raises(ValueError, match=r"labels under 'z' in .* got path, noisy, split; set the key"):
             read(tmp_path / "a.csv", "path,noisy,split\n" + rows, key="z")
 
     def test_rows_of_other_splits_are_passed_over(self, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ class TestCSV:
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("path,label\n", r"each of the 4 training samples in .*: ?.*4 missing \(first: 'train/a/0\.png'\); check"),
+            ("path,label\n", r"each of the 4 training samples in .*: ?.*4 missing \(first: 'train/a/0\.png'\); use"),
             (
                 f"path,label\n{PATHS[0]},cat\n{PATHS[0]},cat\nx,cat\n{PATHS[1]},dog\n",
                 r"rows that are 2 missing \(first: 'train/b/0\.png'\), 1 of no sample \(first: 'x'\), 1 duplicated \(",
@@ -150,7 +150,7 @@ class TestInADataModule:
         )
         with caplog.at_level("INFO", "lightning.pytorch"):
             data.setup("fit")
-        assert f"2 of 6 training samples dropped, as {tmp_path}/labels.csv says" in caplog.text
+        assert f"2 of 6 training samples dropped, according to {tmp_path}/labels.csv" in caplog.text
         assert data.num_samples == 4 and data.labels.tolist() == [1, 0, 1, 0]
         assert data.sample_paths() == ["train/a/0.png", "train/a/2.png", "train/b/0.png", "train/b/2.png"]
         batch = data.batch("train", torch.arange(4))

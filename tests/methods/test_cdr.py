@@ -86,14 +86,14 @@ def test_decay_of_absolute_values_adds_the_sign():
 
 
 def test_two_decays_at_once_are_refused():
-    with pytest.raises(ValueError, match=r"weight_decay 0 beside decay: l1, got 0\.0005"):
+    with pytest.raises(ValueError, match=r"weight_decay 0 for decay: l1, got 0\.0005"):
         trainer(1).fit(method(decay="l1"), data())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; give the fraction"),
+        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; set it to the known"),
         ({"noise_rate": 1.0}, r"noise_rate in \[0, 1\), got 1.0"),
         ({"schedule": "linear"}, "schedule 'constant' or 'gradual'"),
         ({"decay": "l3"}, "decay 'l1' or 'l2'"),

@@ -128,7 +128,7 @@ class TestSANMOverCrossEntropy:
     def test_the_oracle_without_true_labels_is_one_clear_sentence(self):
         images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 4
         module = method(SANM(quality="oracle"), warmup_epochs=0)
-        with pytest.raises(ValueError, match="quality: oracle needs batches with true_labels"):
+        with pytest.raises(ValueError, match="expected batches with true_labels for quality: oracle"):
             trainer(1).fit(module, DataLoader(TensorDataset(images, labels), 4))
 
     def test_logs_quality_masked_fraction_and_both_losses(self):
@@ -242,7 +242,7 @@ class TestWrongInput:
             ({"num_classes": 4, "network": "small_cnn", "std": (1.0, 0.0, 1.0)}, "three positive standard deviations"),
             (
                 {"num_classes": 4, "network": "resnet18", "image_size": (32, 32), "sanm": SANM()},
-                "more than one place, got 1 x 1",
+                "more than one position, got 1 x 1",
             ),
             (
                 {"num_classes": 4, "network": "vgg11", "sanm": SANM()},

@@ -224,7 +224,7 @@ def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_trainin
     name = type(make()).__name__
     module, count = make(**({"k": 1} if name == "SSR" else {})), Steps()
     refused = {"SSR": min(samples, batch_size) == 1, "DivideMix": samples == 1, "C2D": samples == 1}.get(name, False)
-    sentence = "at least 2 samples per step" if name == "SSR" else "expected 2 training samples or more"
+    sentence = "at least 2 samples per step" if name == "SSR" else "expected 2 or more training samples"
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
         fit(module, data(num_samples=samples, batch_size=batch_size), epochs=2, callbacks=[count])
     assert bool(count.begun) is not refused

@@ -245,6 +245,11 @@ class TestCommandLine:
         assert results[0] == results[1]
         assert results[0]["epochs"] == 3
 
+    def test_predictions_are_complete_and_without_duplicates(self, launched):
+        lines = (launched[0] / "predicted" / "predictions.csv").read_text().splitlines()
+        assert lines[0] == "index,predicted_label,confidence,p_0,p_1,p_2,p_3"
+        assert [line.split(",")[0] for line in lines[1:]] == [str(number) for number in range(9)]
+
     @pytest.mark.parametrize("root", ["here", "there"])
     def test_the_list_of_wrong_labels_is_complete_and_free_of_duplicates(self, launched, root):
         run = launched[0] / root / "lightning_logs" / "version_0"

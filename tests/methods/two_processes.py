@@ -310,12 +310,13 @@ COMMAND = [
 
 
 def command_line() -> dict[str, Any]:
-    """Train by the command line, relaunch it with ``--ckpt_path last``, and train the whole in one go."""
+    """Train by the command line, relaunch it with ``--ckpt_path last``, train the whole in one go; and predict."""
     sys.argv = ["sanm"]
     main([*COMMAND, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "here"])
     torch.distributed.barrier()
     again = main([*COMMAND, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "here", "--ckpt_path", "last"])
     whole = main([*COMMAND, "--trainer.max_epochs", "3", "--trainer.default_root_dir", "there"])
+    main(["predict", *COMMAND[1:], "--trainer.logger", "false", "--trainer.default_root_dir", "predicted"])
     return {"again": state_of(again.model), "whole": state_of(whole.model)}
 
 

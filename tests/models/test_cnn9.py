@@ -61,7 +61,7 @@ class TestCNN9:
             assert network(torch.ones(1, 3, 28, 28)).shape == (1, network.num_classes) == (1, 3)
 
     def test_refuses_weights_that_do_not_exist(self) -> None:
-        with pytest.raises(ValueError, match="cnn9 has no pre-trained weights"):
+        with pytest.raises(ValueError, match="cnn9, which has no pre-trained weights"):
             timm.create_model("cnn9", pretrained=True)
 
     def test_refuses_an_option_it_does_not_have(self) -> None:

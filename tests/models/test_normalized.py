@@ -99,11 +99,12 @@ class TestCreateNetwork:
 
     def test_of_a_name_with_a_typing_error_shows_the_nearest(self) -> None:
         with pytest.raises(
-            ValueError, match=r"expected the name of a timm model, got 'preact_resnet_18'; near: .*preact_resnet18"
+            ValueError,
+            match=r"expected the name of a timm model, got 'preact_resnet_18'; choose one of .*preact_resnet18",
         ):
             create_network("preact_resnet_18", 4)
 
     @pytest.mark.parametrize("name", ["preact_resnet18", "cnn9"])
     def test_refuses_weights_that_do_not_exist(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"{name} has no pre-trained weights"):
+        with pytest.raises(ValueError, match=f"{name}, which has no pre-trained weights"):
             create_network(name, 4, pretrained=True)

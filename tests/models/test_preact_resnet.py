@@ -92,7 +92,7 @@ class TestPreActResNet18:
         assert timm.create_model("preact_resnet18", width=4, in_chans=1)(torch.rand(1, 1, 16, 16)).shape == (1, 10)
 
     def test_refuses_weights_that_do_not_exist(self) -> None:
-        with pytest.raises(ValueError, match="preact_resnet18 has no pre-trained weights"):
+        with pytest.raises(ValueError, match="preact_resnet18, which has no pre-trained weights"):
             timm.create_model("preact_resnet18", pretrained=True)
 
     def test_refuses_an_option_it_does_not_have(self) -> None:

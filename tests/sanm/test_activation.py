@@ -200,7 +200,7 @@ class TestFeatureMap:
 
     @pytest.mark.parametrize("shape", [(2, 16, 8), (2, 8), (2, 4, 4, 4)])
     def test_refuses_what_holds_no_map(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"expected a feature map \(B, 8, h, w\).*got .*not one of tokens"):
+        with pytest.raises(ValueError, match=r"expected a feature map \(B, 8, h, w\).*got .*not a token-based one"):
             feature_map(torch.ones(shape), 8)
 
 
@@ -225,5 +225,7 @@ class TestClassifierWeight:
 
     @pytest.mark.parametrize("head", [nn.Linear(16, 3), nn.Identity(), nn.Sequential(nn.Linear(8, 3))])
     def test_refuses_a_head_that_is_not_one_linear_layer_on_the_map(self, head: nn.Module) -> None:
-        with pytest.raises(ValueError, match=r"(?s)one linear classifier on the 8 pooled .* Ending ends with.*energy"):
+        with pytest.raises(
+            ValueError, match=r"(?s)one linear classifier on the 8 pooled features of Ending .*, got .*energy"
+        ):
             classifier_weight(Ending(head), 8)  # type: ignore[arg-type]

@@ -599,12 +599,12 @@ class TestRefusals:
     def test_manual_optimization(self) -> None:
         module = Stranger()
         module.automatic_optimization = False
-        self.refused(module, "optimizes by hand")
+        self.refused(module, "expected automatic optimization in Stranger, got manual optimization")
 
     def test_no_linear_classifier(self) -> None:
         module = Stranger()
         module.net = nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.refused(module, "Sequential has no linear classifier from the 3 channels")
+        self.refused(module, "expected a linear classifier from the 3 channels .* in Sequential .*, got none")
         fit(module, SANMCallback(SANM(place="energy"), network="net"))
 
     def test_a_hidden_layer_before_the_classifier(self) -> None:
@@ -612,18 +612,18 @@ class TestRefusals:
         module.net = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, CLASSES)
         )
-        self.refused(module, "no linear classifier from the 4 channels")
+        self.refused(module, "expected a linear classifier from the 4 channels")
 
     def test_no_pooling_and_no_layer(self) -> None:
         module = Stranger()
         module.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, CLASSES))
-        self.refused(module, "no average pooling .* layer=")
+        self.refused(module, "expected average pooling .*, got none; .* layer=")
 
     def test_a_wrong_name_of_the_network(self) -> None:
-        self.refused(Stranger(), "no submodule 'body' .* it has: net", network="body")
+        self.refused(Stranger(), "expected a submodule 'body' .*, got none; choose one of net", network="body")
 
     def test_a_wrong_name_of_the_layer(self) -> None:
-        self.refused(Stranger(), "Small has no layer 'body'", network="net", layer="body")
+        self.refused(Stranger(), "expected a layer 'body' in Small", network="net", layer="body")
 
     def test_an_unusual_name_of_the_network(self) -> None:
         class Unusual(Stranger):
@@ -638,18 +638,18 @@ class TestRefusals:
             def configure_optimizers(self) -> Any:
                 return torch.optim.SGD(self.parameters(), lr=0.1)
 
-        self.refused(Unusual(), r"name it with network= \(there are: body\)")
+        self.refused(Unusual(), r"set another submodule with network= \(available: body\)")
         fit(Unusual(), SANMCallback(network="body"))
 
     def test_a_map_of_one_place(self) -> None:
         module = Stranger()
         module.net.conv = nn.Conv2d(3, 8, 8)
-        self.refused(module, r"feature map of more than one place, got 1 x 1 .*Small on images of 8 x 8")
+        self.refused(module, r"feature map of more than one position, got 1 x 1 .*Small on images of 8 x 8")
 
     @pytest.mark.parametrize(
         ("batch", "match"),
         [
-            ({"x": torch.zeros(2, 3, 8, 8)}, r"batches \(images, labels, ...\) of tensors, got dict"),
+            ({"x": torch.zeros(2, 3, 8, 8)}, r"batches \(images, labels, ...\) of tensors for SANM, got dict"),
             ([torch.zeros(2, 3, 8, 8), torch.zeros(2)], r"expected labels .* got \(2,\) of torch.float32"),
             ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, dtype=torch.int64)], r"expected labels .* torch.int64"),
         ],
@@ -669,7 +669,7 @@ class TestRefusals:
         module = Stranger()
         module.net.conv = nn.Conv2d(1, 8, 3)
         data = served([[torch.zeros(2, 1, 8, 8), torch.zeros(2).long()]])
-        self.refused(module, r"does not run on images \(2, 3, 8, 8\)", data=data)
+        self.refused(module, r"to accept images \(2, 3, 8, 8\), got", data=data)
 
     def test_a_step_that_never_runs_the_network(self) -> None:
         class Elsewhere(Stranger):
@@ -680,10 +680,14 @@ class TestRefusals:
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 return F.cross_entropy(self.other(batch[0]), batch[1])
 
-        self.refused(Elsewhere(), r"did not run the network that SANM looks at \(Small\)")
+        self.refused(Elsewhere(), r"expected the training step of Elsewhere to run the network of SANM \(Small\)")
 
     def test_the_oracle_without_true_labels(self) -> None:
-        self.refused(Stranger(), "oracle needs batches with true_labels", sanm=SANM(quality="oracle", warmup_epochs=0))
+        self.refused(
+            Stranger(),
+            "expected batches with true_labels for quality: oracle, got none",
+            sanm=SANM(quality="oracle", warmup_epochs=0),
+        )
         fit(Stranger(), SANMCallback(SANM(quality="oracle")), data=toy())
 
 

@@ -469,7 +469,7 @@ class TestPlaces:
 
     @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
     def test_a_frozen_network_without_a_class_activation_map_is_refused_at_once(self, name: str) -> None:
-        with pytest.raises(ValueError, match=r"SANM needs a convolutional|class activation map needs one linear"):
+        with pytest.raises(ValueError, match=r"use a convolutional network|expected one linear classifier"):
             FrozenNetwork(name, pretrained=False)
 
 
@@ -567,7 +567,7 @@ class TestQualityOfTheModule:
         assert sanm(net, images, targets, quality).ratio.nonzero().flatten().tolist() == [2]
 
     def test_of_an_oracle_needs_true_labels(self) -> None:
-        with pytest.raises(ValueError, match="quality: oracle needs batches with true_labels, got none"):
+        with pytest.raises(ValueError, match="expected batches with true_labels for quality: oracle, got none"):
             SANM(quality="oracle").source_of_quality(batch()[1])
 
 
@@ -624,7 +624,7 @@ class TestBuild:
 
     @pytest.mark.parametrize("place", ["cam", "energy"])
     def test_refuses_a_map_of_one_place(self, place: Any) -> None:
-        with pytest.raises(ValueError, match=r"more than one place, got 1 x 1 .*Small on images of 4 x 4"):
+        with pytest.raises(ValueError, match=r"more than one position, got 1 x 1 .*Small on images of 4 x 4"):
             SANM(place=place).build(network(), (4, 4))
 
     @pytest.mark.parametrize("options", [{"place": "random"}, {"mask": False}])
@@ -634,13 +634,13 @@ class TestBuild:
     @pytest.mark.parametrize("place", ["cam", "energy"])
     def test_refuses_a_network_of_tokens(self, place: Any) -> None:
         net = timm.create_model("test_vit", num_classes=4, img_size=32)
-        with pytest.raises(ValueError, match=r"expected a feature map \(B, 64, h, w\).*not one of tokens"):
+        with pytest.raises(ValueError, match=r"expected a feature map \(B, 64, h, w\).*not a token-based one"):
             SANM(place=place).build(net, (32, 32))
 
     @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_mambaout"])
     def test_refuses_a_head_with_a_hidden_layer_and_names_the_way_out(self, name: str) -> None:
         net = timm.create_model(name, num_classes=4).eval()
-        with pytest.raises(ValueError, match=r"(?s)needs one linear classifier.*choose place: energy"):
+        with pytest.raises(ValueError, match=r"(?s)expected one linear classifier.*choose place: energy"):
             SANM().build(net, (64, 64))
         sanm, images = SANM(place="energy"), random(2, 3, 64, 64)
         sanm.build(net, (64, 64))
@@ -649,7 +649,7 @@ class TestBuild:
         assert sanm.reconstruction(net.forward_features(views.images), images) > 0
 
     def test_must_come_before_reconstruction(self) -> None:
-        with pytest.raises(RuntimeError, match=r"SANM has no decoder yet; call sanm.build"):
+        with pytest.raises(RuntimeError, match=r"expected a decoder of SANM, got none; call sanm.build"):
             SANM().reconstruction(random(2, 6, 4, 4), random(2, 3, 16, 16))
 
 
@@ -689,20 +689,20 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"mu": 1.1}, r"SANM expected mu in \[0, 1\], got 1.1"),
-            ({"mu": float("nan")}, r"SANM expected mu in \[0, 1\], got nan"),
-            ({"delta": 0}, r"SANM expected delta in \(0, 1\], got 0"),
-            ({"delta": 1.25}, r"SANM expected delta in \(0, 1\], got 1.25"),
-            ({"beta": -1}, "SANM expected beta >= 0, got -1"),
-            ({"place": "centre"}, "SANM expected a place among .*, got 'centre'"),
-            ({"ratio": "all"}, "SANM expected a ratio among .*, got 'all'"),
-            ({"ratio": "random", "ratio_range": (0.4, 0.2)}, "SANM expected 0 <= low <= high <= 1 in ratio_range"),
-            ({"ratio": "random", "ratio_range": (0.4, 1.2)}, "SANM expected 0 <= low <= high <= 1 in ratio_range"),
-            ({"quality": "true"}, "SANM expected quality 'estimated', 'oracle' or a QualityEstimator, got 'true'"),
+            ({"mu": 1.1}, r"expected mu in \[0, 1\], got 1.1"),
+            ({"mu": float("nan")}, r"expected mu in \[0, 1\], got nan"),
+            ({"delta": 0}, r"expected delta in \(0, 1\], got 0"),
+            ({"delta": 1.25}, r"expected delta in \(0, 1\], got 1.25"),
+            ({"beta": -1}, "expected beta >= 0, got -1"),
+            ({"place": "centre"}, "expected a place among .*, got 'centre'"),
+            ({"ratio": "all"}, "expected a ratio among .*, got 'all'"),
+            ({"ratio": "random", "ratio_range": (0.4, 0.2)}, "expected 0 <= low <= high <= 1 in ratio_range"),
+            ({"ratio": "random", "ratio_range": (0.4, 1.2)}, "expected 0 <= low <= high <= 1 in ratio_range"),
+            ({"quality": "true"}, "expected quality 'estimated', 'oracle' or a QualityEstimator, got 'true'"),
             ({"evidence": "accuracy"}, "expected evidence 'loss' or 'margin', got 'accuracy'"),
             ({"history": 2.0}, "expected history 'last', 'mean' or a momentum"),
-            ({"fill": "zero"}, "SANM expected fill 'pixel' or 'channel', got 'zero'"),
-            ({"warmup_epochs": -1}, "SANM expected warmup_epochs >= 0 or null, got -1"),
+            ({"fill": "zero"}, "expected fill 'pixel' or 'channel', got 'zero'"),
+            ({"warmup_epochs": -1}, "expected warmup_epochs >= 0 or null, got -1"),
         ],
     )
     def test_arguments_out_of_range(self, arguments: dict[str, Any], message: str) -> None:

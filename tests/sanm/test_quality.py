@@ -123,7 +123,7 @@ class TestCleanProbability:
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
     def test_refuses_losses_that_are_not_finite(self, bad: float) -> None:
-        message = "expected finite losses, got 1 NaN or infinite of 3; has training diverged"
+        message = "expected finite losses, got 1 NaN or infinite of 3; check whether training has diverged"
         with pytest.raises(ValueError, match=message):
             clean_probability(torch.tensor([0.0, bad, 1.0]))
         with pytest.raises(ValueError, match=message):

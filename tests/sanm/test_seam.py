@@ -42,7 +42,9 @@ class Normed(nn.Module):
 
 class TestExactness:
     def test_a_head_that_is_more_than_one_linear_map_is_refused_by_name(self):
-        with pytest.raises(ValueError, match=r"Normed does more between its last feature map .* choose place: energy"):
+        with pytest.raises(
+            ValueError, match=r"between the last feature map and the logits of Normed; choose place: energy"
+        ):
             SANM().build(Normed(), (16, 16))
 
     def test_and_is_served_by_the_energy_map(self, batch):

@@ -44,7 +44,7 @@ class Mixed(SANMMixin, Step):
 def test_fsdp_is_refused_in_a_sentence(module, callbacks):
     run = trainer(1, strategy=Alone(), callbacks=callbacks)
     with pytest.raises(
-        MisconfigurationException, match=r"needs whole weights .* Alone shares them out; .*strategy ddp"
+        MisconfigurationException, match=r"expected a strategy without sharded weights .*, got Alone; .*strategy ddp"
     ):
         run.fit(module, data())
 

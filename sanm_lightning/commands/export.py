@@ -1,0 +1,246 @@
+"""``sanm export``: a trained method for use elsewhere, as weights or as a whole predictor."""
+
+import contextlib
+import copy
+import importlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors.torch import save
+
+from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.models import Normalized
+from sanm_lightning.predictor import Predictor, TrainedMethod, load_method
+from sanm_lightning.safe_files import require_folder
+
+__all__ = ["FORMATS", "export", "main"]
+
+FORMATS = ("safetensors", "torch", "onnx")
+INPUTS = ("float32", "uint8")
+NOT_OF_THE_NETWORK = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
+"""Options of timm's factory that say where the first weights came from."""
+
+
+def export(
+    ckpt_path: str,
+    out: str,
+    format: list[str] | None = None,
+    input_dtype: str = "float32",
+    method: type[NoisyLabelModule] | None = None,
+) -> int:
+    """Write a trained method into a new folder.
+
+    ``safetensors`` writes the weights of each network, into ``network/`` and, of a second one, ``network2/``: with timm's own
+    key names and a ``config.json`` that ``timm.create_model("local-dir:FOLDER/network", pretrained=True)`` reads (timm 1.0.16
+    or newer) where the architecture is timm's. ``torch`` and ``onnx`` write the whole predictor, with its normalization and
+    ensemble: ``predictor.pt2`` for ``torch.export.load``, ``predictor.onnx`` for an ONNX runtime, and ``predictor.json``, which
+    says what goes in and comes out.
+
+    Args:
+        ckpt_path: checkpoint of a method of this package.
+        out: folder that is made; it must not exist, or be empty.
+        format: one or more of ``safetensors``, ``torch``, ``onnx``; by default ``safetensors``.
+        input_dtype: of the images that a whole predictor takes: ``float32`` in [0, 1], or ``uint8`` in [0, 255].
+        method: class of a method of your own, as ``my_module.MyMethod``, for its checkpoints.
+
+    Returns:
+        Exit status, 0.
+
+    Raises:
+        ValueError: the file is no checkpoint of a method, a format is unknown, its packages are missing, or the network cannot
+            be traced.
+        OSError: a file is missing, ``out`` has files in it, or cannot be written.
+    """
+    formats = list(dict.fromkeys(format or ["safetensors"]))
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or input_dtype not in INPUTS:
+        raise ValueError(
+            f"expected formats among {', '.join(FORMATS)} and an input_dtype among {', '.join(INPUTS)}, got "
+            f"{', '.join(formats)} and {input_dtype}; choose from these"
+        )
+    if "onnx" in formats:
+        _require_onnx()
+    _require_new_folder(Path(out))
+    trained = load_method(ckpt_path, method)
+    predictor = Predictor(trained.module) if formats != ["safetensors"] else None
+    said = []
+    with _new_folder(Path(out)) as folder:
+        if "safetensors" in formats:
+            for name, network in zip(("network", "network2"), trained.module.networks, strict=False):
+                write_network(folder / name, network, trained)
+                said.append(f"{name}/model.safetensors")
+        if predictor is not None:
+            program = _traced(predictor, input_dtype)
+            (folder / "predictor.json").write_text(_text(_description(trained, input_dtype)), encoding="utf-8")
+            if "torch" in formats:
+                torch.export.save(program, folder / "predictor.pt2")
+                said.append("predictor.pt2")
+            if "onnx" in formats:
+                _write_onnx(program, folder / "predictor.onnx")
+                said.append("predictor.onnx")
+    print(f"{type(trained.module).__name__} with {len(trained.class_names)} classes: {', '.join(said)} in {out}")
+    return 0
+
+
+# Weights ---------------------------------------------------------------------------------------------------------------
+
+
+def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> None:
+    """Write ``model.safetensors`` and ``config.json`` of one network; without its classifier where that was not trained.
+
+    Args:
+        folder: that is made.
+        network: with normalization inside.
+        trained: the method that it belongs to.
+    """
+    whole = copy.deepcopy(network)
+    if not trained.module.trains_classifier:
+        whole.network.reset_classifier(0)
+    of_timm = type(network.network).__module__.split(".")[0] == "timm"
+    state = (whole.network if of_timm else whole).state_dict()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(
+        save({key: part.clone().contiguous() for key, part in state.items()}, metadata={"format": "pt"})
+    )
+    (folder / "config.json").write_text(_text(_config(network, trained, of_timm)), encoding="utf-8")
+
+
+def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[str, Any]:
+    """Return what timm's hub format says of a network, and how to load it."""
+    settings = trained.module.hparams
+    name = str(settings["network"]).split(".")[0]
+    options = {
+        key: value for key, value in (settings.get("network_args") or {}).items() if key not in NOT_OF_THE_NETWORK
+    }
+    height, width = trained.module.image_size
+    own = getattr(network.network, "pretrained_cfg", None) or {}
+    kept = ("first_conv", "classifier", "fixed_input_size")
+    classes = len(trained.class_names) if trained.module.trains_classifier else 0
+    config: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": classes,
+        "num_features": network.num_features,
+        **({"label_names": trained.class_names} if classes else {}),
+        **({"model_args": options} if options else {}),
+        "pretrained_cfg": {
+            **{key: own[key] for key in kept if own.get(key) is not None},
+            "num_classes": classes,
+            "input_size": [3, height, width],
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+            "interpolation": "bilinear",
+            "crop_pct": max(height, width) / trained.decode_size,
+            "crop_mode": "center",
+            "custom_load": False,
+        },
+        "library": "timm" if of_timm else "sanm_lightning",
+        "method": type(trained.module).__name__,
+    }
+    if not of_timm:
+        config["load"] = (
+            "sanm_lightning.models.create_network(architecture, num_classes, **model_args).load_state_dict("
+            "safetensors.torch.load_file('model.safetensors')); it takes images in [0, 1], mean and std are among its weights"
+        )
+    return config
+
+
+# The whole predictor ---------------------------------------------------------------------------------------------------
+
+
+def _traced(predictor: Predictor, input_dtype: str) -> Any:
+    images = torch.rand(2, 3, *predictor.image_size)
+    if input_dtype == "uint8":
+        images = (images * 255).to(torch.uint8)
+    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    try:
+        with torch.no_grad():
+            return torch.export.export(predictor, (images,), dynamic_shapes=shapes)
+    except Exception as error:  # of torch's tracing, in many types
+        raise ValueError(
+            f"expected a network that torch.export can trace with any batch size, got {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}; export it as safetensors"
+        ) from error
+
+
+def _write_onnx(program: Any, path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        made = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["probabilities"], verbose=False
+        )
+        assert made is not None
+        made.save(path)
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxscript"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(
+                f"expected the package {name} for the format onnx, got none; install the extra 'onnx'"
+            ) from error
+
+
+def _description(trained: TrainedMethod, input_dtype: str) -> dict[str, Any]:
+    height, width = trained.module.image_size
+    return {
+        "method": type(trained.module).__name__,
+        "class_names": trained.class_names,
+        "input": {
+            "name": "images",
+            "shape": ["batch", 3, height, width],
+            "dtype": input_dtype,
+            "range": [0, 255] if input_dtype == "uint8" else [0, 1],
+            "channels": "RGB",
+            "resize_short_side": trained.decode_size,
+            "center_crop": [height, width],
+        },
+        "output": {"name": "probabilities", "shape": ["batch", len(trained.class_names)], "dtype": "float32"},
+    }
+
+
+# Files -----------------------------------------------------------------------------------------------------------------
+
+
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _require_new_folder(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "a folder with files" if folder.is_dir() else "a file"
+        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got {what}; name another with --out")
+    require_folder(folder.absolute().parent)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder that takes its name when everything is in it, and not before."""
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        os.replace(draft, folder)
+    except OSError as error:
+        raise OSError(
+            f"{str(folder)!r} cannot be written ({error.strerror or error}); make room, or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def main(words: list[str]) -> int:
+    """Parse the words after ``sanm export`` and run it; return the exit status."""
+    parser = ArgumentParser(prog="sanm export", description="Write a trained method into a folder, for use elsewhere.")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["safetensors"], help="one or more of them")
+    parser.add_argument("--input_dtype", choices=INPUTS, default="float32", help="of the images that a predictor takes")
+    parser.add_function_arguments(export, skip={"format", "input_dtype"}, as_group=False)
+    return export(**parser.instantiate_classes(parser.parse_args(words)).as_dict())

@@ -1,0 +1,148 @@
+"""Tables of predictions: one row per image with the name of its class and the probabilities of all classes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from sanm_lightning.class_names import named_classes
+from sanm_lightning.csv_tables import write_csv
+from sanm_lightning.data import NoisyDataModule
+from sanm_lightning.random_streams import several_processes
+
+__all__ = ["PredictionRecord", "write_predictions"]
+
+Array = np.ndarray[Any, Any]
+
+
+def write_predictions(
+    path: str | Path,
+    keys: Mapping[str, Sequence[str]],
+    probabilities: Array,
+    class_names: Sequence[str],
+    errors: Mapping[int, str] | None = None,
+) -> None:
+    """Write a CSV file, whole or not at all: the columns of ``keys``, predicted_label, confidence, ``p_<class name>``.
+
+    Args:
+        path: the file; one that exists is replaced.
+        keys: what names a sample: columns of N texts each, by their heading.
+        probabilities: shape (N, C), in [0, 1].
+        class_names: C names.
+        errors: reasons by row why there is no prediction; such a row is empty but for the reason in a last column ``error``.
+            None leaves the column out.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header = [*keys, "predicted_label", "confidence", *(f"p_{name}" for name in class_names)]
+    failed = errors or {}
+
+    def rows() -> Any:
+        for number, row in enumerate(probabilities):
+            key = [column[number] for column in keys.values()]
+            if number in failed:
+                yield [*key, *[""] * (2 + len(class_names)), failed[number]]
+                continue
+            cells = [f"{value:.6f}" for value in row.tolist()]
+            found = [class_names[int(row.argmax())], f"{row.max():.6f}", *cells]
+            yield [*key, *found, *([] if errors is None else [""])]
+
+    write_csv(path, header if errors is None else [*header, "error"], rows())
+
+
+class PredictionRecord(L.Callback):
+    """Write ``predictions.csv`` into the run directory after ``predict``; in one process, for all of them.
+
+    Rows are named by ``path`` where the data module knows the files, else by ``index``: the position in the original set, or in
+    what a loader of one's own serves. With several loaders, a column ``set`` names the loader. A file that is there already is
+    kept, and the next one is ``predictions_1.csv``. Written for modules whose ``predict_step`` returns ``probabilities``
+    (B, C) by that name, as all methods of this package do; not under ``fast_dev_run``.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[int, list[tuple[Array, Array]]] = {}
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin anew."""
+        self._parts = {}
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note the predictions of a batch."""
+        found = outputs.get("probabilities") if isinstance(outputs, Mapping) else None
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            return
+        parts = self._parts.setdefault(dataloader_idx, [])
+        index = outputs.get("index")
+        if index is None:  # processes get the samples of a loader in turn
+            served = sum(len(rows) for rows, _ in parts)
+            index = (served + torch.arange(len(found))) * trainer.world_size + trainer.global_rank
+        parts.append((index.cpu().numpy(), found.float().cpu().numpy()))
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write the table. A collective."""
+        mine = {loader: tuple(map(np.concatenate, zip(*parts, strict=True))) for loader, parts in self._parts.items()}
+        self._parts = {}
+        shares: list[Any] = [mine]
+        if several_processes():
+            shares = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, mine)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every rank asks, the answer is broadcast
+        loaders = sorted({loader for share in shares for loader in share})
+        if not trainer.is_global_zero or trainer.fast_dev_run or not loaders:
+            return
+        if not getattr(pl_module, "trains_classifier", True):
+            rank_zero_info(f"no predictions.csv: {type(pl_module).__name__} trains no classifier")
+            return
+        data = trainer.datamodule
+        keys: dict[str, list[str]] = {}
+        tables = []
+        for loader in loaders:
+            index, rows = (
+                np.concatenate(parts) for parts in zip(*(s[loader] for s in shares if loader in s), strict=True)
+            )
+            index, first = np.unique(index, return_index=True)  # sorted; a sampler may have filled up with duplicates
+            tables.append(rows[first])
+            split = _loader_name(data, loader)
+            heading, names = _sample_names(data, split, index)
+            keys.setdefault(heading, []).extend(names)
+            if len(loaders) > 1:
+                keys.setdefault("set", []).extend([split] * len(names))
+        probabilities = np.concatenate(tables)
+        names = named_classes(data) or getattr(pl_module, "class_names", None) or []
+        if len(names) != probabilities.shape[1]:
+            names = [str(label) for label in range(probabilities.shape[1])]
+        path = _free(folder / "predictions.csv")
+        write_predictions(path, keys, probabilities, names)
+        rank_zero_info(f"predictions of {len(probabilities)} samples: {path}")
+
+
+def _loader_name(data: Any, loader: int) -> str:
+    names = getattr(data, "test_names", None) or []
+    return str(names[loader]) if loader < len(names) else str(loader)
+
+
+def _sample_names(data: Any, split: str, index: Array) -> tuple[str, list[str]]:
+    """Return the heading and the names of samples, from their positions in a split."""
+    if not isinstance(data, NoisyDataModule):
+        return "index", [str(number) for number in index.tolist()]
+    paths = data.sample_paths(split)
+    if paths is not None:
+        return "path", [paths[number] for number in index.tolist()]
+    return "index", [str(number) for number in data.table(split).origin[torch.from_numpy(index)].tolist()]
+
+
+def _free(path: Path) -> Path:
+    """Return a name that no file has: the given one, or with a number."""
+    number, free = 0, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    return free

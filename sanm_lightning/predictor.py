@@ -1,0 +1,156 @@
+"""A trained method without its training: images in, class probabilities out."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sanm_lightning import methods
+from sanm_lightning.class_names import class_names_of
+from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.safe_files import read_checkpoint
+
+__all__ = ["Predictor", "TrainedMethod", "find_device", "load_method", "load_predictor"]
+
+
+class TrainedMethod(NamedTuple):
+    """What a checkpoint knows.
+
+    Attributes:
+        module: the method with its weights, in evaluation mode, on the CPU.
+        class_names: C names in the order of the class indices; numbers where the checkpoint has no names.
+        decode_size: side in pixels of the squares that images are brought to before their middle is cut out, at least as large
+            as the larger side of ``module.image_size``.
+    """
+
+    module: NoisyLabelModule
+    class_names: list[str]
+    decode_size: int
+
+
+class Predictor(nn.Module):
+    """Images to class probabilities: normalization and ensemble are inside, what only a training needs is not.
+
+    Args:
+        module: a trained method. It is copied, and the copy put into evaluation mode.
+
+    Raises:
+        ValueError: the method trains no classifier.
+    """
+
+    def __init__(self, module: NoisyLabelModule) -> None:
+        super().__init__()
+        if not module.trains_classifier:
+            raise ValueError(
+                f"expected a method with a trained classifier, got {type(module).__name__}, which trains an encoder; export it "
+                "as safetensors, or train a method from it"
+            )
+        self.image_size = module.image_size
+        self.method = _used_parts(module)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), uint8 or floating in [0, 1] -> class probabilities (B, C), float32."""
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        probabilities: Tensor = self.method(scaled).float().softmax(1)
+        return probabilities
+
+
+def _used_parts(module: NoisyLabelModule) -> NoisyLabelModule:
+    """Copy a method, and leave out the parts that its forward does not call: decoders, teachers, state of the samples."""
+    slim = copy.deepcopy(module).eval().requires_grad_(False)
+    used: set[str] = set()
+    handles = [
+        part.register_forward_hook(lambda *_, name=name: used.add(name.split(".")[0]))
+        for name, part in slim.named_modules()
+        if name
+    ]
+    with torch.no_grad():
+        slim(torch.zeros(1, 3, *slim.image_size))
+    for handle in handles:
+        handle.remove()
+    for name, _ in list(slim.named_children()):
+        if name not in used:
+            delattr(slim, name)
+    return slim
+
+
+def load_predictor(path: str | Path, method: type[NoisyLabelModule] | None = None) -> Predictor:
+    """Return the predictor of a checkpoint; see :func:`load_method`.
+
+    Args:
+        path: a checkpoint of a method of this package.
+        method: class of a method of your own.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of a method, or the method trains no classifier.
+    """
+    return Predictor(load_method(path, method).module)
+
+
+def load_method(path: str | Path, method: type[NoisyLabelModule] | None = None) -> TrainedMethod:
+    """Rebuild a trained method from its checkpoint alone. Nothing that the file may hold is executed.
+
+    Args:
+        path: a checkpoint of a method of this package, whose network was given by name.
+        method: class of a method of your own, for its checkpoints.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint, or one of another module.
+    """
+    checkpoint = read_checkpoint(path)
+    kept = checkpoint.get("method")
+    name = kept.get("name") if isinstance(kept, Mapping) else None
+    if method is None:
+        found = getattr(methods, name, None) if isinstance(name, str) else None
+        if not (isinstance(found, type) and issubclass(found, NoisyLabelModule)):
+            raise ValueError(
+                f"expected a checkpoint of a method of this package in {str(path)!r}, got one of {name or 'another module'}; "
+                "give the class of a method of your own with --method, and use Trainer.predict for any other module"
+            )
+        method = found
+    settings = checkpoint.get("hyper_parameters")
+    if not isinstance(settings, Mapping) or not isinstance(settings.get("network"), str):
+        raise ValueError(
+            f"expected a checkpoint whose network was given by name in {str(path)!r}, got one without a name; rebuild the "
+            "module in Python, and use sanm_lightning.predictor.Predictor"
+        )
+    try:
+        module = method.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
+    except (TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"expected a checkpoint of {method.__name__} in {str(path)!r}, got one that it cannot be rebuilt from "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); use the version of this package that wrote it"
+        ) from error
+    return TrainedMethod(module, class_names_of(checkpoint), _decode_size(checkpoint, module.image_size))
+
+
+def _decode_size(checkpoint: Mapping[str, Any], image_size: tuple[int, int]) -> int:
+    """Return the side that the data of the training were decoded at; the larger side of the images where it is not known."""
+    states = [part for part in checkpoint.values() if isinstance(part, Mapping) and "draws" in part]
+    data = (checkpoint.get("settings") or {}).get("data") or {}
+    known = [part.get("decode_size") for part in (*states, data.get("init_args") or {})]
+    sides = [max(size) if isinstance(size, (list, tuple)) else size for size in known if size]
+    return max(*image_size, *(int(side) for side in sides[:1]))
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is a GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"expected a device such as cpu or cuda, got {name!r} ({(str(error).splitlines() or [''])[0]}); use auto"
+        ) from error
+    return device
