@@ -192,7 +192,7 @@ class TestQuality:
         assert audit.metrics is not None
 
     def test_an_epoch_is_the_least(self):
-        with pytest.raises(ValueError, match="expected epochs of 1 or more, got 0; use 1 for the last one alone"):
+        with pytest.raises(ValueError, match="expected epochs of 1 or more, got 0; use 1 for the last epoch only"):
             LabelAudit(epochs=0)
 
 

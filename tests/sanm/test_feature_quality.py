@@ -105,7 +105,7 @@ class TestAuditQuality:
         labels = source.labels.numpy().copy()
         labels[[3, 5, 60]] = (labels[[3, 5, 60]] + 1) % 4
         with pytest.raises(
-            ValueError, match=r"expected the given labels that .*, got others for 3 of 64 training samples"
+            ValueError, match=r"expected the given labels of the audit .*, got different labels for 3 of 64 training"
         ):
             trainer(1).fit(audited(write_audit(tmp_path / "a", source, labels=labels)), source)
 
@@ -114,7 +114,7 @@ class TestAuditQuality:
         path = write_audit(tmp_path / "a", source, np.arange(60))
         with pytest.raises(
             ValueError,
-            match=r"expected all 64 training samples in the audit .*, got 60; missing are 4, such as 'index 60'",
+            match=r"expected all 64 training samples in the audit .*, got 60; 4 are missing, such as 'index 60'",
         ):
             trainer(1).fit(audited(path), source)
 
@@ -225,7 +225,9 @@ class TestModulesOfOnesOwn:
             run.fit(module, Counted(source))
             np.testing.assert_allclose(sanm.label_quality.values, np.arange(64) / 64, atol=1e-6)
             return
-        with pytest.raises(ValueError, match=r"got others in 64 samples of the epoch before; audit the labels"):
+        with pytest.raises(
+            ValueError, match=r"got different labels for 64 samples of the previous epoch; audit the labels"
+        ):
             run.fit(module, Counted(source, turn))
         assert run.current_epoch == 2  # the first epoch has no masks
 
@@ -250,14 +252,14 @@ class TestModulesOfOnesOwn:
     def test_features_of_a_pass_are_refused(self):
         module = Mine(sanm=SANM(quality=FeatureQuality()), sanm_network="model")
         with pytest.raises(
-            ValueError, match=r"expected a module with predict_train .*, got Mine; use source: recorded"
+            ValueError, match=r"expected a module with predict_train .*, got Mine; set source to 'recorded'"
         ):
             trainer(2).fit(module, Counted(data()))
 
     def test_a_loader_alone_has_no_place_for_recorded_features(self):
         module = Mine(sanm=SANM(quality=FeatureQuality(source="recorded")), sanm_network="model")
         with pytest.raises(
-            ValueError, match="expected a data module with num_samples for recorded features, got none; add"
+            ValueError, match="expected a data module with num_samples for recorded features, got none; define"
         ):
             trainer(4).fit(module, Counted(data()).train_dataloader())
 
