@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import sanm_lightning.audit.run
 from sanm_lightning.audit import AuditSet, audit_set, folder_audit_set, read_label_issues
 from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
@@ -151,6 +152,23 @@ class TestFiles:
         assert np.array_equal(before.probs, after.probs)
         assert before.noise.noise_rate == after.noise.noise_rate
         assert before.issues.quality[~train].min() > 0.5 > np.median(after.issues.quality[~train])
+
+    def test_features_are_standardized_over_the_training_split(self, tmp_path, weights, monkeypatch):
+        root = folder(tmp_path / "root")
+        (root / "train/red/red3.png").write_bytes(b"no image")
+        pool, seen = folder_audit_set(root), []
+        standardize = sanm_lightning.audit.run.standardize
+
+        def watched(features, rows):
+            seen.append(standardize(features, rows))
+            return seen[-1]
+
+        monkeypatch.setattr(sanm_lightning.audit.run, "standardize", watched)
+        audit_set(pool, network="small_cnn", checkpoint=weights, image_size=24, cache="cache")
+        train = np.array([s for s, path in zip(pool.splits, pool.paths, strict=True) if path != "train/red/red3.png"])
+        own = seen[0][train == "train"]
+        np.testing.assert_allclose(own.mean(0), 0, atol=1e-5)
+        np.testing.assert_allclose(own.std(0)[own.any(0)], 1, atol=1e-5)
 
 
 class TestPlantedFaults:
@@ -570,6 +588,10 @@ class TestRefused:
         shutil.rmtree(root / "train/red")
         shutil.rmtree(root / "train/blue")
         self.refused(audit, r"to learn from, of two classes or more, got 12 of 1; give more images", root)
+
+    def test_a_training_split_of_nine_however_many_there_are_for_testing(self, tmp_path, audit):
+        root = folder(tmp_path / "root", per_class=3)
+        self.refused(audit, r"ten readable images to learn from, of two classes or more, got 9 of 3; give more", root)
 
     def test_a_set_of_one_class(self):
         pool = AuditSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), np.zeros(20, np.int64), ["a", "b"], ["all"] * 20)
