@@ -4,11 +4,13 @@
     python examples/audit_cifar10.py --root DIR --labels cifar10n.npz --cache FOLDER --seeds 1 2 3
     python examples/audit_cifar10.py --table
 
-DIR has ``train/<class>/0000.jpg`` (and ``test/``), CIFAR-10N's labels are in that order. Every measurement is a process of its
-own, so that its peak memory is; figures go to results/audit_cifar10.json as they come, and what is there is not done again.
+DIR has ``train/<class>/0000.jpg`` (and ``test/``), CIFAR-10N's labels are in that order. Every measurement runs in a
+process of its own, because of peak memory. Figures are written to results/audit_cifar10.json as they come; what is
+there is not done again.
 
-Human verdicts on CIFAR-10's test labels (``--parts human``): ``mturk/cifar10_mturk.json`` for ``--verdicts`` and
-``original_test_labels/cifar10_test_set_original_labels.npy`` for ``--test_labels``, both of github.com/cleanlab/label-errors.
+Human verdicts on CIFAR-10's test labels (``--parts human``), from github.com/cleanlab/label-errors:
+``mturk/cifar10_mturk.json`` for ``--verdicts``, and for ``--test_labels``
+``original_test_labels/cifar10_test_set_original_labels.npy``.
 """
 
 import argparse
@@ -57,7 +59,7 @@ def precision_at(order: Array, wrong: Array, n: int) -> float | None:
 
 
 def auroc(score: Array, positive: Array) -> float | None:
-    """Probability that a positive has a higher score than a negative, ties counted half; None without one of the two."""
+    """Probability that a positive has a higher score than a negative, ties counted half; None without both."""
     _, place, counts = np.unique(score, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[place]
     n, m = int(positive.sum()), int((~positive).sum())
@@ -72,7 +74,7 @@ def average_precision(score: Array, positive: Array) -> float | None:
 
 
 def calibration_error(prob: Array, true: Array, bins: int = 10) -> float:
-    """Expected calibration error: mean distance of probability and frequency over bins of equal width, by their size."""
+    """Expected calibration error: mean distance of probability and frequency over bins of equal width."""
     place = np.minimum((prob * bins).astype(int), bins - 1)
     gap = np.bincount(place, weights=prob - true, minlength=bins)
     return float(np.abs(gap).sum() / len(prob))
@@ -250,7 +252,8 @@ def run_logistic(folder: Path) -> dict[str, Any]:
     features = StandardScaler(copy=False).fit_transform(np.load(folder / "features.npy"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # shuffled: rows come by right class, and folds of consecutive rows would keep most wrong labels of a class together
+        # shuffled: rows are sorted by true class, so most wrong labels of a class would be in its first and last fold,
+        # and those folds predicted by regressions that have hardly seen them
         folds = StratifiedKFold(5, shuffle=True, random_state=0)
         probs = cross_val_predict(LogisticRegression(max_iter=100), features, given, cv=folds, method="predict_proba")
     stopped = sum(issubclass(warning.category, ConvergenceWarning) for warning in caught)
@@ -390,7 +393,8 @@ def tables(results: dict[str, Any]) -> str:
 def _rank_table(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     columns = ("p100", "p500", "p1000", "auroc", "ap", "flagged", "flagged_precision", "flagged_recall", "ece", "brier")
     lines = [
-        "| labels | method | P@100 | P@500 | P@1000 | AUROC | AP | flagged | precision | recall | ECE | Brier | s | GiB |",
+        "| labels | method | P@100 | P@500 | P@1000 | AUROC | AP | flagged | precision | recall | ECE | Brier "
+        "| s | GiB |",
         "|" + "---|" * 14,
     ]
     for labels, runs in groups.items():
@@ -425,8 +429,8 @@ def _before(run: dict[str, Any], method: str, what: str = "seconds") -> float:
 
 def _rate_table(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [
-        "| labels | wrong | `sanm audit`: estimate | interval | quality of right | of wrong labels | features s | neighbors s "
-        "| probe s |",
+        "| labels | wrong | `sanm audit`: estimate | interval | quality of right | of wrong labels | features s "
+        "| neighbors s | probe s |",
         "|" + "---|" * 9,
     ]
     for labels, runs in groups.items():
