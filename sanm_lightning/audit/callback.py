@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
 from sanm_lightning.audit.label_issues import LabelIssues
-from sanm_lightning.audit.run import summarize, write_audit
+from sanm_lightning.audit.run_folder import write_audit
 from sanm_lightning.audit.sets import audit_set_of
+from sanm_lightning.audit.summary import summarize
 from sanm_lightning.functional import clean_probability, nearest_neighbors
 
 __all__ = ["LabelAudit", "detection_metrics"]
@@ -55,8 +56,8 @@ class LabelAudit(L.Callback):
     first network. Probabilities are in-sample, which ``audit.json`` states: a network that has memorized wrong labels
     agrees with them. Use ``sanm audit`` for out-of-fold probabilities.
 
-    Supports methods of this package that use labels, with a data module of this package; has no effect for others, and in a
-    ``fast_dev_run``.
+    Supports methods of this package that train a classifier, with a data module of this package; has no effect for
+    others, and in a ``fast_dev_run``.
 
     Args:
         epochs: number of last epochs over which the quality is averaged.
@@ -80,22 +81,21 @@ class LabelAudit(L.Callback):
             quality = _quality_in_training(pl_module)
             self._qualities = [*self._qualities, *([] if quality is None else [quality])][-self.epochs :]
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Run a final pass over the training set and write the files. Collective operation."""
         if not _serves(trainer, pl_module) or trainer.current_epoch == 0:
             return
-        module, data = pl_module, trainer.datamodule  # type: ignore[attr-defined]
-        found = module.predict_train("logits", "features", "loss", network=None)  # type: ignore[operator]
+        found = pl_module.predict_train("logits", "features", "loss", network=None)
+        data = trainer.datamodule
         probs = found["logits"].softmax(2).mean(0).cpu()
         own = bool(self._qualities)
         losses = found["loss"].mean(0)
         quality = torch.stack(self._qualities).mean(0) if own else clean_probability(losses).cpu()
         self.metrics = detection_metrics(quality, data.labels, data.true_labels)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast: every rank reads it
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, which every rank must call
         if trainer.is_global_zero:
             source = "of the training" if own else "mixture on the losses of the last pass, in-sample"
             self._write(folder, data, probs.numpy(), quality, found["features"][0].cpu(), source)
-        trainer.strategy.barrier("label_audit")
 
     def _write(self, folder: Path, data: Any, probs: Any, quality: Tensor, features: Tensor, source: str) -> None:
         pool = audit_set_of(data)

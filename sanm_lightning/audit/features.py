@@ -19,6 +19,8 @@ from sanm_lightning.safe_files import atomic_write, require_folder
 
 __all__ = ["FeatureCache", "FeatureTable", "FrozenFeatures", "compute_features", "default_image_size"]
 
+CACHE_VERSION = 2
+"""Version of decoding and features; part of the fingerprint."""
 DIGEST = 16
 """Size of the hash of the image content in bytes."""
 THUMB = 16
@@ -91,7 +93,9 @@ class FrozenFeatures:
 
     def fingerprint(self) -> str:
         """Return a hash of the weights, the architecture and the image size."""
-        content = hashlib.blake2b(f"2 {self.image_size} {self.network.network}".encode(), digest_size=DIGEST)
+        content = hashlib.blake2b(
+            f"{CACHE_VERSION} {self.image_size} {self.network.network}".encode(), digest_size=DIGEST
+        )
         for name, tensor in self.network.state_dict().items():
             content.update(name.encode())
             content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -133,7 +137,7 @@ class FeatureCache:
         for number, path in enumerate(self.parts):
             digests = _digests_of(path, num_features)
             if digests is None:
-                say(f"cache: {path} is damaged and passed over")
+                say(f"cache: {path} is damaged and ignored")
             else:
                 self.place.update({row.tobytes(): (number, i) for i, row in enumerate(digests)})
 
@@ -166,12 +170,12 @@ class FeatureCache:
 
 
 def _digests_of(path: Path, num_features: int) -> np.ndarray[Any, Any] | None:
-    """Return the digests of a part of the cache; None where it is damaged."""
+    """Return the digests of a cache file; None if it is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as part:  # np.load leaves damaged files open
             digests: np.ndarray[Any, Any] = part["digests"]
-            shapes = part["features"].shape, part["thumbs"].shape  # reads them: a checksum stands at the end of each
-    except Exception:  # of the file system, zip, or the format of arrays: by the place of the damage
+            shapes = part["features"].shape, part["thumbs"].shape  # reads both arrays, and with them their checksums
+    except Exception:  # the exception depends on the position of the damage
         return None
     size = len(digests)
     whole = digests.shape == (size, DIGEST) and shapes == ((size, num_features), (size, THUMB, THUMB, 3))
@@ -200,7 +204,7 @@ class _Decoded(Dataset[_Item]):
     def __getitem__(self, row: int) -> _Item:
         try:
             source = self.images[row]
-        except ValueError as error:  # of a data module that decodes files
+        except ValueError as error:  # raised by data modules that decode files
             return _Item(row, _digest(row, b""), None, None, _reason(error))
         if isinstance(source, Tensor):
             digest = _digest(source.shape, source.contiguous().numpy().tobytes())

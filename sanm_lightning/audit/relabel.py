@@ -5,39 +5,21 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues
-from sanm_lightning.csv_tables import read_csv, write_csv
+from sanm_lightning.audit.verdicts import apply_accepted, apply_suggestions, by_index
+from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["Accepted", "Relabeled", "read_accepted", "relabel", "undo_relabel"]
+__all__ = ["Relabeled", "relabel", "undo_relabel"]
 
-VERDICTS = ("wrong", "right", "drop", "ambiguous")
-ACCEPTED_HEADER = ["path", "split", "given_label", "verdict", "new_label"]
 LABELS_HEADER = ["path", "label", "drop"]
 CHANGES_HEADER = ["path", "old_label", "new_label", "drop"]
 RECORD = "relabel.json"
-
-
-class Accepted(NamedTuple):
-    """Manual verdicts on samples of an audit.
-
-    Attributes:
-        names: path, or position as text, of each sample.
-        given: names of the given labels.
-        verdicts: ``wrong``, ``right``, ``drop`` or ``ambiguous``.
-        new_labels: names of the true labels; empty unless the verdict is ``wrong``.
-    """
-
-    names: list[str]
-    given: list[str]
-    verdicts: list[str]
-    new_labels: list[str]
 
 
 class Relabeled(NamedTuple):
@@ -60,37 +42,6 @@ class Relabeled(NamedTuple):
             f"{self.path}: {self.num_samples} samples, {self.num_changed} with a new label, {self.num_dropped} dropped; undo "
             f"with sanm relabel --undo {self.path}"
         )
-
-
-def read_accepted(path: str | Path) -> Accepted:
-    """Read ``accepted.csv``, which is exported from ``report.html``.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if the file is empty, has another header, a duplicate sample, an unknown verdict, ``wrong`` without
-            a new label, or a new label with another verdict.
-    """
-    _, rows = read_csv(path, [ACCEPTED_HEADER, _by_index(ACCEPTED_HEADER)])
-    where = repr(str(path))
-    if not rows:
-        raise ValueError(f"expected verdicts in {where}, got none; tick samples in report.html and export them again")
-    for number, (name, _, _, verdict, new_label) in enumerate(rows, start=1):
-        row = f"in row {number} ({name!r}) of {where}"
-        if verdict not in VERDICTS:
-            raise ValueError(f"expected a verdict among {', '.join(VERDICTS)} {row}, got {verdict!r}; correct it")
-        if (verdict == "wrong") != (new_label != ""):
-            what = f"the verdict {verdict!r} with the new label {new_label!r}"
-            raise ValueError(
-                f"expected a new label where the verdict is wrong, and only there, got {what} {row}; correct it"
-            )
-    names = [row[0] for row in rows]
-    if len(set(names)) < len(names):
-        twice = next(name for name, before in zip(sorted(names)[1:], sorted(names), strict=False) if name == before)
-        number = len(names) - len(set(names))
-        raise ValueError(
-            f"expected each sample once in {where}, got {number} rows more, the first {twice!r}; remove them"
-        )
-    return Accepted(names, [row[2] for row in rows], [row[3] for row in rows], [row[4] for row in rows])
 
 
 def relabel(
@@ -138,16 +89,17 @@ def relabel(
             raise ValueError(f"expected {name} in [0, 1], got {value}; change it")
     issues = _read_audit(Path(audit_folder))
     if accepted is not None:
-        labels, drop = _apply_accepted(issues, accepted, ambiguous == "drop", new_classes)
+        labels, drop = apply_accepted(issues, accepted, ambiguous == "drop", new_classes)
     else:
-        labels, drop = _apply_suggestions(issues, below or 0.0, min_p_suggested)
+        labels, drop = apply_suggestions(issues, below or 0.0, min_p_suggested)
     given = [issues.class_names[label] for label in issues.given.tolist()]
     changed = sum(new != old for new, old in zip(labels, given, strict=True))
     if out is not None:
         path = Path(out)
         _write_labels(path, issues, given, labels, drop, overwrite)
     else:
-        path = Path(linked)  # type: ignore[arg-type]
+        assert linked is not None
+        path = Path(linked)
         _write_linked(path, issues, given, labels, drop, _find_root(Path(audit_folder), root, issues))
     return Relabeled(path, len(issues), changed, sum(drop))
 
@@ -206,11 +158,7 @@ def undo_relabel(path: str | Path) -> int:
     return len(there)
 
 
-# ---- the audit and the verdicts ---------------------------------------------------------------------------------------
-
-
-def _by_index(header: Sequence[str]) -> list[str]:
-    return ["index", *header[1:]]
+# ---- the audit ----------------------------------------------------------------------------------------------------------
 
 
 def _read_audit(folder: Path) -> LabelIssues:
@@ -226,50 +174,6 @@ def _read_audit(folder: Path) -> LabelIssues:
     return read_label_issues(table, names)
 
 
-def _apply_accepted(
-    issues: LabelIssues, path: str | Path, drop_ambiguous: bool, new_classes: bool
-) -> tuple[list[str], list[bool]]:
-    """Return new label names and whether each sample is dropped, in the order of the audit."""
-    accepted = read_accepted(path)
-    classes = issues.class_names
-    row_of = {name: row for row, name in enumerate(issues.names)}
-    others = [name for name in accepted.names if name not in row_of]
-    of = f"of {len(accepted.names)} in {str(path)!r}"
-    if others:
-        raise ValueError(
-            f"expected samples of the audit, got {len(others)} {of} that are not among its {len(issues)}, the first "
-            f"{others[0]!r}; give the accepted.csv of this audit"
-        )
-    rows = [row_of[name] for name in accepted.names]
-    labels, drop = [classes[label] for label in issues.given.tolist()], [False] * len(issues)
-    differing = [i for i, row in enumerate(rows) if labels[row] != accepted.given[i]]
-    if differing:
-        i = differing[0]
-        raise ValueError(
-            f"expected the given labels of the audit, got {len(differing)} others {of}, the first {accepted.given[i]!r} for "
-            f"{accepted.names[i]!r}, which has {labels[rows[i]]!r}; give the accepted.csv of this audit"
-        )
-    known = set(classes)
-    unknown = [name for name in accepted.new_labels if name and name not in known]
-    if unknown and not new_classes:
-        raise ValueError(
-            f"expected new labels among the {len(classes)} classes of the audit, got {len(unknown)} others {of}, the first "
-            f"{unknown[0]!r}; correct them, or give --new_classes true"
-        )
-    for row, verdict, new_label in zip(rows, accepted.verdicts, accepted.new_labels, strict=True):
-        if verdict == "wrong":
-            labels[row] = new_label
-        drop[row] = verdict == "drop" or (verdict == "ambiguous" and drop_ambiguous)
-    return labels, drop
-
-
-def _apply_suggestions(issues: LabelIssues, below: float, min_p_suggested: float) -> tuple[list[str], list[bool]]:
-    with np.errstate(invalid="ignore"):
-        chosen = issues.readable & (issues.quality <= below) & (issues.p_suggested >= min_p_suggested)
-    labels = np.where(chosen, issues.suggested, issues.given)
-    return [issues.class_names[label] for label in labels.tolist()], [False] * len(issues)
-
-
 # ---- a label file ------------------------------------------------------------------------------------------------------
 
 
@@ -278,10 +182,10 @@ def _tables(
 ) -> dict[str, tuple[list[str], list[list[str]]]]:
     """Return header and rows of the label file and of the changes, by path or position."""
     names = issues.names
-    by_index = issues.paths is None
-    order = sorted(range(len(names)), key=(lambda i: int(names[i])) if by_index else (lambda i: names[i]))
+    indexed = issues.paths is None
+    order = sorted(range(len(names)), key=(lambda i: int(names[i])) if indexed else (lambda i: names[i]))
     cells = [[names[i], given[i], labels[i], str(int(drop[i]))] for i in order]
-    headers = [_by_index(header) if by_index else header for header in (LABELS_HEADER, CHANGES_HEADER)]
+    headers = [by_index(header) if indexed else header for header in (LABELS_HEADER, CHANGES_HEADER)]
     return {
         "labels": (headers[0], [[name, label, dropped] for name, _, label, dropped in cells]),
         "changes": (headers[1], [row for row in cells if row[1] != row[2] or row[3] == "1"]),
@@ -319,7 +223,7 @@ def _starts_with(file: Path, header: list[str]) -> bool:
         return False
     with file.open("rb") as content:
         first = content.readline(200).rstrip(b"\r\n").decode("utf-8", "replace")
-    return first in (",".join(header), ",".join(_by_index(header)))
+    return first in (",".join(header), ",".join(by_index(header)))
 
 
 # ---- a folder of links -------------------------------------------------------------------------------------------------

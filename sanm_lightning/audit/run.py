@@ -1,7 +1,5 @@
-"""Audit images and labels, and write the results to a run folder."""
+"""Audit images and labels: features, neighbors, probe, noise model."""
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -15,23 +13,15 @@ from torch import Tensor
 
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
-from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
-from sanm_lightning.audit.report import write_report
+from sanm_lightning.audit.label_issues import LabelIssues
 from sanm_lightning.audit.sets import AuditSet
-from sanm_lightning.data.image_folder import read_image
+from sanm_lightning.audit.summary import describe_unreadable, summarize
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
-from sanm_lightning.functional.noise_model import (
-    NoiseModel,
-    deconvolve,
-    fit_noise_model,
-    judge_labels,
-    transition_of,
-)
+from sanm_lightning.functional.noise_model import NoiseModel, deconvolve, fit_noise_model, judge_labels
 from sanm_lightning.models import load_pretrained
-from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["AuditResult", "audit_set", "default_cache", "read_noise_rate", "summarize", "verdict", "write_audit"]
+__all__ = ["AuditResult", "audit_set", "default_cache"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
@@ -111,11 +101,11 @@ def audit_set(
     labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
     if len(np.unique(labels)) < 2:
         raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; add classes")
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
     size = image_size or default_image_size(frozen, _some_sides(data.images))
-    model = FrozenFeatures(frozen.to(where), size)
-    say(f"features: {type(frozen.network).__name__} at {size} pixels on {where}, {len(labels)} images")
+    model = FrozenFeatures(frozen.to(target), size)
+    say(f"features: {type(frozen.network).__name__} at {size} pixels on {target}, {len(labels)} images")
     shape = (len(labels), model.num_features)
     into: Array = (
         np.zeros(shape, np.float32)
@@ -134,18 +124,20 @@ def audit_set(
     if learn.sum() < 2 * NUM_FOLDS or len(np.unique(given[learn])) < 2:
         raise ValueError(
             f"expected ten readable images to learn from, of two classes or more, got {learn.sum()} of "
-            f"{len(np.unique(given[learn]))}; {_unreadable_words(data, table.unreadable) or 'give more images'}"
+            f"{len(np.unique(given[learn]))}; {describe_unreadable(data, table.unreadable) or 'add images'}"
         )
 
     begun = time.monotonic()
     standard = standardize(into if len(rows) == len(labels) else into[rows], np.flatnonzero(learn))
-    neighbors = _neighbors(torch.from_numpy(standard).to(where), say)
+    neighbors = _neighbors(torch.from_numpy(standard).to(target), say)
     copies = find_duplicates(table.digests[rows], table.thumbs[rows], standard, neighbors, given, splits)
     seconds["neighbors"], begun = time.monotonic() - begun, time.monotonic()
 
     say("linear probe: five folds, weight decay by the log-loss on the given labels")
-    folds = assign_folds(np.where(learn, given, num_classes), copies.group, NUM_FOLDS, seed)  # blind to other labels
-    probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=where)
+    folds = assign_folds(
+        np.where(learn, given, num_classes), copies.group, NUM_FOLDS, seed
+    )  # independent of labels outside the training split
+    probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=target)
     voters = np.where(learn[neighbors], neighbors, -1)
     prior = np.bincount(given[learn], minlength=num_classes) / learn.sum()
     votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes, prior)
@@ -200,7 +192,7 @@ def _some_sides(images: Any) -> list[int]:
             if isinstance(source, Tensor):
                 sides.append(min(source.shape[1:]))
                 continue
-            with Image.open(source) as image:  # reads the head of the file only
+            with Image.open(source) as image:  # reads only the header of the file
                 sides.append(min(image.size))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             continue
@@ -238,199 +230,3 @@ def _scatter(rows: Array, size: int) -> Callable[..., Array]:
         return out
 
     return full
-
-
-def _unreadable_words(data: AuditSet, unreadable: dict[int, str]) -> str:
-    if not unreadable:
-        return ""
-    row, reason = next(iter(unreadable.items()))
-    name = data.paths[row] if data.paths is not None else f"image {row}"
-    return f"{len(unreadable)} unreadable, such as {name!r} ({reason})"
-
-
-def summarize(
-    data: AuditSet,
-    issues: LabelIssues,
-    joint: Array,
-    interval: tuple[float, float] | None = None,
-    copies: Duplicates | None = None,
-) -> dict[str, Any]:
-    """Create the content of ``audit.json``, which the report also uses.
-
-    Args:
-        data: the audited set.
-        issues: the table of label issues.
-        joint: joint distribution of given (rows) and true labels (columns), shape (C, C), sums to 1.
-        interval: lowest and highest estimate of the fraction of wrong labels.
-        copies: duplicates.
-    """
-    names, labels = data.class_names, issues.given
-    counts = np.bincount(labels, minlength=len(names))
-    given_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # true label for each given label
-    off = joint - np.diag(np.diag(joint))
-    pairs = [
-        {"given": names[i], "suggested": names[j], "fraction": round(float(off[i, j]), 5)}
-        for i, j in zip(*np.unravel_index(np.argsort(-off, axis=None)[:10], off.shape), strict=True)
-        if off[i, j] > 0
-    ]
-    classes = [
-        {
-            "name": name,
-            "count": int(counts[c]),
-            "wrong": round(1 - float(given_given[c, c]), 4) if counts[c] else None,
-            "confused_with": names[int(off[c].argmax())] if off[c].any() else None,
-        }
-        for c, name in enumerate(names)
-    ]
-    told = issues.names
-    kinds = Duplicates._fields[1:]
-    groups = {name: [[told[row] for row in part] for part in getattr(copies, name, [])] for name in kinds}
-    notes = list(data.notes)
-    if issues.unreadable:
-        notes.append(f"{_unreadable_words(data, issues.unreadable)}: listed at the end of the table.")
-    few = [f"{names[c]!r} ({counts[c]})" for c in np.flatnonzero((counts > 0) & (counts < NUM_FOLDS))]
-    if few:
-        notes.append(f"Classes with fewer than {NUM_FOLDS} images, whose labels cannot be assessed: {', '.join(few)}.")
-    empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
-    if empty:
-        notes.append(f"Classes without images: {', '.join(empty)}.")
-    held_by = {split: set(labels[np.array(data.splits) == split].tolist()) for split in dict.fromkeys(data.splits)}
-    partly = [
-        f"{name!r} ({', '.join(split for split in held_by if c in held_by[split])} only)"
-        for c, name in enumerate(names)
-        if 0 < sum(c in held for held in held_by.values()) < len(held_by)
-    ]
-    if partly:
-        notes.append(f"Classes that are not in every split, perhaps under another name: {', '.join(partly)}.")
-    held = counts[counts > 0]
-    if len(held) and held.max() >= 10 * held.min():
-        notes.append(f"Classes are imbalanced: from {held.min()} to {held.max()} images.")
-    content = hashlib.blake2b(digest_size=8)
-    for name, label in zip(told, labels.tolist(), strict=True):
-        content.update(f"{name}\0{names[label]}\0".encode())
-    return {
-        "root": None if data.root is None else str(data.root.absolute()),
-        "num_images": len(labels),
-        "splits": _split_rates(issues),
-        "noise_rate": round(float(off.sum()), 4),
-        "interval": None if interval is None else [round(end, 4) for end in interval],
-        "worst_pair": pairs[0] if pairs else None,
-        "pairs": pairs,
-        "classes": classes,
-        "class_names": list(names),
-        "transition": transition_of(joint).round(5).tolist(),
-        "duplicates": groups,
-        "unreadable": {told[row]: reason for row, reason in issues.unreadable.items()},
-        "notes": notes,
-        "data_id": content.hexdigest(),
-    }
-
-
-def _split_rates(issues: LabelIssues) -> dict[str, dict[str, Any]]:
-    """Return size and estimated noise rate of each split."""
-    found = {}
-    names = np.array(issues.splits)
-    for split in dict.fromkeys(issues.splits):
-        rows = (names == split) & issues.readable
-        rate = round(1 - float(issues.quality[rows].mean(dtype=np.float64)), 4) if rows.any() else None
-        found[split] = {"count": int((names == split).sum()), "noise_rate": rate}
-    return found
-
-
-def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: Array, summary: dict[str, Any]) -> None:
-    """Write the files of an audit.
-
-    These are ``label_issues.csv``, ``pred_probs.npy``, ``samples.npz`` (the samples of its rows), ``audit.json`` and
-    ``report.html``.
-
-    Args:
-        folder: output folder; created if missing.
-        data: the audited set.
-        issues: the table of label issues.
-        probs: class probabilities, shape (N, C).
-        summary: content of ``audit.json``, from :func:`summarize`.
-
-    Raises:
-        OSError: if a file cannot be written.
-    """
-    folder = Path(folder)
-    write_label_issues(folder / "label_issues.csv", issues)
-    with atomic_write(folder / "pred_probs.npy") as file:
-        np.save(file, probs)
-    names = {"paths": np.array(issues.paths, np.str_)} if issues.paths is not None else {"index": issues.index}
-    with atomic_write(folder / "samples.npz") as file:
-        np.savez_compressed(
-            file, **names, splits=np.array(issues.splits, np.str_), labels=issues.given, quality=issues.quality,
-            class_names=np.array(issues.class_names, np.str_), readable=issues.readable,
-        )  # fmt: skip
-    with atomic_write(folder / "audit.json") as file:
-        file.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
-    titles = {
-        "contradicting": "Copies with different labels (at least one of each group is wrong)",
-        "leaks": "Copies in several splits",
-        "exact": "Exact copies",
-        "near": "Near copies",
-    }
-    groups = summary["duplicates"]
-    write_report(
-        folder,
-        issues,
-        {
-            "title": f"Label audit of {data.root or 'a data set'}",
-            "verdict": verdict(summary),
-            "classes": summary["classes"],
-            "findings": [
-                {"title": title, "items": groups[name][:200], "count": len(groups[name])}
-                for name, title in titles.items()
-                if groups[name]
-            ],
-            "notes": summary["notes"],
-        },
-        lambda row: _picture(data.images[row]),
-        root=data.root,
-        transition=np.array(summary["transition"]),
-    )
-
-
-def read_noise_rate(path: str | Path) -> float:
-    """Return the estimated fraction of wrong labels of an audit.
-
-    Args:
-        path: run folder of the audit, or its ``audit.json``.
-
-    Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if the file does not belong to an audit.
-    """
-    path = Path(path)
-    path = path / "audit.json" if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a number or the audit.json of an audit, got {str(path)!r}; run sanm audit first"
-        )
-    try:
-        rate = float(json.loads(path.read_text(encoding="utf-8"))["noise_rate"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"expected audit.json of an audit in {str(path)!r}, got an invalid file ({error}); use that of sanm audit"
-        ) from error
-    return rate
-
-
-def verdict(summary: dict[str, Any]) -> str:
-    """Return the result in one line."""
-    span, pair, splits = summary["interval"], summary["worst_pair"], dict(summary["splits"])
-    first = "train" if "train" in splits else next(iter(splits))
-    where = f"{splits[first]['count']:,} labels" + (f" of {first}" if len(splits) > 1 else "")
-    known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
-    others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
-    worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
-    return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"
-
-
-def _picture(image: Any) -> Array:
-    if isinstance(image, Tensor):
-        return image.permute(1, 2, 0).numpy()
-    with Image.open(image) as opened:
-        side = min(opened.size)
-    return read_image(image, min(side, 96)).permute(1, 2, 0).numpy()

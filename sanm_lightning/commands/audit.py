@@ -9,20 +9,19 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
-from sanm_lightning.audit.run import verdict
+from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
 
 __all__ = ["audit", "main"]
 
 DRAFT = "features.npy.tmp"
-"""Left behind only by an audit that was killed."""
+"""Features of an audit in progress; remains only if the process is killed."""
 
 
 def audit(
@@ -79,10 +78,10 @@ def audit(
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     folder = _new_folder(out)
     console = Console(highlight=False)
-    processors = os.cpu_count() or 1
-    workers = num_workers if num_workers is not None else (0 if processors == 1 else min(4, processors))
+    cpus = os.cpu_count() or 1
+    workers = num_workers if num_workers is not None else (0 if cpus == 1 else min(4, cpus))
     draft = folder / DRAFT
-    with _no_litter(folder), Progress(
+    with _removed_on_failure(folder), Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(), console=console, transient=True,
     ) as bar:  # fmt: skip
@@ -93,19 +92,9 @@ def audit(
             bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
 
         result = audit_set(
-            pool,
-            draft,
-            network,
-            checkpoint,
-            image_size,
-            cache,
-            batch_size,
-            workers,
-            device,
-            seed,
-            bar.console.print,
-            progress,
-        )
+            pool, draft, network, checkpoint, image_size, cache, batch_size=batch_size, num_workers=workers, device=device,
+            seed=seed, say=bar.console.print, progress=progress,
+        )  # fmt: skip
     os.replace(draft, folder / "features.npy")
     write_audit(folder, pool, result.issues, result.probs, result.summary)
     console.print(_class_table(result.summary))
@@ -120,15 +109,15 @@ def audit(
     }
     console.print("groups of copies: " + ", ".join(f"{len(groups[name])} {words}" for name, words in counts.items()))
     console.print(verdict(result.summary), markup=False, style="bold")
-    share = result.summary["noise_rate"]
+    fraction = result.summary["noise_rate"]
     if old is not None:
         new = _new_issues(result.issues, old)
         _write_new(folder / "new_issues.csv", result.issues, new)
-        share = len(new) / len(pool.labels)
+        fraction = len(new) / len(pool.labels)
         console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
     console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
-    if fail_over is not None and share > fail_over:
-        console.print(f"{share:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
+    if fail_over is not None and fraction > fail_over:
+        console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1
     return 0
 
@@ -141,7 +130,7 @@ def _new_folder(out: str | None) -> Path:
     else:
         folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
-        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; name another with --out")
+        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -152,8 +141,8 @@ def _new_folder(out: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _no_litter(folder: Path) -> Iterator[None]:
-    """Take the draft of the features away if they are not completed, and a folder that is empty then."""
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """Remove the incomplete features, and the folder if it is empty, when an exception is raised."""
     try:
         yield
     except BaseException:
@@ -224,5 +213,4 @@ def main(words: list[str]) -> int:
     parsed = parser.instantiate_classes(
         parser.parse_args([re.sub(r"^--fail-over(?=$|=)", "--fail_over", word) for word in words])
     )
-    torch.set_grad_enabled(True)
     return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})

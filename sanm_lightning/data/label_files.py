@@ -47,7 +47,7 @@ def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str |
         )
     try:
         values = readers[path.suffix](path, key)
-    except _ClearError:
+    except ClearError:
         raise
     except Exception as error:  # numpy and csv raise various exceptions for damaged files
         reason = str(error).split(".")[0]
@@ -58,7 +58,7 @@ def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str |
     return _as_labels(path, values, num_samples, num_classes)
 
 
-class _ClearError(ValueError):
+class ClearError(ValueError):
     """Error with a complete message, which is raised unchanged."""
 
 
@@ -71,13 +71,13 @@ def _read_npz(path: Path, key: str | None) -> np.ndarray[Any, Any]:
     with np.load(path, allow_pickle=False) as arrays:
         names = list(arrays.files)
         if key is None and len(names) != 1:
-            raise _ClearError(
+            raise ClearError(
                 f"expected one array or a key for the label file {str(path)!r}, got arrays {names}; set key to one of "
                 "them"
             )
         name = names[0] if key is None else key
         if name not in names:
-            raise _ClearError(
+            raise ClearError(
                 f"expected an array {key!r} in the label file {str(path)!r}, got arrays {names}; set key to one of them"
             )
         array: np.ndarray[Any, Any] = arrays[name]
@@ -89,20 +89,20 @@ def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
         rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(cell.strip() for cell in row)]
     header = rows.pop(0) if rows and not all(_is_number(cell) for cell in rows[0]) else None
     if header is None and key is not None:
-        raise _ClearError(
+        raise ClearError(
             f"expected a header with column {key!r} in the label file {str(path)!r}, got no header; omit the key"
         )
     width = len(header) if header is not None else len(rows[0]) if rows else 1
     uneven = next((i for i, row in enumerate(rows) if len(row) != width), None)
     if uneven is not None:
-        raise _ClearError(
+        raise ClearError(
             f"expected {width} columns in every row of the label file {str(path)!r}, got {len(rows[uneven])} in row "
             f"{uneven}; correct the file"
         )
     position = None
     if key is not None and header is not None:
         if key not in header:
-            raise _ClearError(
+            raise ClearError(
                 f"expected a column {key!r} in the label file {str(path)!r}, got columns {header}; set key to one of "
                 "them"
             )
@@ -113,19 +113,19 @@ def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:
     elif width == 2:
         position, column = 0, 1
     else:
-        raise _ClearError(
+        raise ClearError(
             f"expected 1 or 2 columns or a key for the label file {str(path)!r}, got {width} columns {header or ''}; "
             "set key to the name of the label column"
         )
     bad = next((row[column] for row in rows if not _is_number(row[column])), None)
     if bad is not None:
-        raise _ClearError(f"expected numeric labels in the label file {str(path)!r}, got {bad!r}; use class indices")
+        raise ClearError(f"expected numeric labels in the label file {str(path)!r}, got {bad!r}; use class indices")
     labels = np.array([float(row[column]) for row in rows])
     if position is None:
         return labels
     places = np.array([float(row[position]) if _is_number(row[position]) else np.nan for row in rows])
     if not np.array_equal(np.sort(places), np.arange(len(rows))):
-        raise _ClearError(
+        raise ClearError(
             f"expected positions 0 to {len(rows) - 1}, each once, in the label file {str(path)!r}, got missing, "
             "repeated or other positions; write one row per sample"
         )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.class_names import real_names
-from sanm_lightning.data.label_files import read_labels
+from sanm_lightning.data.label_files import ClearError, read_labels
 
 __all__ = ["FileLabels", "read_label_file"]
 
@@ -75,7 +75,7 @@ def read_label_file(
     if path.is_file() and path.suffix in READERS:
         try:
             rows = READERS[path.suffix](path, key, paths is not None, real_names(class_names) is not None)
-        except _ClearError:
+        except ClearError:
             raise
         except Exception as error:  # numpy and csv raise various exceptions for damaged files
             reason = str(error).split(".")[0]
@@ -106,10 +106,6 @@ def read_label_file(
     return FileLabels(new, kept)
 
 
-class _ClearError(ValueError):
-    """Error with a complete message, which is raised unchanged."""
-
-
 def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
@@ -119,7 +115,7 @@ def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
         return None
     bad = next((number for number, row in enumerate(table) if len(row) != len(header)), None)
     if bad is not None:
-        raise _ClearError(
+        raise ClearError(
             f"expected {len(header)} columns in {str(path)!r}, got {len(table[bad])} in row {bad}; correct it"
         )
     sample = "path" if by_path else "index"
@@ -143,9 +139,7 @@ def _npz_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
         own = arrays["class_names"].tolist() if "class_names" in names else []
     sizes = {len(samples), len(values), len(drops) or len(samples)}
     if values.ndim != 1 or len(sizes) > 1:
-        raise _ClearError(
-            f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; correct it"
-        )
+        raise ClearError(f"expected one label per entry of {sample!r} in {str(path)!r}, got {values.shape}; correct it")
     if values.dtype.kind in "iuf" and np.array_equal(values, values.round()):
         values = values.astype(np.int64)
         if named and real_names(own) and len(values) and values.min() >= 0 and values.max() < len(own):
@@ -165,7 +159,7 @@ def _label_name(path: Path, names: list[str], others: list[str], key: str | None
         candidates = [key] if key in names else []
     if not candidates:
         wanted = f"one of {', '.join(LABEL_COLUMNS)}" if key is None else repr(key)
-        raise _ClearError(
+        raise ClearError(
             f"expected labels under {wanted} in {str(path)!r}, got {', '.join(names)}; set the key of the noise to one of them"
         )
     return candidates[0]

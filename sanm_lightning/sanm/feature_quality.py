@@ -12,52 +12,13 @@ from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, neighbor_probs, standardize
 from sanm_lightning.functional.noise_model import fit_noise_model
 from sanm_lightning.per_sample import SampleState
-from sanm_lightning.random_streams import several_processes
 from sanm_lightning.sanm.options import found_by_path
-from sanm_lightning.sanm.quality import QualityEstimator
+from sanm_lightning.sanm.quality import QualityEstimator, TableQuality
 
 __all__ = ["AuditQuality", "CombinedQuality", "FeatureQuality"]
 
 
-class _TableQuality(QualityEstimator):
-    """Base class of estimators that store the quality of the training samples in a table."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table: Any = SampleState()
-        self.table.required = False
-        self.table.add_state("quality", default=1.0, dist_reduce_fx=None)
-        self.table.add_state("known", dtype=torch.bool, dist_reduce_fx=None)
-
-    def _set(self, quality: Tensor) -> None:
-        quality = quality.to(self.table.device, torch.float32).contiguous()
-        if several_processes():
-            torch.distributed.broadcast(quality, 0)  # identical on all ranks, independent of numerical differences
-        if len(self.table) != len(quality):
-            self.table.reset(len(quality))
-        self.table.quality = quality
-        self.table.known = torch.ones_like(self.table.known)
-
-    def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the quality of the samples, shape (B,); 1 until it is estimated."""
-        if index is None:
-            raise ValueError(
-                f"expected batches with positions in the training set for {type(self).__name__}, got none; use a data module "
-                "of this package, or batches NoisyBatch(images, labels, index)"
-            )
-        if not len(self.table):
-            return torch.ones_like(index, dtype=torch.float32)
-        quality: Tensor = self.table.quality[index]
-        return quality
-
-    @property
-    def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,); None until it is estimated."""
-        quality: Tensor = self.table.quality
-        return quality if bool(self.table.known.any()) else None
-
-
-class AuditQuality(_TableQuality):
+class AuditQuality(TableQuality):
     """Label quality from an audit (``sanm audit``), constant during training.
 
     Samples are matched by path if the data have paths, otherwise by position in the original set. An audit of other
@@ -72,7 +33,7 @@ class AuditQuality(_TableQuality):
     def __init__(self, path: str) -> None:
         super().__init__()
         self.path = path
-        self._labels = torch.zeros(0, dtype=torch.int64)  # labels of the audit, compared during training
+        self.table.add_state("label", dtype=torch.int64, default=-1, dist_reduce_fx=None)  # compared during training
         self._mismatches: Tensor | None = None
 
     def fit(self, module: Any = None) -> None:
@@ -106,9 +67,9 @@ class AuditQuality(_TableQuality):
                     f"expected the given labels of the audit {self.path!r}, got different labels for {differ} of "
                     f"{len(rows)} training samples; audit the labels used for training (same data, noise and seed)"
                 )
-        else:
-            self._labels = torch.from_numpy(held["labels"][rows].astype(np.int64))
         self._set(torch.from_numpy(held["quality"][rows]))
+        if given is None:
+            self.table.label = torch.from_numpy(held["labels"][rows].astype(np.int64)).to(self.table.device)
 
     def _read(self) -> dict[str, Any]:
         path = Path(self.path)
@@ -168,14 +129,14 @@ class AuditQuality(_TableQuality):
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the quality of the samples, shape (B,)."""
         quality = super().forward(logits, targets, index)
-        if len(self._labels) and index is not None:
-            self._labels = self._labels.to(index.device)
-            wrong = (self._labels[index] != targets.argmax(1)).sum()  # synchronized with the CPU once per epoch
+        if len(self.table) and index is not None:
+            label = self.table.label[index]
+            wrong = ((label >= 0) & (label != targets.argmax(1))).sum()  # synchronized with the CPU once per epoch
             self._mismatches = wrong if self._mismatches is None else self._mismatches + wrong
         return quality
 
 
-class FeatureQuality(_TableQuality):
+class FeatureQuality(TableQuality):
     """Label quality from the features of the network in training, updated once per epoch.
 
     The features are classified by an out-of-fold linear probe on the given labels, with the weight decay of the lowest
@@ -184,10 +145,10 @@ class FeatureQuality(_TableQuality):
 
     Args:
         classifier: ``"probe"`` or ``"neighbors"``.
-        source: ``"pass"`` takes features from a pass over the training set, for methods of this package; ``"recorded"`` those
-            of the unmasked images in the steps of the epoch, for any module with sample indices. Of two
-            networks, each has its own.
-        every: epochs between two renewals.
+        source: ``"pass"`` computes features in a pass over the training set, for methods of this package; ``"recorded"``
+            uses those of the unmasked images in the steps of the epoch, for any module with sample indices. Each of two
+            networks uses its own features.
+        every: number of epochs between updates.
         k: number of neighbors.
         momentum: weight of the previous quality in the new quality, in [0, 1).
 

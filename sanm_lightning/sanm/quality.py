@@ -21,9 +21,10 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.per_sample import EpochMean, SampleState
+from sanm_lightning.random_streams import several_processes
 from sanm_lightning.sanm.options import bound_arguments, found_by_path, path_of
 
-__all__ = ["FittedEvidence", "LabelQuality", "QualityEstimator", "QualityFile", "resolve_quality"]
+__all__ = ["FittedEvidence", "LabelQuality", "QualityEstimator", "QualityFile", "TableQuality", "resolve_quality"]
 
 
 class QualityEstimator(nn.Module):
@@ -229,7 +230,45 @@ class LabelQuality(QualityEstimator):
         return self
 
 
-class QualityFile(QualityEstimator):
+class TableQuality(QualityEstimator):
+    """Base class of estimators that store the quality of each training sample in a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: Any = SampleState()
+        self.table.required = False
+        self.table.add_state("quality", default=1.0, dist_reduce_fx=None)
+        self.table.add_state("known", dtype=torch.bool, dist_reduce_fx=None)
+
+    def _set(self, quality: Tensor) -> None:
+        quality = quality.to(self.table.device, torch.float32).contiguous()
+        if several_processes():
+            torch.distributed.broadcast(quality, 0)  # identical on all ranks, independent of numerical differences
+        if len(self.table) != len(quality):
+            self.table.reset(len(quality))
+        self.table.quality = quality
+        self.table.known = torch.ones_like(self.table.known)
+
+    def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the quality of the samples, shape (B,); 1 until it is estimated."""
+        if index is None:
+            raise ValueError(
+                f"expected batches with positions in the training set for {type(self).__name__}, got none; use a data module "
+                "of this package, or batches NoisyBatch(images, labels, index)"
+            )
+        if not len(self.table):
+            return torch.ones_like(index, dtype=torch.float32)
+        quality: Tensor = self.table.quality[index]
+        return quality
+
+    @property
+    def values(self) -> Tensor | None:
+        """Quality of each training sample, (N,); None until it is estimated."""
+        quality: Tensor = self.table.quality
+        return quality if bool(self.table.known.any()) else None
+
+
+class QualityFile(TableQuality):
     """Label quality from a file, constant during training.
 
     The file is read at the start of training, not in the constructor; checkpoints contain the values.
@@ -245,9 +284,7 @@ class QualityFile(QualityEstimator):
     def __init__(self, path: str, key: str = "quality") -> None:
         super().__init__()
         self.path, self.key = path, key
-        self.table: Any = SampleState()
-        self.table.add_state("quality", default=1.0, dist_reduce_fx=None)
-        self.table.add_state("known", dtype=torch.bool, dist_reduce_fx=None)
+        self.table.required = True
 
     def fit(self, module: Any = None) -> None:
         """Read the file, unless the values are loaded.
@@ -265,8 +302,7 @@ class QualityFile(QualityEstimator):
                 f"{tuple(values.shape)} from {float(values.min()) if values.numel() else None} to "
                 f"{float(values.max()) if values.numel() else None}; use a file for this training set"
             )
-        self.table.quality = values.to(self.table.device, torch.float32)
-        self.table.known = torch.ones_like(self.table.known)
+        self._set(values)
 
     def _read(self) -> Tensor:
         path = Path(self.path)
@@ -285,22 +321,6 @@ class QualityFile(QualityEstimator):
                 f"expected label quality under {self.key!r} in {self.path!r}, got {type(error).__name__}: {error}; use "
                 "a .npy, .npz or .csv file, and set key to the name of the array or column"
             ) from error
-
-    def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the values of the samples, (B,); 1 before the file is read."""
-        if index is None:
-            raise ValueError(
-                "expected batches with an index for quality from a file, got none; use a data module of this package, "
-                "or batches NoisyBatch(images, labels, index)"
-            )
-        quality: Tensor = self.table.quality[index]
-        return quality
-
-    @property
-    def values(self) -> Tensor | None:
-        """Quality of each training sample, (N,); None before the file is read."""
-        quality: Tensor = self.table.quality
-        return quality if bool(self.table.known.any()) else None
 
 
 def resolve_quality(quality: Any) -> QualityEstimator | None:

@@ -327,7 +327,7 @@ class TestCache:
         forwards.clear()
         again = audit(root)
         assert sum(forwards) == 48
-        assert f"cache: {part} is damaged and passed over" in capsys.readouterr().out.replace("\n", "")
+        assert f"cache: {part} is damaged and ignored" in capsys.readouterr().out.replace("\n", "")
         assert (first / "label_issues.csv").read_bytes() == (again / "label_issues.csv").read_bytes()
         forwards.clear()
         audit(root)

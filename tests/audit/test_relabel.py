@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
-from sanm_lightning.audit.relabel import read_accepted, relabel, undo_relabel
+from sanm_lightning.audit.relabel import relabel, undo_relabel
+from sanm_lightning.audit.verdicts import read_accepted
 from sanm_lightning.cli import entry_point
 
 CLASSES = ["=1", "cat", "dog"]

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues, write_label_issues
-from sanm_lightning.audit.relabel import read_accepted, relabel
+from sanm_lightning.audit.relabel import relabel
 from sanm_lightning.audit.report import write_report
+from sanm_lightning.audit.verdicts import read_accepted
 from tests.browser.chromium import Chromium, find
 
 pytestmark = pytest.mark.skipif(find() is None, reason="no Chromium: install one, such as Debian's package chromium")

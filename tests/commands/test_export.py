@@ -104,8 +104,8 @@ def test_onnx(name, trained, tmp_path):
 
 
 def test_onnx_without_its_packages_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
-    with pytest.raises(ValueError, match=r"expected the package onnxscript .* install the extra 'onnx'"):
+    monkeypatch.setitem(__import__("sys").modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"expected the package onnx .* install the extra 'onnx'"):
         export(str(trained("CrossEntropy")[1]), str(tmp_path / "out"), ["onnx"])
     assert not (tmp_path / "out").exists()
 
