@@ -1,4 +1,4 @@
-"""Tables of predictions: one row per image with the name of its class and the probabilities of all classes."""
+"""Write predictions as CSV files with the predicted class and the probabilities of all classes of each image."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,18 +27,18 @@ def write_predictions(
     class_names: Sequence[str],
     errors: Mapping[int, str] | None = None,
 ) -> None:
-    """Write a CSV file, whole or not at all: the columns of ``keys``, predicted_label, confidence, ``p_<class name>``.
+    """Write a CSV file atomically, with the columns of ``keys``, predicted_label, confidence and ``p_<class name>``.
 
     Args:
-        path: the file; one that exists is replaced.
-        keys: what names a sample: columns of N texts each, by their heading.
+        path: output file; an existing file is replaced.
+        keys: columns that identify the samples, N strings each, by header.
         probabilities: shape (N, C), in [0, 1].
         class_names: C names.
-        errors: reasons by row why there is no prediction; such a row is empty but for the reason in a last column ``error``.
-            None leaves the column out.
+        errors: reasons for missing predictions by row, which are written to a last column ``error``; None omits this
+            column.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the file cannot be written.
     """
     header = [*keys, "predicted_label", "confidence", *(f"p_{name}" for name in class_names)]
     failed = errors or {}
@@ -57,49 +57,49 @@ def write_predictions(
 
 
 class PredictionRecord(L.Callback):
-    """Write ``predictions.csv`` into the run directory after ``predict``; in one process, for all of them.
+    """Write ``predictions.csv`` with the predictions of all processes to the run directory after ``predict``.
 
-    Rows are named by ``path`` where the data module knows the files, else by ``index``: the position in the original set, or in
-    what a loader of one's own serves. With several loaders, a column ``set`` names the loader. A file that is there already is
-    kept, and the next one is ``predictions_1.csv``. Written for modules whose ``predict_step`` returns ``probabilities``
-    (B, C) by that name, as all methods of this package do; not under ``fast_dev_run``.
+    Rows are identified by ``path`` if the data module has files, otherwise by ``index``, the position in the original set or
+    in the order of the loader. With several loaders, a column ``set`` contains the name of the loader. An existing file is
+    kept, and the new file is ``predictions_1.csv``. Requires a module whose ``predict_step`` returns a mapping with
+    ``probabilities`` (B, C), as do all methods of this package; has no effect with ``fast_dev_run``.
     """
 
     def __init__(self) -> None:
         self._parts: dict[int, list[tuple[Array, Array]]] = {}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
+        """Clear the predictions."""
         self._parts = {}
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Note the predictions of a batch."""
+        """Collect the predictions of a batch."""
         found = outputs.get("probabilities") if isinstance(outputs, Mapping) else None
         if not isinstance(found, Tensor) or found.ndim != 2:
             return
         parts = self._parts.setdefault(dataloader_idx, [])
         index = outputs.get("index")
-        if index is None:  # processes get the samples of a loader in turn
+        if index is None:  # samples are distributed over the processes in turn
             served = sum(len(rows) for rows, _ in parts)
             index = (served + torch.arange(len(found))) * trainer.world_size + trainer.global_rank
         parts.append((index.cpu().numpy(), found.float().cpu().numpy()))
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the table. A collective."""
+        """Write the file. Collective operation."""
         mine = {loader: tuple(map(np.concatenate, zip(*parts, strict=True))) for loader, parts in self._parts.items()}
         self._parts = {}
         shares: list[Any] = [mine]
         if several_processes():
             shares = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, mine)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # every rank asks, the answer is broadcast
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, which every rank must call
         loaders = sorted({loader for share in shares for loader in share})
         if not trainer.is_global_zero or trainer.fast_dev_run or not loaders:
             return
         if not getattr(pl_module, "trains_classifier", True):
-            rank_zero_info(f"no predictions.csv: {type(pl_module).__name__} trains no classifier")
+            rank_zero_info(f"{type(pl_module).__name__} trains no classifier; predictions.csv is not written")
             return
         data = trainer.datamodule
         keys: dict[str, list[str]] = {}
@@ -108,7 +108,7 @@ class PredictionRecord(L.Callback):
             index, rows = (
                 np.concatenate(parts) for parts in zip(*(s[loader] for s in shares if loader in s), strict=True)
             )
-            index, first = np.unique(index, return_index=True)  # sorted; a sampler may have filled up with duplicates
+            index, first = np.unique(index, return_index=True)  # sorted, without duplicates added by a sampler
             tables.append(rows[first])
             split = _loader_name(data, loader)
             heading, names = _sample_names(data, split, index)
@@ -130,7 +130,7 @@ def _loader_name(data: Any, loader: int) -> str:
 
 
 def _sample_names(data: Any, split: str, index: Array) -> tuple[str, list[str]]:
-    """Return the heading and the names of samples, from their positions in a split."""
+    """Return header and values of the column that identifies samples at the given positions of a split."""
     if not isinstance(data, NoisyDataModule):
         return "index", [str(number) for number in index.tolist()]
     paths = data.sample_paths(split)
@@ -140,7 +140,7 @@ def _sample_names(data: Any, split: str, index: Array) -> tuple[str, list[str]]:
 
 
 def _free(path: Path) -> Path:
-    """Return a name that no file has: the given one, or with a number."""
+    """Return the path of a new file: the given path, or one with a number."""
     number, free = 0, path
     while free.exists():
         number += 1

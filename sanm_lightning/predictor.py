@@ -1,4 +1,4 @@
-"""A trained method without its training: images in, class probabilities out."""
+"""Load trained methods, and predict class probabilities with them."""
 
 import copy
 from collections.abc import Mapping
@@ -13,17 +13,16 @@ from sanm_lightning.class_names import class_names_of
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import read_checkpoint
 
-__all__ = ["Predictor", "TrainedMethod", "find_device", "load_method", "load_predictor"]
+__all__ = ["Predictor", "TrainedMethod", "load_method", "load_predictor"]
 
 
 class TrainedMethod(NamedTuple):
-    """What a checkpoint knows.
+    """Trained method of a checkpoint.
 
     Attributes:
         module: the method with its weights, in evaluation mode, on the CPU.
-        class_names: C names in the order of the class indices; numbers where the checkpoint has no names.
-        decode_size: side in pixels of the squares that images are brought to before their middle is cut out, at least as large
-            as the larger side of ``module.image_size``.
+        class_names: C names in the order of the class indices; numbers if the checkpoint has no names.
+        decode_size: side of the decoded squares in pixels, before the center crop to ``module.image_size``.
     """
 
     module: NoisyLabelModule
@@ -32,13 +31,13 @@ class TrainedMethod(NamedTuple):
 
 
 class Predictor(nn.Module):
-    """Images to class probabilities: normalization and ensemble are inside, what only a training needs is not.
+    """Module from images to class probabilities, including normalization and ensemble, without parts used in training only.
 
     Args:
-        module: a trained method. It is copied, and the copy put into evaluation mode.
+        module: trained method, which is copied.
 
     Raises:
-        ValueError: the method trains no classifier.
+        ValueError: if the method trains no classifier.
     """
 
     def __init__(self, module: NoisyLabelModule) -> None:
@@ -52,14 +51,14 @@ class Predictor(nn.Module):
         self.method = _used_parts(module)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W), uint8 or floating in [0, 1] -> class probabilities (B, C), float32."""
+        """Return class probabilities (B, C), float32, of images (B, 3, H, W), uint8 or floating point in [0, 1]."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         probabilities: Tensor = self.method(scaled).float().softmax(1)
         return probabilities
 
 
 def _used_parts(module: NoisyLabelModule) -> NoisyLabelModule:
-    """Copy a method, and leave out the parts that its forward does not call: decoders, teachers, state of the samples."""
+    """Copy a method without the modules that its forward does not call, such as decoders and per-sample state."""
     slim = copy.deepcopy(module).eval().requires_grad_(False)
     used: set[str] = set()
     handles = [
@@ -81,26 +80,26 @@ def load_predictor(path: str | Path, method: type[NoisyLabelModule] | None = Non
     """Return the predictor of a checkpoint; see :func:`load_method`.
 
     Args:
-        path: a checkpoint of a method of this package.
-        method: class of a method of your own.
+        path: checkpoint of a method of this package.
+        method: class of a custom method, for its checkpoints.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint of a method, or the method trains no classifier.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a checkpoint of a method, or the method trains no classifier.
     """
     return Predictor(load_method(path, method).module)
 
 
 def load_method(path: str | Path, method: type[NoisyLabelModule] | None = None) -> TrainedMethod:
-    """Rebuild a trained method from its checkpoint alone. Nothing that the file may hold is executed.
+    """Load a trained method from its checkpoint, without unpickling code.
 
     Args:
-        path: a checkpoint of a method of this package, whose network was given by name.
-        method: class of a method of your own, for its checkpoints.
+        path: checkpoint of a method of this package whose network was configured by name.
+        method: class of a custom method, for its checkpoints.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or one of another module.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a checkpoint, or a checkpoint of another module.
     """
     checkpoint = read_checkpoint(path)
     kept = checkpoint.get("method")
@@ -110,47 +109,29 @@ def load_method(path: str | Path, method: type[NoisyLabelModule] | None = None) 
         if not (isinstance(found, type) and issubclass(found, NoisyLabelModule)):
             raise ValueError(
                 f"expected a checkpoint of a method of this package in {str(path)!r}, got one of {name or 'another module'}; "
-                "give the class of a method of your own with --method, and use Trainer.predict for any other module"
+                "set --method to the class of a custom method, or use Trainer.predict for other modules"
             )
         method = found
     settings = checkpoint.get("hyper_parameters")
     if not isinstance(settings, Mapping) or not isinstance(settings.get("network"), str):
         raise ValueError(
-            f"expected a checkpoint whose network was given by name in {str(path)!r}, got one without a name; rebuild the "
-            "module in Python, and use sanm_lightning.predictor.Predictor"
+            f"expected a checkpoint with the name of its network in {str(path)!r}, got one without it; load the module in "
+            "Python, and use sanm_lightning.predictor.Predictor"
         )
     try:
         module = method.load_from_checkpoint(path, map_location="cpu", weights_only=True).eval()
     except (TypeError, RuntimeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"expected a checkpoint of {method.__name__} in {str(path)!r}, got one that it cannot be rebuilt from "
+            f"expected a checkpoint of {method.__name__} in {str(path)!r}, got one that does not fit "
             f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); use the version of this package that wrote it"
         ) from error
     return TrainedMethod(module, class_names_of(checkpoint), _decode_size(checkpoint, module.image_size))
 
 
 def _decode_size(checkpoint: Mapping[str, Any], image_size: tuple[int, int]) -> int:
-    """Return the side that the data of the training were decoded at; the larger side of the images where it is not known."""
+    """Return the decode size of the training data; the larger side of the images if it is unknown."""
     states = [part for part in checkpoint.values() if isinstance(part, Mapping) and "draws" in part]
     data = (checkpoint.get("settings") or {}).get("data") or {}
     known = [part.get("decode_size") for part in (*states, data.get("init_args") or {})]
     sides = [max(size) if isinstance(size, (list, tuple)) else size for size in known if size]
     return max(*image_size, *(int(side) for side in sides[:1]))
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is a GPU where there is one, else the CPU.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(
-            f"expected a device such as cpu or cuda, got {name!r} ({(str(error).splitlines() or [''])[0]}); use auto"
-        ) from error
-    return device

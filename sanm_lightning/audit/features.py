@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 
-from sanm_lightning.data.image_folder import read_image
+from sanm_lightning.data.image_folder import read_image, unreadable_reason
 from sanm_lightning.models import Normalized
 from sanm_lightning.safe_files import atomic_write, require_folder
 
@@ -205,7 +205,7 @@ class _Decoded(Dataset[_Item]):
         try:
             source = self.images[row]
         except ValueError as error:  # raised by data modules that decode files
-            return _Item(row, _digest(row, b""), None, None, _reason(error))
+            return _Item(row, _digest(row, b""), None, None, unreadable_reason(error))
         if isinstance(source, Tensor):
             digest = _digest(source.shape, source.contiguous().numpy().tobytes())
             content: Any = source
@@ -220,7 +220,7 @@ class _Decoded(Dataset[_Item]):
         try:
             image = self._square(content)
         except ValueError as error:
-            return _Item(row, digest, None, None, _reason(error))
+            return _Item(row, digest, None, None, unreadable_reason(error))
         thumb = torch.nn.functional.adaptive_avg_pool2d(image.float(), THUMB).round().to(torch.uint8)
         return _Item(row, digest, image, thumb, None)
 
@@ -230,10 +230,6 @@ class _Decoded(Dataset[_Item]):
         resized = TF.resize(content, [self.image_size], InterpolationMode.BICUBIC, antialias=True)
         square: Tensor = TF.center_crop(resized, [self.image_size, self.image_size])
         return square
-
-
-def _reason(error: ValueError) -> str:
-    return str(error.__cause__ or error).rstrip(".")
 
 
 def _digest(kind: Any, content: bytes) -> bytes:

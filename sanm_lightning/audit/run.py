@@ -20,6 +20,7 @@ from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
 from sanm_lightning.functional.noise_model import NoiseModel, deconvolve, fit_noise_model, judge_labels
 from sanm_lightning.models import load_pretrained
+from sanm_lightning.processing import find_device
 
 __all__ = ["AuditResult", "audit_set", "default_cache"]
 
@@ -93,15 +94,15 @@ def audit_set(
         progress: function called with the number of processed images and the number of images passed to the network.
 
     Raises:
-        ValueError: if there are fewer than two classes or ten readable images, or the network returns no pooled
-            features.
+        ValueError: if there are fewer than two classes or ten readable images, the device does not exist, or the network
+            returns no pooled features.
         OSError: if a file cannot be written.
     """
     started = time.monotonic()
     labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
     if len(np.unique(labels)) < 2:
         raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; add classes")
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = find_device(device)
     frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
     size = image_size or default_image_size(frozen, _some_sides(data.images))
     model = FrozenFeatures(frozen.to(target), size)

@@ -17,6 +17,7 @@ from rich.table import Table
 from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
+from sanm_lightning.processing import default_num_workers, find_device
 
 __all__ = ["audit", "main"]
 
@@ -72,14 +73,21 @@ def audit(
         raise ValueError(
             f"expected a folder or a data module, got {got}; use 'sanm audit ROOT' or 'sanm audit --data CLASS'"
         )
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("image_size", image_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
+    find_device(device)
     if fail_over is not None and not 0 <= fail_over <= 1:
         raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for 5 %")
     old = read_label_issues(baseline) if baseline is not None else None
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     folder = _new_folder(out)
     console = Console(highlight=False)
-    cpus = os.cpu_count() or 1
-    workers = num_workers if num_workers is not None else (0 if cpus == 1 else min(4, cpus))
+    workers = default_num_workers() if num_workers is None else num_workers
     draft = folder / DRAFT
     with _removed_on_failure(folder), Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
@@ -116,6 +124,14 @@ def audit(
         fraction = len(new) / len(pool.labels)
         console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
     console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("num_workers", num_workers, 0),
+        ("image_size", image_size, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
+    find_device(device)
     if fail_over is not None and fraction > fail_over:
         console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1

@@ -1,4 +1,4 @@
-"""``sanm export``: a trained method for use elsewhere, as weights or as a whole predictor."""
+"""``sanm export``: export the weights or the whole predictor of a trained method."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ __all__ = ["FORMATS", "export", "main"]
 FORMATS = ("safetensors", "torch", "onnx")
 INPUTS = ("float32", "uint8")
 NOT_OF_THE_NETWORK = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "checkpoint_path")
-"""Options of timm's factory that say where the first weights came from."""
+"""Options of timm's factory for initial weights."""
 
 
 def export(
@@ -35,28 +35,27 @@ def export(
     input_dtype: str = "float32",
     method: type[NoisyLabelModule] | None = None,
 ) -> int:
-    """Write a trained method into a new folder.
+    """Export a trained method to a new folder.
 
-    ``safetensors`` writes the weights of each network, into ``network/`` and, of a second one, ``network2/``: with timm's own
-    key names and a ``config.json`` that ``timm.create_model("local-dir:FOLDER/network", pretrained=True)`` reads (timm 1.0.16
-    or newer) where the architecture is timm's. ``torch`` and ``onnx`` write the whole predictor, with its normalization and
-    ensemble: ``predictor.pt2`` for ``torch.export.load``, ``predictor.onnx`` for an ONNX runtime, and ``predictor.json``, which
-    says what goes in and comes out.
+    ``safetensors`` writes the weights of each network to ``network/`` and ``network2/``. For architectures of timm, keys are
+    those of timm, and ``timm.create_model("local-dir:FOLDER/network", pretrained=True)`` loads the folder (timm 1.0.16 or
+    newer). ``torch`` and ``onnx`` write the whole predictor, including normalization and ensemble: ``predictor.pt2`` for
+    ``torch.export.load``, ``predictor.onnx`` for ONNX runtimes, and ``predictor.json``, which describes inputs and outputs.
 
     Args:
         ckpt_path: checkpoint of a method of this package.
-        out: folder that is made; it must not exist, or be empty.
-        format: one or more of ``safetensors``, ``torch``, ``onnx``; by default ``safetensors``.
-        input_dtype: of the images that a whole predictor takes: ``float32`` in [0, 1], or ``uint8`` in [0, 255].
-        method: class of a method of your own, as ``my_module.MyMethod``, for its checkpoints.
+        out: output folder, which must be new or empty.
+        format: one or more of ``safetensors``, ``torch``, ``onnx``. Default: ``safetensors``.
+        input_dtype: type of the input images of a whole predictor: ``float32`` in [0, 1], or ``uint8`` in [0, 255].
+        method: class of a custom method, such as ``my_module.MyMethod``, for its checkpoints.
 
     Returns:
         Exit status, 0.
 
     Raises:
-        ValueError: the file is no checkpoint of a method, a format is unknown, its packages are missing, or the network cannot
-            be traced.
-        OSError: a file is missing, ``out`` has files in it, or cannot be written.
+        ValueError: if the file is not a checkpoint of a method, a format is unknown, its packages are missing, or the
+            network cannot be traced.
+        OSError: if a file is missing, or ``out`` contains files or cannot be written.
     """
     formats = list(dict.fromkeys(format or ["safetensors"]))
     unknown = [name for name in formats if name not in FORMATS]
@@ -70,22 +69,22 @@ def export(
     _require_new_folder(Path(out))
     trained = load_method(ckpt_path, method)
     predictor = Predictor(trained.module) if formats != ["safetensors"] else None
-    said = []
+    written = []
     with _new_folder(Path(out)) as folder:
         if "safetensors" in formats:
             for name, network in zip(("network", "network2"), trained.module.networks, strict=False):
                 write_network(folder / name, network, trained)
-                said.append(f"{name}/model.safetensors")
+                written.append(f"{name}/model.safetensors")
         if predictor is not None:
             program = _traced(predictor, input_dtype)
             (folder / "predictor.json").write_text(_text(_description(trained, input_dtype)), encoding="utf-8")
             if "torch" in formats:
                 torch.export.save(program, folder / "predictor.pt2")
-                said.append("predictor.pt2")
+                written.append("predictor.pt2")
             if "onnx" in formats:
                 _write_onnx(program, folder / "predictor.onnx")
-                said.append("predictor.onnx")
-    print(f"{type(trained.module).__name__} with {len(trained.class_names)} classes: {', '.join(said)} in {out}")
+                written.append("predictor.onnx")
+    print(f"{type(trained.module).__name__} with {len(trained.class_names)} classes: {', '.join(written)} in {out}")
     return 0
 
 
@@ -93,12 +92,12 @@ def export(
 
 
 def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> None:
-    """Write ``model.safetensors`` and ``config.json`` of one network; without its classifier where that was not trained.
+    """Write ``model.safetensors`` and ``config.json`` of one network, without an untrained classifier.
 
     Args:
-        folder: that is made.
-        network: with normalization inside.
-        trained: the method that it belongs to.
+        folder: output folder, which is created.
+        network: network with normalization.
+        trained: method of the network.
     """
     whole = copy.deepcopy(network)
     if not trained.module.trains_classifier:
@@ -113,7 +112,7 @@ def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> 
 
 
 def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[str, Any]:
-    """Return what timm's hub format says of a network, and how to load it."""
+    """Return the configuration of a network in timm's hub format."""
     settings = trained.module.hparams
     name = str(settings["network"]).split(".")[0]
     options = {
@@ -162,7 +161,7 @@ def _traced(predictor: Predictor, input_dtype: str) -> Any:
     try:
         with torch.no_grad():
             return torch.export.export(predictor, (images,), dynamic_shapes=shapes)
-    except Exception as error:  # of torch's tracing, in many types
+    except Exception as error:  # tracing raises various exceptions
         raise ValueError(
             f"expected a network that torch.export can trace with any batch size, got {type(error).__name__}: "
             f"{(str(error).splitlines() or [''])[0]}; export it as safetensors"
@@ -171,7 +170,7 @@ def _traced(predictor: Predictor, input_dtype: str) -> Any:
 
 def _write_onnx(program: Any, path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # deprecations within the exporter
         made = torch.onnx.export(
             program, dynamo=True, input_names=["images"], output_names=["probabilities"], verbose=False
         )
@@ -217,13 +216,13 @@ def _text(content: dict[str, Any]) -> str:
 def _require_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "a folder with files" if folder.is_dir() else "a file"
-        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got {what}; name another with --out")
+        raise FileExistsError(f"expected a new folder in {str(folder)!r}, got {what}; use another --out")
     require_folder(folder.absolute().parent)
 
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder that takes its name when everything is in it, and not before."""
+    """Create a folder under a temporary name, and rename it when it is complete."""
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         draft.mkdir(parents=True)
@@ -231,16 +230,16 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         os.replace(draft, folder)
     except OSError as error:
         raise OSError(
-            f"{str(folder)!r} cannot be written ({error.strerror or error}); make room, or name another folder"
+            f"expected a writable folder in {str(folder)!r}, got {error.strerror or error}; free space, or use another --out"
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def main(words: list[str]) -> int:
-    """Parse the words after ``sanm export`` and run it; return the exit status."""
-    parser = ArgumentParser(prog="sanm export", description="Write a trained method into a folder, for use elsewhere.")
-    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["safetensors"], help="one or more of them")
-    parser.add_argument("--input_dtype", choices=INPUTS, default="float32", help="of the images that a predictor takes")
+    """Parse the arguments of ``sanm export``, run it and return the exit status."""
+    parser = ArgumentParser(prog="sanm export", description="Export a trained method to a folder.")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["safetensors"], help="one or more formats")
+    parser.add_argument("--input_dtype", choices=INPUTS, default="float32", help="type of the input images")
     parser.add_function_arguments(export, skip={"format", "input_dtype"}, as_group=False)
     return export(**parser.instantiate_classes(parser.parse_args(words)).as_dict())

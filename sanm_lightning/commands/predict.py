@@ -1,6 +1,5 @@
-"""``sanm predict --images``: the classes of images without a data module; everything else is in the checkpoint."""
+"""``sanm predict --images``: predict the classes of image files with the settings of a checkpoint."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sanm_lightning.data.image_files import count_passed_over, list_class_folder
-from sanm_lightning.data.image_folder import read_image
+from sanm_lightning.data.image_folder import read_image, unreadable_reason
 from sanm_lightning.data.policies import center_crop
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.predictions import write_predictions
-from sanm_lightning.predictor import Predictor, find_device, load_method
+from sanm_lightning.predictor import Predictor, load_method
+from sanm_lightning.processing import default_num_workers, find_device
 from sanm_lightning.safe_files import require_folder
 
 __all__ = ["main", "predict"]
 
 SHOWN = 10
-"""Unreadable files that are named on the screen."""
+"""Maximum number of unreadable files that are printed."""
 
 
 def predict(
@@ -37,24 +37,24 @@ def predict(
     device: str = "auto",
     method: type[NoisyLabelModule] | None = None,
 ) -> int:
-    """Write the classes and the class probabilities of images into a CSV file.
+    """Write the predicted classes and class probabilities of images to a CSV file.
 
     Args:
         ckpt_path: checkpoint of a method of this package.
-        images: folders, with or without folders in them, and image files.
-        out: the CSV file.
-        overwrite: replace the CSV file if there is one.
-        batch_size: images per forward, 1 or more.
-        num_workers: processes that decode images; by default one per processor, four at most, none on one.
+        images: folders, which are searched recursively, and image files.
+        out: output CSV file.
+        overwrite: whether an existing CSV file is replaced.
+        batch_size: number of images per forward pass, 1 or more.
+        num_workers: number of worker processes that decode images. Default: one per CPU, up to four, none for one CPU.
         device: ``auto``, ``cpu``, ``cuda``, ...
-        method: class of a method of your own, as ``my_module.MyMethod``, for its checkpoints.
+        method: class of a custom method, such as ``my_module.MyMethod``, for its checkpoints.
 
     Returns:
         Exit status, 0.
 
     Raises:
-        ValueError: there are no images, the file is no checkpoint of a method, or an argument is out of its range.
-        OSError: a file is missing, exists already, or cannot be written.
+        ValueError: if there are no images, the file is not a checkpoint of a method, or an argument is out of range.
+        OSError: if a file is missing, already exists, or cannot be written.
     """
     if batch_size < 1 or (num_workers is not None and num_workers < 0):
         raise ValueError(
@@ -64,11 +64,10 @@ def predict(
     require_new_file(out, overwrite)
     trained = load_method(ckpt_path, method)
     predictor = Predictor(trained.module)
-    where = find_device(device)
+    target = find_device(device)
     console = Console(highlight=False, soft_wrap=True)
     files, names = _list(images, console)
-    processors = os.cpu_count() or 1
-    workers = num_workers if num_workers is not None else (0 if processors == 1 else min(4, processors))
+    workers = default_num_workers() if num_workers is None else num_workers
     decoded = _Decoded(files, trained.decode_size, predictor.image_size)
     loader: Any = DataLoader(decoded, batch_size, num_workers=workers, collate_fn=list)
     probabilities = np.zeros((len(files), len(trained.class_names)), np.float32)
@@ -76,7 +75,7 @@ def predict(
     columns = (TextColumn("predict"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("predict", total=len(files))
-        for rows, found, failed in _predicted(predictor.to(where), loader, where):
+        for rows, found, failed in _predicted(predictor.to(target), loader, target):
             probabilities[rows] = found
             errors.update(failed)
             bar.advance(task, len(rows) + len(failed))
@@ -89,23 +88,23 @@ def predict(
 
 
 def require_new_file(path: str | Path, overwrite: bool) -> None:
-    """Refuse a file that is there already, unless it may be overwritten, and one that cannot be written.
+    """Check that a file can be written.
 
     Raises:
-        OSError: with one sentence.
+        OSError: if the file exists and ``overwrite`` is False, or cannot be written.
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"expected a file name in {str(path)!r}, got a folder; name a file in it with --out")
+        raise IsADirectoryError(f"expected a file name in {str(path)!r}, got a folder; use a file in it")
     if path.exists() and not overwrite:
         raise FileExistsError(
-            f"expected a new file in {str(path)!r}, got one that exists; name another, or --overwrite true"
+            f"expected a new file in {str(path)!r}, got an existing file; use another --out, or --overwrite true"
         )
     require_folder(path.absolute().parent)
 
 
 def _list(given: Sequence[str], console: Console) -> tuple[list[Path], list[str]]:
-    """Return the image files, and the names that the table gives them: relative to the folder where that is all."""
+    """Return the image files and their names in the table, which are relative to the folder if there is only one."""
     files: dict[str, Path] = {}
     for place in map(Path, given):
         if place.is_dir():
@@ -117,16 +116,14 @@ def _list(given: Sequence[str], console: Console) -> tuple[list[Path], list[str]
         elif place.is_file():
             files[place.as_posix()] = place
         else:
-            raise FileNotFoundError(
-                f"expected a folder or an image in {str(place)!r}, where there is none; check --images"
-            )
+            raise FileNotFoundError(f"expected a folder or an image in {str(place)!r}, got none; check --images")
     if not files:
         raise ValueError(f"expected images in {', '.join(map(repr, given))}, got none; check --images")
     return list(files.values()), list(files)
 
 
 class _Item(NamedTuple):
-    """What a worker returns for an image: the image, (3, H, W), uint8, or the reason why there is none."""
+    """Result of a worker: an image (3, H, W), uint8, or the reason why it is unreadable."""
 
     row: int
     image: Tensor | None
@@ -134,7 +131,7 @@ class _Item(NamedTuple):
 
 
 class _Decoded(Dataset[_Item]):
-    """Decode images as an evaluation does; runs in the workers."""
+    """Data set of images decoded as in evaluation."""
 
     def __init__(self, files: list[Path], decode_size: int, image_size: tuple[int, int]) -> None:
         self.files, self.decode_size, self.image_size = files, decode_size, image_size
@@ -146,17 +143,14 @@ class _Decoded(Dataset[_Item]):
         try:
             image = read_image(self.files[row], self.decode_size)
         except ValueError as error:
-            cause = error.__cause__ or error
-            reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-            reason = reason.replace(f" {str(self.files[row])!r}", "").rstrip(".")  # Pillow repeats the path
-            return _Item(row, None, reason or type(cause).__name__)
+            return _Item(row, None, unreadable_reason(error))
         return _Item(row, center_crop(image[None], self.image_size)[0], "")
 
 
 def _predicted(
     predictor: Predictor, loader: Any, device: torch.device
 ) -> Iterator[tuple[list[int], np.ndarray[Any, Any], dict[int, str]]]:
-    """Yield for each batch the rows that were read, their probabilities, and the reasons of the other rows."""
+    """Yield the readable rows of each batch, their probabilities, and the reasons of the unreadable rows."""
     for items in loader:
         read = [item for item in items if item.image is not None]
         found = np.zeros((0, 0), np.float32)
@@ -167,8 +161,10 @@ def _predicted(
 
 
 def main(words: list[str]) -> int:
-    """Parse the words after ``sanm predict`` and run it; return the exit status."""
-    parser = ArgumentParser(prog="sanm predict --images", description="Write the classes of images into a CSV file.")
+    """Parse the arguments of ``sanm predict --images``, run it and return the exit status."""
+    parser = ArgumentParser(
+        prog="sanm predict --images", description="Write the predicted classes of images to a CSV file."
+    )
     parser.add_argument("--images", nargs="+", required=True, type=str, help="folders and image files")
     parser.add_function_arguments(predict, skip={"images"}, as_group=False)
     return predict(**parser.instantiate_classes(parser.parse_args(words)).as_dict())

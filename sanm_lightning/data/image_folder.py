@@ -1,5 +1,6 @@
 """Data sets of image files, and image folders with one subfolder per class."""
 
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +20,7 @@ from sanm_lightning.data.image_files import (
     split_folders,
 )
 
-__all__ = ["ImageFiles", "ImageFolder", "read_image"]
+__all__ = ["ImageFiles", "ImageFolder", "read_image", "unreadable_reason"]
 
 MAX_PIXELS = 2**26
 """Largest number of pixels of a decoded image, because a small file can declare any size (decompression bombs)."""
@@ -236,6 +237,18 @@ def read_image(
     resized = TF.resize(rgb, [side], interpolation=interpolation, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def unreadable_reason(error: ValueError) -> str:
+    """Return the reason in an error of :func:`read_image`, without the path of the file.
+
+    Args:
+        error: the raised error.
+    """
+    cause = error.__cause__ or error
+    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
+    text = re.sub(r" (<_io\.BytesIO object at \w+>|'[^']*'|\"[^\"]*\")$", "", text)  # Pillow repeats the file
+    return text.rstrip(".") or type(cause).__name__
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,10 +18,10 @@ from PIL import Image
 from torch import nn
 
 import sanm_lightning.audit.run
-from sanm_lightning.audit import AuditSet, audit_set, folder_audit_set, read_label_issues
+from sanm_lightning.audit import AuditSet, audit_set, folder_audit_set, read_label_issues, read_noise_rate
 from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
-from sanm_lightning.cli import entry_point, main
+from sanm_lightning.cli import _read_noise_rate, entry_point, main
 from sanm_lightning.commands import run
 from sanm_lightning.models import Normalized, load_pretrained
 from sanm_lightning.models.pretrained import packaged_weights
@@ -587,11 +587,11 @@ class TestRefused:
         root = folder(tmp_path / "root")
         shutil.rmtree(root / "train/red")
         shutil.rmtree(root / "train/blue")
-        self.refused(audit, r"to learn from, of two classes or more, got 12 of 1; give more images", root)
+        self.refused(audit, r"to learn from, of two classes or more, got 12 of 1; add images", root)
 
     def test_a_training_split_of_nine_however_many_there_are_for_testing(self, tmp_path, audit):
         root = folder(tmp_path / "root", per_class=3)
-        self.refused(audit, r"ten readable images to learn from, of two classes or more, got 9 of 3; give more", root)
+        self.refused(audit, r"ten readable images to learn from, of two classes or more, got 9 of 3; add images", root)
 
     def test_a_set_of_one_class(self):
         pool = AuditSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), np.zeros(20, np.int64), ["a", "b"], ["all"] * 20)
@@ -602,11 +602,23 @@ class TestRefused:
         root = folder(tmp_path / "root")
         Path("there").mkdir()
         Path("there/mine").write_text("mine")
-        with pytest.raises(FileExistsError, match="expected a new folder in 'there', got one with files; name another"):
+        with pytest.raises(FileExistsError, match="expected a new folder in 'there', got one with files; use another"):
             audit(root, "--out", "there")
         with pytest.raises(FileExistsError, match="expected a new folder in 'there/mine'"):
             audit(root, "--out", "there/mine")
         assert os.listdir("there") == ["mine"]
+
+    @pytest.mark.parametrize(
+        ("words", "sentence"),
+        [
+            (("--device", "nowhere"), "expected a device such as cpu or cuda, got 'nowhere'"),
+            (("--batch_size", "0"), "expected batch_size of 1 or more, got 0"),
+            (("--image_size", "-3"), "expected image_size of 1 or more, got -3"),
+            (("--num_workers", "-1"), "expected num_workers of 0 or more, got -1"),
+        ],
+    )
+    def test_options_out_of_range(self, tmp_path, audit, words, sentence):
+        self.refused(audit, sentence, folder(tmp_path / "root"), *words)
 
     def test_neither_or_both_of_folder_and_data(self, tmp_path, audit):
         self.refused(audit, "expected a folder or a data module, got neither; use")
@@ -650,3 +662,49 @@ def test_a_listing_of_class_folders_alone_is_one_split(tmp_path):
     assert pool.paths == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
     assert pool.images == [tmp_path / "root" / path for path in pool.paths]
     assert pool.labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("content", [b"nonsense", b""])
+def test_the_reason_of_an_unreadable_file_is_the_same_in_every_run(tmp_path, audit, content):
+    root = folder(tmp_path / "root")
+    (root / "train" / "red" / "broken.png").write_bytes(content)
+    rows = [table(audit(root))["train/red/broken.png"]["neighbor_labels"] for _ in range(2)]
+    assert rows[0] == rows[1] == "unreadable: cannot identify image file"
+
+
+class TestNoiseRate:
+    def test_a_folder_and_its_file_are_read(self, tmp_path, audit):
+        out = audit(folder(tmp_path / "root"))
+        assert read_noise_rate(out) == read_noise_rate(out / "audit.json") == summary(out)["noise_rate"]
+
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"noise_rate": null}', "no json"])
+    def test_another_file_is_refused(self, tmp_path, content):
+        (tmp_path / "audit.json").write_text(content)
+        with pytest.raises(ValueError, match=r"expected audit\.json of an audit"):
+            read_noise_rate(tmp_path)
+
+    def test_a_missing_file_is_refused(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="run sanm audit first"):
+            read_noise_rate(tmp_path)
+
+    @pytest.mark.parametrize("form", ["{} {}", "{}={}"])
+    @pytest.mark.parametrize("option", ["--model.noise_rate", "--model.init_args.noise_rate"])
+    def test_the_command_line_takes_it_from_an_audit(self, tmp_path, form, option):
+        (tmp_path / "audit.json").write_text('{"noise_rate": 0.25}')
+        words = [
+            "fit",
+            *form.format(option, tmp_path).split(),
+            "--model.noise_rate",
+            "0.5",
+            "--model.noise_rate",
+            "null",
+        ]
+        expected = [
+            "fit",
+            *form.format(option, 0.25).split(),
+            "--model.noise_rate",
+            "0.5",
+            "--model.noise_rate",
+            "null",
+        ]
+        assert _read_noise_rate(words) == expected

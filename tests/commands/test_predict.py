@@ -183,7 +183,7 @@ class TestBadInput:
         self.refused(ValueError, "a method of this package", "strange.ckpt", [images])
         self.refused(ValueError, "a method of this package .* got one of another module", "foreign.ckpt", [images])
         fitted("CrossEntropy", "given.ckpt", network=SmallCNN(4, width=4), network_args=None)
-        self.refused(ValueError, "expected a checkpoint whose network was given by name", "given.ckpt", [images])
+        self.refused(ValueError, "expected a checkpoint with the name of its network", "given.ckpt", [images])
         self.refused(ValueError, "a trained classifier, got SimCLR", trained("SimCLR")[1], [images])
 
     def test_images(self, images, tmp_path, trained):
@@ -195,7 +195,7 @@ class TestBadInput:
     def test_outputs_and_numbers(self, images, tmp_path, trained):
         path = trained("CrossEntropy")[1]
         self.refused(
-            FileExistsError, "expected a new file in 'pred.csv', got one that exists", path, [images], "pred.csv"
+            FileExistsError, "expected a new file in 'pred.csv', got an existing file", path, [images], "pred.csv"
         )
         self.refused(IsADirectoryError, "expected a file name", path, [images], str(tmp_path), overwrite=True)
         self.refused(OSError, "got the file", path, [images], "pred.csv/more.csv")

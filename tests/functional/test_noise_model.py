@@ -11,6 +11,7 @@ from sanm_lightning.functional.noise_model import (
     confident_joint,
     deconvolve,
     fit_noise_model,
+    judge_labels,
     label_posterior,
     transition_of,
 )
@@ -177,3 +178,31 @@ class TestPlantedNoise:
         for c in range(4):
             np.testing.assert_allclose(model.joint[c], model.posterior[given == c].sum(0) / 300, rtol=1e-4)
         assert model.interval[0] <= model.noise_rate <= model.interval[1]
+
+
+class TestOtherSplits:
+    """Labels of another split, judged by probabilities of the training labels."""
+
+    @staticmethod
+    def split(flipped: float, size: int = 3000, seed: int = 0):
+        """Images whose class is certain, with a fraction of the labels moved to the next of three classes."""
+        rng = np.random.default_rng(seed)
+        true = rng.integers(0, 3, size)
+        return true, np.where(rng.random(size) < flipped, (true + 1) % 3, true)
+
+    def test_the_noise_of_each_split_is_its_own(self):
+        transition = 0.6 * np.eye(3) + 0.4 * np.roll(np.eye(3), 1, 1)  # of the training labels: 40 % moved
+        for flipped in (0.02, 0.4, 0.7):
+            true, labels = self.split(flipped)
+            posterior = judge_labels(transition[true], labels, transition)
+            rate = 1 - posterior[np.arange(len(labels)), labels].mean()
+            assert rate == pytest.approx((labels != true).mean(), abs=0.06), flipped
+            assert (posterior.argmax(1) == true).mean() > 0.95
+
+    def test_without_iterations_it_is_the_posterior_of_the_training_labels(self):
+        transition = 0.7 * np.eye(3) + 0.3 * np.roll(np.eye(3), 1, 1)
+        probs = np.random.default_rng(1).dirichlet(np.ones(3), 50)
+        labels = np.random.default_rng(2).integers(0, 3, 50)
+        np.testing.assert_allclose(
+            judge_labels(probs, labels, transition, 0), label_posterior(probs, labels, transition), rtol=1e-5
+        )
