@@ -17,7 +17,7 @@ from rich.table import Table
 from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
-from sanm_lightning.processing import default_num_workers, find_device
+from sanm_lightning.processing import default_num_workers
 
 __all__ = ["audit", "main"]
 
@@ -80,7 +80,6 @@ def audit(
     ):
         if value is not None and value < least:
             raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
-    find_device(device)
     if fail_over is not None and not 0 <= fail_over <= 1:
         raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for 5 %")
     old = read_label_issues(baseline) if baseline is not None else None
@@ -131,7 +130,6 @@ def audit(
     ):
         if value is not None and value < least:
             raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
-    find_device(device)
     if fail_over is not None and fraction > fail_over:
         console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1

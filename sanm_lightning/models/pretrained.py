@@ -92,6 +92,11 @@ def _from_run(name: str | None, checkpoint: str | Path) -> Normalized | None:
 
 
 def _from_timm(name: str | None, checkpoint: str | Path | None) -> Normalized:
+    if name is None and checkpoint is not None:
+        raise ValueError(
+            f"expected a checkpoint of a method of this package, or the timm name of its network with it, got "
+            f"{str(checkpoint)!r} alone; set the name of the network"
+        )
     if name is None or not timm.is_model(name):
         raise ValueError(f"expected the name of a timm model, got {name!r}; see timm.list_models()")
     path = packaged_weights(name) if checkpoint is None else Path(checkpoint)

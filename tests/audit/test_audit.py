@@ -23,6 +23,7 @@ from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.cli import _read_noise_rate, entry_point, main
 from sanm_lightning.commands import run
+from sanm_lightning.functional.noise_model import judge_labels
 from sanm_lightning.models import Normalized, load_pretrained
 from sanm_lightning.models.pretrained import packaged_weights
 
@@ -152,6 +153,32 @@ class TestFiles:
         assert np.array_equal(before.probs, after.probs)
         assert before.noise.noise_rate == after.noise.noise_rate
         assert before.issues.quality[~train].min() > 0.5 > np.median(after.issues.quality[~train])
+
+    def test_quality_outside_the_training_split_is_that_of_judge_labels(self, tmp_path, weights):
+        pool = folder_audit_set(folder(tmp_path / "root"))
+        options = {"network": "small_cnn", "checkpoint": weights, "image_size": 24, "cache": "cache"}
+        found = audit_set(pool, **options)
+        rows = np.flatnonzero(np.array(pool.splits) == "test")
+        given = pool.labels[rows]
+        expected = judge_labels(found.probs[rows], given, found.noise.transition)[np.arange(len(rows)), given]
+        np.testing.assert_allclose(found.issues.quality[rows], expected, rtol=1e-5)
+
+    def test_copies_are_in_one_fold(self, tmp_path, weights, monkeypatch):
+        root = folder(tmp_path / "root", splits=("train",))
+        for i in range(6):
+            shutil.copy(root / "train/red/red5.png", root / f"train/green/copy{i}.png")
+        pool, seen = folder_audit_set(root), []
+        assign = sanm_lightning.audit.run.assign_folds
+
+        def watched(*arguments):
+            seen.append(assign(*arguments))
+            return seen[-1]
+
+        monkeypatch.setattr(sanm_lightning.audit.run, "assign_folds", watched)
+        audit_set(pool, network="small_cnn", checkpoint=weights, image_size=24, cache="cache")
+        copies = [row for row, path in enumerate(pool.paths) if "copy" in path or path.endswith("red5.png")]
+        assert len(copies) == 7 and len(set(seen[0][copies].tolist())) == 1
+        assert len(set(seen[0].tolist())) == 5
 
     def test_features_are_standardized_over_the_training_split(self, tmp_path, weights, monkeypatch):
         root = folder(tmp_path / "root")
@@ -633,7 +660,7 @@ class TestRefused:
             run([*words, "--network", "test_resnet", "--checkpoint", weights])
         with pytest.raises(FileNotFoundError, match=r"expected a weight file.*none\.pt"):
             run([*words, "--network", "test_resnet", "--checkpoint", "none.pt"])
-        with pytest.raises(ValueError, match="name"):
+        with pytest.raises(ValueError, match=r"got '.*' alone; set the name of the network"):
             run([*words, "--checkpoint", weights])
         assert not Path("out").exists()
 

@@ -199,6 +199,14 @@ class TestOtherSplits:
             assert rate == pytest.approx((labels != true).mean(), abs=0.06), flipped
             assert (posterior.argmax(1) == true).mean() > 0.95
 
+    def test_hard_images_with_right_labels_are_not_noise(self):
+        transition = 0.6 * np.eye(3) + 0.4 * np.roll(np.eye(3), 1, 1)  # of the training labels: 40 % moved
+        certain, labels = self.split(0.0)
+        images = 0.8 * np.eye(3)[certain] + 0.2 * np.roll(np.eye(3), 1, 1)[certain]
+        own, training = (judge(images @ transition, labels, transition)[np.arange(len(labels)), labels].mean()
+                         for judge in (judge_labels, label_posterior))  # fmt: skip
+        assert own > 0.99 > 0.98 > training
+
     def test_without_iterations_it_is_the_posterior_of_the_training_labels(self):
         transition = 0.7 * np.eye(3) + 0.3 * np.roll(np.eye(3), 1, 1)
         probs = np.random.default_rng(1).dirichlet(np.ones(3), 50)
