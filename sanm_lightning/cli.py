@@ -202,6 +202,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         seed_everything_default=0,  # runs without a given seed are reproducible
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
+        parser_kwargs={"description": f"Further commands: {', '.join(f'sanm {name}' for name in commands.COMMANDS)}."},
         args=args,
     )
 

@@ -16,6 +16,7 @@ from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import atomic_write, require_folder
 from sanm_lightning.sanm.callback import SANMCallback
+from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
 
 __all__ = ["RunRecord", "label_quality_auc"]
 
@@ -23,24 +24,21 @@ __all__ = ["RunRecord", "label_quality_auc"]
 def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float | None:
     """Return the area under the ROC curve of label quality as a score for correct labels; 0.5 is chance, 1 is perfect.
 
-    None where it is undefined: SANM disabled, true labels unknown, or no (or all) labels wrong. True labels are used
+    The quality is that used in training, averaged over the networks; with the oracle, the oracle's. None where it is undefined:
+    no estimate, true labels unknown, or no (or all) labels wrong. True labels are used
     for this metric only.
     """
-    sanm, data = getattr(pl_module, "sanm", None), getattr(trainer, "datamodule", None)
+    data = getattr(trainer, "datamodule", None)
     true, given = getattr(data, "true_labels", None), getattr(data, "labels", None)
     if true is None or given is None:
         return None
     right = true == given
-    own = getattr(pl_module, "label_quality", None)
-    quality = own() if callable(own) else None  # the method's own estimate
-    if quality is None:
-        if sanm is None or not sanm.enabled:
-            return None
-        quality = right.float() if sanm.quality == "oracle" else sanm.label_quality.values
-        if quality is None:
-            return None  # nothing recorded yet, or recorded without indices
-    quality = quality.detach().float().cpu()
-    if len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
+    single = getattr(pl_module, "sanm", None)
+    sanms = [sanm for sanm in getattr(pl_module, "sanms", None) or [single] if sanm is not None and sanm.enabled]
+    quality = estimated_quality(pl_module, sanms)
+    if sanms and sanms[0].quality == "oracle" and own_estimate(pl_module, sanms) is None:
+        quality = right.float()
+    if quality is None or len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None
     return float(binary_auroc(quality, right.long()))
 

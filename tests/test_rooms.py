@@ -18,7 +18,7 @@ ALLOWED = {
     "sanm": {"functional", "models", "random_streams", "per_sample", "sanm", "state_callback"},
     "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
     "models": {"models", "safe_files"},
-    "audit": {"audit", "csv_tables", "data", "functional", "models", "processing", "safe_files"},
+    "audit": {"audit", "csv_tables", "data", "functional", "models", "processing", "safe_files", "sanm"},
     "pictures": {
         "batch",
         "class_names",

@@ -1,6 +1,5 @@
 """Write the files of an audit after training."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from sanm_lightning.audit.run_folder import write_audit
 from sanm_lightning.audit.sets import audit_set_of
 from sanm_lightning.audit.summary import summarize
 from sanm_lightning.functional import clean_probability, nearest_neighbors
+from sanm_lightning.safe_files import atomic_write
+from sanm_lightning.sanm.estimate import estimated_quality
 
 __all__ = ["LabelAudit", "detection_metrics"]
 
@@ -130,10 +131,8 @@ class LabelAudit(L.Callback):
             f"Quality: {source}. Probabilities are in-sample: the networks were trained on these labels."
         )
         write_audit(folder, pool, issues, probs, summary)
-        draft = folder / "features.npy.tmp"
-        with draft.open("wb") as file:
+        with atomic_write(folder / "features.npy") as file:
             np.save(file, features.float().numpy())
-        os.replace(draft, folder / "features.npy")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the qualities of the last epochs; Lightning warns about a missing callback if ``state_dict`` is used."""
@@ -152,11 +151,6 @@ def _serves(trainer: Any, pl_module: Any) -> bool:
 
 
 def _quality_in_training(module: Any) -> Tensor | None:
-    """Return the mean quality over the networks, (N,), on the CPU; None if there is none."""
+    """Return the estimated quality, (N,), on the CPU; None if there is none. The oracle is not an estimate."""
     sanms = [sanm for sanm in getattr(module, "sanms", []) if sanm.enabled and sanm.quality != "oracle"]
-    own = getattr(module, "label_quality", None)
-    quality = own() if callable(own) and not any(sanm.quality == "given" for sanm in sanms) else None
-    if quality is None:
-        parts = [part for sanm in sanms if (part := sanm.label_quality.values) is not None]
-        quality = torch.stack(parts).mean(0) if parts else None
-    return None if quality is None else quality.detach().float().cpu().clone()
+    return estimated_quality(module, sanms)

@@ -317,7 +317,7 @@ class NoisyDataModule(Splits):
         return None if paths is None else [paths[row] for row in table.origin.tolist()]
 
     def source_images(self, split: str = "train") -> Any:
-        """Return the images that the rows of ``table(split).origin`` count, uint8 (3, H, W) each; decoded when asked for."""
+        """Return the original images of a split, uint8 (3, H, W), indexed by ``table(split).origin`` and decoded on access."""
         return self._source(split if split in self.own_splits else "train").images
 
     def _say(self, line: str) -> None:

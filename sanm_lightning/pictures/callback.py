@@ -29,7 +29,6 @@ from sanm_lightning.pictures.evidence import (
     known_quality,
     losses,
     own_data,
-    own_estimate,
     pass_over,
     recent_quality,
     sanms,
@@ -40,6 +39,7 @@ from sanm_lightning.pictures.look import Look, choose
 from sanm_lightning.pictures.masks import samples_figure
 from sanm_lightning.pictures.style import save
 from sanm_lightning.sanm.callback import WARMUP_EPOCHS, SANMCallback
+from sanm_lightning.sanm.estimate import own_estimate
 from sanm_lightning.sanm.module import SANM
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class SANMPictures(L.Callback):
         """Prepare a fit."""
         if stage != "fit":
             return
-        self._directory = Path(trainer.log_dir or trainer.default_root_dir)  # a collective: log_dir is broadcast
+        self._directory = Path(trainer.log_dir or trainer.default_root_dir)  # a broadcast, which every rank must call
         self._kept = self._pass = None
         self._drawn = False
         if trainer.current_epoch == 0:  # a checkpoint is loaded after this hook
@@ -117,7 +117,7 @@ class SANMPictures(L.Callback):
         self._record(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Pass over the training set on the device of the training. A collective."""
+        """Run a pass over the training set. Collective operation."""
         if self.predict and not trainer.fast_dev_run:
             self._pass = pass_over(trainer, pl_module)
 
@@ -155,11 +155,11 @@ class SANMPictures(L.Callback):
             self._kept = self._pass = None
 
     def _draw(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Draw everything in process zero. No communication."""
+        """Draw all pictures in process zero, without communication."""
         if self._drawn or trainer.fast_dev_run:
             return
         self._drawn = True
-        if own_estimate(pl_module, sanms(trainer, pl_module)) is None:  # that is made at the beginning of an epoch
+        if own_estimate(pl_module, sanms(trainer, pl_module)) is None:  # which is updated at the start of an epoch
             self._record(trainer, pl_module, trainer.current_epoch)
         if not trainer.is_global_zero:
             return
@@ -261,7 +261,7 @@ class SANMPictures(L.Callback):
         return {"history": copy.deepcopy(self.history)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; that of earlier versions is empty."""
+        """Restore the state; that of earlier versions is empty."""
         self.history = copy.deepcopy(dict(state_dict.get("history", {})))
 
 

@@ -1,4 +1,4 @@
-"""What a run knows about its labels: quality, losses with their mixture, true labels."""
+"""Collect label quality, losses with their mixture, and true labels of a run."""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from sanm_lightning.data.serving import ServedBatches
 from sanm_lightning.functional import Mixture, fit_mixture, mixture_posterior
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.sanm.callback import SANMCallback
+from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.quality import LabelQuality
 
@@ -20,7 +21,6 @@ __all__ = [
     "known_quality",
     "losses",
     "own_data",
-    "own_estimate",
     "pass_over",
     "recent_quality",
     "sanms",
@@ -42,11 +42,11 @@ class Losses(NamedTuple):
     """(M,), on the CPU."""
     mixture: Mixture
     wrong: Tensor | None
-    """(M,) bool, where it is known which labels are wrong."""
+    """(M,), bool; None if the true labels are unknown."""
 
 
 class Pass(NamedTuple):
-    """What the K networks say of the training samples at the end of the training, on the CPU."""
+    """Losses and predictions of K networks for the training samples at the end of training, on the CPU."""
 
     positions: Tensor
     """(M,), positions of the samples in the training set."""
@@ -82,7 +82,7 @@ def class_names(trainer: Any, pl_module: Any, num_classes: int) -> list[str]:
 
 
 def wrong_labels(trainer: Any) -> Tensor | None:
-    """Return which given labels are known to be wrong, (N,) bool on the CPU; None where that is not known."""
+    """Return which given labels are wrong, (N,), bool, on the CPU; None if the true labels are unknown."""
     data = getattr(trainer, "datamodule", None)
     given, true = getattr(data, "labels", None), getattr(data, "true_labels", None)
     if not isinstance(given, Tensor) or not isinstance(true, Tensor) or given.shape != true.shape:
@@ -93,49 +93,33 @@ def wrong_labels(trainer: Any) -> Tensor | None:
 def known_quality(pl_module: Any, parts: list[SANM]) -> tuple[Tensor | None, Tensor | None]:
     """Return the estimated quality of the training labels, and which samples it is based on.
 
-    It is the estimate that the method uses: that of an estimator which was handed in, else the method's own, else the mean
-    over the networks' estimates. The oracle's answer is not used.
+    See :func:`~sanm_lightning.sanm.estimate.estimated_quality`; the quality of the oracle is not used.
 
     Args:
         pl_module: the module in training.
         parts: its active SANMs.
 
     Returns:
-        Quality (N,) in [0, 1] and a mask (N,), on the CPU; None, None where quality is not known by index.
+        Quality (N,) in [0, 1] and a mask (N,), on the CPU; None, None if the quality is not known by index.
     """
-    own = own_estimate(pl_module, parts)
-    if own is not None:
-        own = own.detach().float().cpu()
-        return own, torch.ones_like(own, dtype=torch.bool)
-    estimates, seen = [], []
-    for part in parts:
-        values = part.label_quality.values
-        if values is None:
-            continue
-        bank = part.label_quality.bank if isinstance(part.label_quality, LabelQuality) else None
-        estimates.append(values.detach().float().cpu())
-        seen.append(torch.ones_like(estimates[-1]) if bank is None else bank.epochs.float().cpu())
-    if not estimates:
+    quality = estimated_quality(pl_module, parts)
+    if quality is None:
         return None, None
-    return torch.stack(estimates).mean(0), torch.stack(seen).sum(0) > 0
-
-
-def own_estimate(pl_module: Any, parts: list[SANM]) -> Tensor | None:
-    """Return the method's own estimate (N,), made at the beginning of an epoch; None where it has none or another counts."""
-    if not isinstance(pl_module, NoisyLabelModule) or (parts and parts[0].quality == "given"):
-        return None
-    return pl_module.label_quality()
+    banks = [part.label_quality.bank for part in parts if isinstance(part.label_quality, LabelQuality)]
+    if not banks or own_estimate(pl_module, parts) is not None or len(banks) < len(parts):
+        return quality, torch.ones_like(quality, dtype=torch.bool)
+    return quality, torch.stack([bank.epochs.cpu() for bank in banks if len(bank) == len(quality)]).sum(0) > 0
 
 
 def recent_quality(parts: list[SANM]) -> Tensor | None:
-    """Return the quality of the recent samples, whose positions are not known; None where there are none."""
+    """Return the quality of recent samples without positions; None if there are none."""
     found = [part.label_quality.fitted() for part in parts if isinstance(part.label_quality, LabelQuality)]
     values = [mixture_posterior(fit.mixture, fit.evidence) for fit in found if fit is not None]
     return torch.cat(values).cpu() if values else None
 
 
 def pass_over(trainer: Any, pl_module: Any) -> Pass | None:
-    """Run the networks over the training set once, for losses and predicted classes. A collective.
+    """Run the networks over the training set once, for losses and predicted classes. Collective operation.
 
     Returns:
         None for modules and data modules of other packages, and for networks whose classifier is not trained.

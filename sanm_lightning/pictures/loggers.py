@@ -14,7 +14,7 @@ __all__ = ["log_picture"]
 
 
 def log_picture(loggers: list[Any], name: str, figure: Figure, path: Path, step: int) -> None:
-    """Give a picture to each logger that has a method for pictures, known by its name.
+    """Send a picture to each logger with a known method for images.
 
     Served are ``logger.log_image`` (Weights & Biases), ``experiment.add_figure`` or ``experiment.add_image``
     (TensorBoard) and ``experiment.log_figure`` (MLflow, Comet). All others are passed over. A logger that fails costs a

@@ -44,10 +44,10 @@ def choose(quality: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 class Look(NamedTuple):
-    """A network and its SANM. Nothing that is done here changes their state, or communicates.
+    """Network and SANM for drawing, without changes of state and without communication.
 
-    The networks are run as in evaluation, with running batch statistics, whatever ``SANM.batch_statistics`` says: what is
-    shown of a sample does not depend on the samples beside it.
+    The networks are run in evaluation mode with running batch statistics, independent of ``SANM.batch_statistics``, so that a
+    picture does not depend on the other samples of its batch.
     """
 
     network: Any
@@ -72,7 +72,7 @@ class Look(NamedTuple):
         return known.float().cpu()
 
     def block(self, heading: str, batch: NoisyBatch, quality: Tensor) -> SampleBlock:
-        """Return samples for a picture, masked by their quality (B,); by the oracle's where SANM follows that."""
+        """Return samples for a picture, masked by their quality (B,); or by the oracle if SANM uses it."""
         batch = self.placed(batch)
         images, targets, sanm = batch.images, self._targets(batch), copy.copy(self.sanm)
         sanm.batch_statistics = False

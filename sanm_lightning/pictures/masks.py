@@ -1,4 +1,4 @@
-"""Samples as SANM sees them: image, activation map, masked view, reconstruction, and what is believed of the label."""
+"""Draw samples with activation map, masked view, reconstruction and label quality."""
 
 from __future__ import annotations
 

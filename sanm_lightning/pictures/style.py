@@ -1,4 +1,4 @@
-"""Size, fonts and colors of the pictures, which are made to be printed at their own size."""
+"""Size, fonts and colors of the pictures, for printing at their original size."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ _SETTINGS: Any = {
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Apply the settings of the pictures, whatever those of the user are."""
+    """Apply the settings of the pictures, independent of those of the user."""
     import matplotlib  # slow to import and used here only
     import matplotlib.style
 
@@ -69,7 +69,7 @@ def drawing() -> Iterator[None]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of this size in inches that no window system knows of."""
+    """Return a figure of this size in inches without a window."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
