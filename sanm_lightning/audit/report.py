@@ -136,7 +136,8 @@ def _columns(issues: LabelIssues, order: Array) -> dict[str, Any]:
         near = [[label for label in labels if label >= 0] for labels in issues.neighbor_labels[order].tolist()]
 
     def millionths(values: Array) -> list[int]:
-        return np.rint(np.where(readable, values[order], 0) * 1e6).astype(np.int64).tolist()  # type: ignore[no-any-return]
+        millionths: list[int] = np.rint(np.where(readable, values[order], 0) * 1e6).astype(np.int64).tolist()
+        return millionths
 
     return {
         "key": "path" if issues.paths is not None else "index",

@@ -305,7 +305,7 @@ class CombinedQuality(QualityEstimator):
             raise ValueError(
                 f"expected one or more estimators and a positive weight for each, got {len(made)} and {weights}; change them"
             )
-        self.parts = nn.ModuleList(made)
+        self.parts: Any = nn.ModuleList(made)
         self.weights = [weight / sum(weights) for weight in weights]
         self.init_args = {"parts": [part.options for part in made], "weights": list(weights)}
         self.needs_evidence = any(part.needs_evidence for part in made)
@@ -315,12 +315,12 @@ class CombinedQuality(QualityEstimator):
     ) -> None:
         """Update all estimators."""
         for part in self.parts:
-            part.update(logits, targets, index, features)  # type: ignore[operator]
+            part.update(logits, targets, index, features)
 
     def fit(self, module: Any = None) -> None:
         """Fit all estimators. Collective operation if that of any estimator is one."""
         for part in self.parts:
-            part.fit(module)  # type: ignore[operator]
+            part.fit(module)
 
     def forward(self, logits: Tensor, targets: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the mean quality, shape (B,)."""
@@ -335,7 +335,7 @@ class CombinedQuality(QualityEstimator):
         if any(value is None for value in values):
             return None
         total = zip(values, self.weights, strict=True)
-        return torch.stack([weight * value for value, weight in total]).sum(0)  # type: ignore[misc, operator]
+        return torch.stack([weight * value for value, weight in total]).sum(0)
 
 
 def _estimator(part: Any) -> QualityEstimator:
