@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sanm_lightning.models import PreActResNet
+from sanm_lightning.models.preact_resnet import PreActBlock
 
 
 def published_parameters(width: int, classes: int) -> int:
@@ -69,6 +70,24 @@ class TestPreActResNet18:
         nn.init.zeros_(block.conv2.weight)
         strided = nn.functional.conv2d(torch.relu(block.norm1(x)), block.shortcut.weight, stride=2)
         torch.testing.assert_close(block(x), strided)
+
+    def test_a_block_of_the_released_form_passes_its_activated_input_on(self) -> None:
+        network = timm.create_model("preact_resnet18_dividemix", width=4).eval()
+        for block in network.stages:
+            assert isinstance(block, PreActBlock)
+            nn.init.zeros_(block.conv2.weight)
+            if block.shortcut is None:
+                x = torch.randn(2, block.conv1.in_channels, 8, 8)
+                assert torch.equal(block(x), torch.relu(block.norm1(x)))
+
+    def test_both_forms_have_the_same_parameters_and_other_logits(self) -> None:
+        plain, released = (timm.create_model(f"preact_resnet18{form}", width=4).eval() for form in ("", "_dividemix"))
+        released.load_state_dict(plain.state_dict())
+        images = torch.rand(2, 3, 32, 32)
+        assert not torch.allclose(plain(images), released(images), atol=0.01)
+        for block in released.stages:
+            block.activated_shortcut = False
+        assert torch.equal(plain(images), released(images))
 
     @pytest.mark.parametrize("width", [4, 5, 6, 8])
     def test_a_narrow_network_learns_in_channels_last(self, width: int) -> None:
