@@ -366,7 +366,7 @@ class TestPackage:
 def encoder(tmp_path) -> str:
     """Random weights in a file, as if they were pre-trained."""
     path = tmp_path / "encoder.pt"
-    torch.save(create_network("preact_resnet18", 10, width=4).state_dict(), path)
+    torch.save(create_network("resnet18_cifar", 10, channels=(4, 4, 8, 8)).state_dict(), path)
     return str(path)
 
 
@@ -388,8 +388,9 @@ def one_step(monkeypatch, *configs: Path, words: list[str] | None = None):
 
 def slim(monkeypatch):
     """Shrink what the configs ask for, so that a step takes no second: the config is the test, not the arithmetic."""
-    from sanm_lightning.models import preact_resnet
+    from sanm_lightning.models import preact_resnet, resnet_cifar
 
+    monkeypatch.setattr(resnet_cifar, "CHANNELS", (4, 4, 8, 8))
     plain = preact_resnet.PreActResNet.__init__
     monkeypatch.setattr(
         preact_resnet.PreActResNet, "__init__", lambda self, *a, **k: plain(self, *a, **{**k, "width": 4})

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from jsonargparse import ArgumentParser
 from safetensors.torch import save
@@ -102,7 +103,8 @@ def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> 
     whole = copy.deepcopy(network)
     if not trained.module.trains_classifier:
         whole.network.reset_classifier(0)
-    of_timm = type(network.network).__module__.split(".")[0] == "timm"
+    name = _architecture(trained)
+    of_timm = timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[0] == "timm"
     state = (whole.network if of_timm else whole).state_dict()
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(
@@ -111,10 +113,13 @@ def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> 
     (folder / "config.json").write_text(_text(_config(network, trained, of_timm)), encoding="utf-8")
 
 
+def _architecture(trained: TrainedMethod) -> str:
+    return str(trained.module.hparams["network"]).split(".")[0]
+
+
 def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[str, Any]:
     """Return the configuration of a network in timm's hub format."""
     settings = trained.module.hparams
-    name = str(settings["network"]).split(".")[0]
     options = {
         key: value for key, value in (settings.get("network_args") or {}).items() if key not in NOT_OF_THE_NETWORK
     }
@@ -123,7 +128,7 @@ def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[
     kept = ("first_conv", "classifier", "fixed_input_size")
     classes = len(trained.class_names) if trained.module.trains_classifier else 0
     config: dict[str, Any] = {
-        "architecture": name,
+        "architecture": _architecture(trained),
         "num_classes": classes,
         "num_features": network.num_features,
         **({"label_names": trained.class_names} if classes else {}),

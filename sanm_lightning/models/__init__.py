@@ -1,5 +1,6 @@
 """Networks of the papers, registered with timm, and normalization as the first layer of a network."""
 
+from sanm_lightning.models import resnet_cifar  # noqa: F401  # registers its networks with timm
 from sanm_lightning.models.checkpoints import LoadReport, load_weights
 from sanm_lightning.models.cnn9 import CNN9
 from sanm_lightning.models.normalized import Normalized, create_network

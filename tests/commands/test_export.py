@@ -72,6 +72,18 @@ def test_a_network_of_timm_loads_with_timm_alone(trained, tmp_path):
         assert all(torch.equal(part, by_hand.state_dict()[key]) for key, part in again.state_dict().items())
 
 
+def test_a_network_of_this_package_on_a_class_of_timm_is_not_loaded_by_timm_alone(trained, tmp_path):
+    small = {"network": "resnet18_cifar", "network_args": {"channels": [4, 4, 4, 8]}}
+    module, path = trained("CrossEntropy", **small)
+    export(str(path), str(tmp_path / "out"))
+    config = json.loads((tmp_path / "out" / "network" / "config.json").read_text())
+    assert config["library"] == "sanm_lightning"
+    again = create_network(config["architecture"], config["num_classes"], **config["model_args"]).eval()
+    again.load_state_dict(load_file(tmp_path / "out" / "network" / "model.safetensors"))
+    with torch.no_grad():
+        close(again(IMAGES), module.network(IMAGES))
+
+
 def test_an_encoder_of_timm_has_no_classifier(trained, tmp_path):
     module, path = trained("SimCLR", **TINY)
     export(str(path), str(tmp_path / "out"))
