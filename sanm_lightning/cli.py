@@ -112,9 +112,9 @@ class SANMCLI(LightningCLI):
                     parser.link_arguments("data", f"model.init_args.{name}", compute_fn=read, apply_on="instantiate")
 
     def _statistic(self, data: L.LightningDataModule, name: str) -> list[float] | None:
-        value = getattr(data, name, None)
+        value: Any = getattr(data, name, None)
         try:
-            self._statistics[name] = [float(channel) for channel in value]  # type: ignore[union-attr]
+            self._statistics[name] = [float(channel) for channel in value]
         except TypeError:  # None, or an unrelated attribute of the same name
             return None
         return self._statistics[name]

@@ -104,7 +104,8 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
             f"expected a checkpoint of a Trainer in {str(path)!r}, got a file without {', '.join(missing)}; load "
             "weights without a training state with sanm_lightning.models.load_weights"
         )
-    return held  # type: ignore[no-any-return]
+    checkpoint: dict[str, Any] = held
+    return checkpoint
 
 
 def _first_line(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def on_gpu(monkeypatch):
     def without_generators(*_: Any, **__: Any) -> None:
         return None
 
-    for name in ("sanm.module", "methods.base"):
+    for name in ("sanm.module", "methods.learned"):
         monkeypatch.setattr(importlib.import_module(f"sanm_lightning.{name}"), "named_generator", without_generators)
     return move
 

@@ -170,7 +170,8 @@ def _identity(issues: LabelIssues) -> str:
 def _matrix(transition: Array | None, num_classes: int) -> list[list[float]] | None:
     if transition is None or num_classes > _MAX_MATRIX:
         return None
-    return _plain(np.round(np.asarray(transition, dtype=np.float64), 4))  # type: ignore[no-any-return]
+    rounded: list[list[float]] = _plain(np.round(np.asarray(transition, dtype=np.float64), 4))
+    return rounded
 
 
 def _is_absolute(path: str) -> bool:

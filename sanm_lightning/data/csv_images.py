@@ -3,6 +3,7 @@
 import csv
 import posixpath
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,8 +154,7 @@ class CSVImages(ImageFiles):
                 "paths that are relative to the root", [row.path for row in rows if Path(row.path).is_absolute()],
                 "absolute ones", "omit root, or use relative paths",
             )  # fmt: skip
-        seen: set[str] = set()
-        twice = [row.path for row in rows if row.path in seen or seen.add(row.path)]  # type: ignore[func-returns-value]
+        twice = [path for path, count in Counter(row.path for row in rows).items() if count > 1]
         self._refuse("one row per image", twice, "repeated ones", "keep one row per path")
         missing = [row.path for row in rows if not (Path(self.root) / row.path).is_file()]
         if missing:

@@ -147,7 +147,7 @@ class ImageStore:
         loader = DataLoader(
             self.rows,
             batch_size=None,
-            sampler=requests,  # type: ignore[arg-type]  # any sized iterable
+            sampler=cast(Any, requests),  # any sized iterable
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=named_generator("workers", seed),  # otherwise every epoch uses the global stream

@@ -130,7 +130,9 @@ class Splits(ServedBatches):
         """Reload everything that was loaded: sources may depend on the seed; labels and splits do."""
         self.seed = seed
         ready = list(self._stores)
-        for held in (self._sources, self._tables, self._stores, self._labels_on_device):
-            held.clear()  # type: ignore[attr-defined]
+        self._sources.clear()
+        self._tables.clear()
+        self._stores.clear()
+        self._labels_on_device.clear()
         for name in ready:
             self.store(name)

@@ -1,36 +1,30 @@
-"""Base class of all methods: one or two networks, SANM, the forward pass of a training step, metrics, an optimizer."""
+"""Base class of all methods: one or two networks with SANM, their callbacks, predictions and checkpoints."""
 
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
-from sanm_lightning.compat import batch_number
-from sanm_lightning.functional import Mixed
 from sanm_lightning.methods.checks import check_arguments
 from sanm_lightning.methods.evaluation import EvaluationSteps
-from sanm_lightning.methods.learned import Learned
+from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
 from sanm_lightning.methods.reset import reset_networks
 from sanm_lightning.models import create_network
-from sanm_lightning.random_streams import named_generator, named_seed, process_rank
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.random_streams import named_seed
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM
-from sanm_lightning.sanm.views import Quality
 
 __all__ = ["NoisyLabelModule", "sgd"]
 
 
-class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
+class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     """Base class of the methods.
 
     A method is one file with one class and one ``training_step``, which calls :meth:`learn`. Batches are
@@ -105,70 +99,6 @@ class NoisyLabelModule(SANMMixin, Optimization, EvaluationSteps):
             self.network2: Any = self._create() if self._create else copy.deepcopy(given).apply(reset_parameters)
             self.sanm2.build(self.network2, self.image_size)
         self.accuracy = nn.ModuleDict()
-
-    def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
-        """Return a generator for the current step, a function of seed, process, epoch and step for exact resume."""
-        step = -1 if self._trainer is None else batch_number(self.trainer)
-        return named_generator(kind, self.sanm.seed, process_rank(), self.current_epoch, step, *parts, device=device)
-
-    def learn(
-        self,
-        batch: NoisyBatch,
-        targets: Tensor,
-        network: int = 0,
-        quality: Tensor | None = None,
-        features: Tensor | None = None,
-        mix: Callable[[Tensor, Tensor], Mixed] | None = None,
-        extra: tuple[Tensor, Tensor] | None = None,
-    ) -> Learned:
-        """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
-
-        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label
-            quality.
-
-        Args:
-            batch: B samples with the training ``images``.
-            targets: class probabilities, shape (B, C).
-            network: number of the network.
-            quality: the method's estimate of label quality, shape (B,), in [0, 1]; an estimator configured by the user
-                overrides it.
-            features: features of the unmasked images, shape (B, D, h, w), if the method has computed them.
-            mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
-                then uses a separate forward pass on the unmixed views.
-            extra: additional images (k B, 3, H, W) and targets that are not masked; they precede the views.
-
-        Returns:
-            Logits, targets, features and reconstruction term of the pass.
-        """
-        net, sanm, judge = self.networks[network], self.sanms[network], self.sanms[network - 1]
-        known = self._quality(judge, batch, targets, quality)
-        generator = self.stream("mask", network, device=batch.images.device)
-        views = sanm(net, batch.images, targets, known, features, generator)
-        images, wanted, clean = views.images, views.targets, views.logits
-        evidence = sanm.enabled and (not self.estimates_quality or sanm.quality == "given")
-        unmixed = mix is None and extra is None
-        if evidence and clean is None and not unmixed and sanm.label_quality.needs_evidence:
-            with inference_context(net, batch.images, sanm.batch_statistics):
-                clean = net(batch.images)
-        if extra is not None:
-            images, wanted = torch.cat([extra[0], images]), torch.cat([extra[1], wanted])
-        mixed = Mixed(images, wanted, 1.0, torch.arange(0)) if mix is None else mix(images, wanted)
-        maps = net.forward_features(mixed.images)
-        logits = net.forward_head(maps)
-        clean = views.unmasked(logits) if unmixed else clean
-        if evidence and clean is not None:
-            sanm.label_quality.update(clean, targets, batch.index, views.features)
-        if not unmixed and views.masked and sanm.reconstruct:  # the decoder uses unmixed, masked views only
-            maps = net.forward_features(views.images)
-        return Learned(logits, mixed.targets, clean, maps, sanm.reconstruction(maps, batch.images, views), mixed)
-
-    def _quality(self, judge: SANM, batch: NoisyBatch, targets: Tensor, estimate: Tensor | None) -> Quality:
-        """Return the ``quality`` argument of SANM; None before the first mask."""
-        if not self.sanm.masking(self.current_epoch, self.warmup_epochs):
-            return None
-        if self.estimates_quality and (estimate is None or judge.prefers_method_quality):
-            return estimate  # None in the method's warm-up, when nothing is masked
-        return judge.source_of_quality(targets, batch.index, batch.true_labels)
 
     def predict_train(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
         """Predict the training set, see :func:`~sanm_lightning.methods.passes.predict_split`. Collective."""

@@ -1,12 +1,21 @@
-"""Output of one forward pass of a method's network, for its loss."""
+"""The forward pass of a training step, with SANM, and its output for the loss."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.compat import batch_number
 from sanm_lightning.functional import Mixed, masked_mean, soft_cross_entropy
+from sanm_lightning.methods.hooks import MethodHooks
+from sanm_lightning.random_streams import named_generator, process_rank
+from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.module import SANM
+from sanm_lightning.sanm.views import Quality
 
-__all__ = ["Learned"]
+__all__ = ["Learned", "TrainingPass"]
 
 
 class Learned(NamedTuple):
@@ -38,3 +47,75 @@ class Learned(NamedTuple):
     def cross_entropy(self, weight: Tensor | None = None) -> Tensor:
         """Return :meth:`classification` plus the reconstruction term."""
         return self.classification(weight) + self.reconstruction
+
+
+class TrainingPass(MethodHooks):
+    """Mixin with :meth:`learn`, the forward pass of a method's ``training_step``."""
+
+    warmup_epochs: int
+
+    def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
+        """Return a generator for the current step, a function of seed, process, epoch and step for exact resume."""
+        step = -1 if self._trainer is None else batch_number(self.trainer)
+        return named_generator(
+            kind, self.sanms[0].seed, process_rank(), self.current_epoch, step, *parts, device=device
+        )
+
+    def learn(
+        self,
+        batch: NoisyBatch,
+        targets: Tensor,
+        network: int = 0,
+        quality: Tensor | None = None,
+        features: Tensor | None = None,
+        mix: Callable[[Tensor, Tensor], Mixed] | None = None,
+        extra: tuple[Tensor, Tensor] | None = None,
+    ) -> Learned:
+        """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
+
+        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label
+            quality.
+
+        Args:
+            batch: B samples with the training ``images``.
+            targets: class probabilities, shape (B, C).
+            network: number of the network.
+            quality: the method's estimate of label quality, shape (B,), in [0, 1]; an estimator configured by the user
+                overrides it.
+            features: features of the unmasked images, shape (B, D, h, w), if the method has computed them.
+            mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
+                then uses a separate forward pass on the unmixed views.
+            extra: additional images (k B, 3, H, W) and targets that are not masked; they precede the views.
+
+        Returns:
+            Logits, targets, features and reconstruction term of the pass.
+        """
+        net, sanm, judge = self.networks[network], self.sanms[network], self.sanms[network - 1]
+        known = self._quality(judge, batch, targets, quality)
+        generator = self.stream("mask", network, device=batch.images.device)
+        views = sanm(net, batch.images, targets, known, features, generator)
+        images, wanted, clean = views.images, views.targets, views.logits
+        evidence = sanm.enabled and (not self.estimates_quality or sanm.quality == "given")
+        unmixed = mix is None and extra is None
+        if evidence and clean is None and not unmixed and sanm.label_quality.needs_evidence:
+            with inference_context(net, batch.images, sanm.batch_statistics):
+                clean = net(batch.images)
+        if extra is not None:
+            images, wanted = torch.cat([extra[0], images]), torch.cat([extra[1], wanted])
+        mixed = Mixed(images, wanted, 1.0, torch.arange(0)) if mix is None else mix(images, wanted)
+        maps = net.forward_features(mixed.images)
+        logits = net.forward_head(maps)
+        clean = views.unmasked(logits) if unmixed else clean
+        if evidence and clean is not None:
+            sanm.label_quality.update(clean, targets, batch.index, views.features)
+        if not unmixed and views.masked and sanm.reconstruct:  # the decoder uses unmixed, masked views only
+            maps = net.forward_features(views.images)
+        return Learned(logits, mixed.targets, clean, maps, sanm.reconstruction(maps, batch.images, views), mixed)
+
+    def _quality(self, judge: SANM, batch: NoisyBatch, targets: Tensor, estimate: Tensor | None) -> Quality:
+        """Return the ``quality`` argument of SANM; None before the first mask."""
+        if not self.sanms[0].masking(self.current_epoch, self.warmup_epochs):
+            return None
+        if self.estimates_quality and (estimate is None or judge.prefers_method_quality):
+            return estimate  # None in the method's warm-up, when nothing is masked
+        return judge.source_of_quality(targets, batch.index, batch.true_labels)

@@ -19,7 +19,9 @@ def _resnet_cifar(
 ) -> ResNet:
     options = own_options(name, pretrained, options)
     padding = options.pop("stem_padding", 1)
-    network = ResNet(**{"block": block, "layers": layers, "channels": CHANNELS, "zero_init_last": False, **options})
+    network: Any = ResNet(
+        **{"block": block, "layers": layers, "channels": CHANNELS, "zero_init_last": False, **options}
+    )
     in_chans = options.get("in_chans", 3)
     network.conv1 = nn.Conv2d(in_chans, network.bn1.num_features, 3, padding=padding, bias=False)
     network.maxpool = nn.Identity()
@@ -29,7 +31,8 @@ def _resnet_cifar(
     for layer in network.modules():  # the released codes use the initialization of PyTorch
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
-    return network
+    built: ResNet = network
+    return built
 
 
 @register_model

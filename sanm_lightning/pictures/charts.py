@@ -47,7 +47,8 @@ def crossings(mixture: Mixture) -> list[float]:
     grid = torch.linspace(float(mixture.low), float(mixture.high), GRID, dtype=torch.float64)
     above = mixture_posterior(mixture, grid.to(mixture.low.dtype)) >= 0.5
     places = (above[1:] != above[:-1]).nonzero()[:, 0]
-    return ((grid[places] + grid[places + 1]) / 2).tolist()  # type: ignore[no-any-return]
+    found: list[float] = ((grid[places] + grid[places + 1]) / 2).tolist()
+    return found
 
 
 def histogram_figure(panels: list[Losses]) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +78,7 @@ class Look(NamedTuple):
         sanm.batch_statistics = False
         known = quality.to(images.device)
         if sanm.quality == "oracle" and batch.true_labels is not None:
-            known = sanm.source_of_quality(targets, batch.index, batch.true_labels)  # type: ignore[assignment]
+            known = cast(Tensor, sanm.source_of_quality(targets, batch.index, batch.true_labels))
         generator = named_generator("look", sanm.seed, device=images.device)
         views = sanm(self.network, images, targets, known, generator=generator)
         rebuilt = None
