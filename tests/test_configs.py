@@ -20,6 +20,7 @@ import sanm_lightning
 from sanm_lightning import Noise, config_paths
 from sanm_lightning.cli import SANMCLI, main
 from sanm_lightning.models import create_network
+from sanm_lightning.sanm import FeatureQuality
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -423,11 +424,13 @@ def test_a_method_runs_a_step(monkeypatch, encoder, config):
     assert cli.datamodule.noise_kind == ("symmetric_exclusive" if config.stem == "quickstart" else "none")
 
 
+@pytest.mark.parametrize("overlay", [CONFIGS / "sanm.yaml", CONFIGS / "sanm" / "features.yaml"], ids=name)
 @pytest.mark.parametrize("config", [config for config in [*METHODS, *JOBS] if config.stem != "simclr"], ids=name)
-def test_a_method_runs_a_step_under_sanm(monkeypatch, encoder, config):
+def test_a_method_runs_a_step_under_sanm(monkeypatch, encoder, config, overlay):
     slim(monkeypatch)
-    cli = one_step(monkeypatch, *with_data(config), CONFIGS / "sanm.yaml", words=words_for(config, encoder))
+    cli = one_step(monkeypatch, *with_data(config), overlay, words=words_for(config, encoder))
     assert cli.trainer.global_step == 1
+    assert isinstance(cli.model.sanm.label_quality, FeatureQuality) == (overlay.stem == "features")
     assert cli.model.sanm.enabled
     assert 0 <= float(cli.model.sanm.last["masked_fraction"]) <= 1
 

@@ -8,10 +8,11 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
-from sanm_lightning.sanm.foreign_batch import images_and_labels, probabilities, rebuilt, tensor_or_none
+from sanm_lightning.sanm.foreign_batch import has_third_index, images_and_labels, probabilities, rebuilt, tensor_or_none
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.rehearsal import misread_labels, own_streams
@@ -34,8 +35,9 @@ class SANMCallback(L.Callback):
     computed from the features of the last forward pass of the step, is added to its loss. The loss must accept
     probabilities, as ``F.cross_entropy`` does; steps that use ``y`` as class indices are detected before the first
     update by a run on a copy of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images should be in [0,
-    1] in the batch. Label quality is estimated by sample index if the batch has one (``batch.index``) and the data
-    module has ``num_samples``, otherwise from a window of recent losses. Further elements of a batch are passed on.
+    1] in the batch. Label quality is estimated by sample index if the data module has ``num_samples`` and the batch has
+    an index: ``batch.index``, or the third element of ``(x, y, index)`` (see ``index``). Otherwise it is estimated from a
+    window of recent losses. Further elements of a batch are passed on.
 
     It supports modules of ``lightning`` and ``pytorch_lightning``, with any optimizer and scheduler: decoder parameters
     that are missing in the optimizer are added to its first parameter group. The decoder is saved in the callback's
@@ -55,6 +57,9 @@ class SANMCallback(L.Callback):
             epoch and logs metrics.
         rehearse: whether to run the step on a copy of the module before the first update, to detect steps that use
             labels as class indices.
+        index: whether the third element of tuple batches is the position of each sample in the training set, 0 to N - 1;
+            None determines it on the first batch (integers of shape (B,), B >= 4, all different and in range), and logs
+            the result.
 
     Raises:
         MisconfigurationException: before the first update, if the module is not supported. Strategies that shard
@@ -69,13 +74,16 @@ class SANMCallback(L.Callback):
         image_size: tuple[int, int] | None = None,
         wrap: bool = True,
         rehearse: bool = True,
+        index: bool | None = None,
     ) -> None:
         self.sanm = SANM() if sanm is None else sanm
+        self.index = index
         self.network, self.layer, self.image_size, self.wrap = network, layer, image_size, wrap
         self.tap: FeatureExtractor | None = None
         self.rehearse = rehearse
         self._fitted = -1  # epoch of the last fit of label quality
         self._masked_steps: Tensor | None = None  # on the device, to avoid synchronization
+        self._third_is_index: bool | None = None
         self._joined = False
         self._states: SampleStateCallback | None = None  # if the trainer has none
         self._undo: list[Callable[[], Any]] = []
@@ -115,6 +123,7 @@ class SANMCallback(L.Callback):
         except ValueError as error:
             message = str(error).replace(type(tap).__name__, type(tap.network).__name__)
             raise MisconfigurationException(f"{message} (in {type(pl_module).__name__})") from error
+        self._third_is_index = self.index
         self._wrap_step(pl_module, tap)
 
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
@@ -219,7 +228,7 @@ class SANMCallback(L.Callback):
         kwargs: Any,
     ) -> Any:
         images, labels = images_and_labels(batch)
-        index, true_labels = (tensor_or_none(batch, name) for name in ("index", "true_labels"))
+        index, true_labels = self._sample_index(pl_module, batch), tensor_or_none(batch, "true_labels")
         targets = probabilities(labels, tap.num_classes)
         quality = None
         if self.sanm.masking(pl_module.current_epoch, WARMUP_EPOCHS):
@@ -247,6 +256,25 @@ class SANMCallback(L.Callback):
         self.sanm.label_quality.update(clean, targets, index, views.features)
         term = self.sanm.reconstruction(features, images, views)
         return {**out, "loss": out["loss"] + term} if isinstance(out, Mapping) else out + term
+
+    def _sample_index(self, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
+        """Return the positions (B,) of the samples in the training set; None if unknown."""
+        named = tensor_or_none(batch, "index")
+        num_samples = getattr(getattr(pl_module.trainer, "datamodule", None), "num_samples", None)
+        if named is not None or not isinstance(num_samples, int):
+            return named
+        if self._third_is_index is None:
+            self._third_is_index = has_third_index(batch, num_samples)
+            found = "the third element of the batches" if self._third_is_index else "none"
+            rank_zero_info(f"SANM: index of the samples in the batches: {found} (index= of the callback overrides it)")
+        if not self._third_is_index:
+            return None
+        if len(batch) < 3:
+            raise MisconfigurationException(
+                f"expected batches (images, labels, index) for SANM with index=True, got {len(batch)} elements; add the "
+                "index to the data set, or omit index="
+            )
+        return cast(Tensor, batch[2])
 
     # Fits once per epoch, and metrics
 

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["images_and_labels", "probabilities", "rebuilt", "tensor_or_none"]
+__all__ = ["has_third_index", "images_and_labels", "probabilities", "rebuilt", "tensor_or_none"]
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,27 @@ def tensor_or_none(batch: Any, name: str) -> Tensor | None:
     """Return a named tensor of a batch; None if there is none."""
     part = getattr(batch, name, None)  # every list and tuple has a method called index
     return part if isinstance(part, Tensor) else None
+
+
+def has_third_index(batch: Any, num_samples: int) -> bool:
+    """Return whether the third element of a tuple or list can be the positions of the samples in the training set.
+
+    The positions are integers, shape (B,), all different, in [0, N). Labels of four or more samples are rarely so, and
+    smaller batches return False. It synchronizes with the device.
+
+    Args:
+        batch: batch of a third-party loader.
+        num_samples: N, size of the training set.
+    """
+    if not isinstance(batch, (tuple, list)) or hasattr(batch, "_fields") or len(batch) < 3:
+        return False
+    third, size = batch[2], len(batch[0])
+    if not isinstance(third, Tensor) or third.is_floating_point() or third.dtype == torch.bool:
+        return False
+    if third.shape != (size,) or size < 4:
+        return False
+    values = third.tolist()
+    return len(set(values)) == size and min(values) >= 0 and max(values) < num_samples
 
 
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:

@@ -31,6 +31,7 @@ class SANMMixin:
         sanm_layer: name of the network's submodule whose output is the last feature map; None detects it.
         sanm_image_size: H, W of the training images; None uses that of the data module, or of a batch.
         sanm_rehearse: see :class:`SANMCallback`.
+        sanm_index: see ``index`` of :class:`SANMCallback`.
 
     All other arguments are passed to the next base class.
 
@@ -50,12 +51,14 @@ class SANMMixin:
         sanm_layer: str | None = None,
         sanm_image_size: tuple[int, int] | None = None,
         sanm_rehearse: bool = True,
+        sanm_index: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.sanm = sanm if isinstance(sanm, SANM) else SANM.from_options(sanm or {})
         self._sanm_options: dict[str, Any] = {
             "network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size, "rehearse": sanm_rehearse,
+            "index": sanm_index,
         }  # fmt: skip
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

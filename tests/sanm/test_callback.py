@@ -25,6 +25,7 @@ from sanm_lightning.data import Toy
 from sanm_lightning.sanm import SANM
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.feature_extractor import shadow
+from sanm_lightning.sanm.foreign_batch import has_third_index
 from sanm_lightning.sanm.mixin import SANMMixin
 
 pytestmark = pytest.mark.filterwarnings(
@@ -123,6 +124,20 @@ def pairs(size: int = 24, batch_size: int = 6) -> DataLoader[Any]:
     images = (torch.rand(size, 3, SIZE, SIZE, generator=draw) + labels.view(-1, 1, 1, 1)) / CLASSES
     wrong = torch.rand(size, generator=draw) < 0.3
     return DataLoader(TensorDataset(images, torch.where(wrong, (labels + 1) % CLASSES, labels)), batch_size)
+
+
+class Numbered(L.LightningDataModule):
+    """A data module with ``num_samples``, whose batches have the form that ``container`` gives them."""
+
+    num_samples, image_size = 24, (SIZE, SIZE)
+
+    def __init__(self, container: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.container = container
+
+    def train_dataloader(self) -> Any:
+        numbers = torch.arange(24).split(6)
+        return served([self.container(x, y, i) for (x, y), i in zip(pairs(), numbers, strict=True)])
 
 
 def served(batches: list[Any]) -> DataLoader[Any]:
@@ -294,6 +309,53 @@ class TestBatchesAndSteps:
 
         fit(module, callback, data=Pairs())
         assert callback.sanm.label_quality._mixture is not None
+
+    @pytest.mark.parametrize("kind", ["callback", "mixin"])
+    def test_a_third_element_of_positions_is_the_index(self, kind: str) -> None:
+        """The same quality per sample as with a named index, and another one than without."""
+
+        def quality(container: Any, index: bool | None = None) -> tuple[Tensor | None, dict[str, Tensor]]:
+            L.seed_everything(3, verbose=False)
+            sanm = SANM(seed=1)
+            module = Mixed(sanm=sanm, sanm_index=index) if kind == "mixin" else Stranger()
+            fit(module, *([] if kind == "mixin" else [SANMCallback(sanm, index=index)]), data=Numbered(container))
+            return sanm.label_quality.values, weights(module)
+
+        named, weights_named = quality(lambda x, y, i: NoisyBatch(x, y, i))
+        third, weights_third = quality(lambda x, y, i: (x, y, i))
+        assert named is not None and float(named.std()) > 0
+        assert third is not None and torch.equal(third, named)
+        assert_same(weights_third, weights_named)
+        for values, _ in (quality(lambda x, y, i: (x, y, i), False), quality(lambda x, y, i: (x, y, y), None)):
+            assert values is None or not torch.equal(values, named)
+
+    @pytest.mark.parametrize(
+        ("third", "found"),
+        [
+            (torch.tensor([3, 1, 5, 0, 23, 4]), True),
+            (torch.tensor([3, 1, 5, 0, 24, 4]), False),  # out of range
+            (torch.tensor([3, 1, 5, 0, 3, 4]), False),  # true labels repeat
+            (torch.tensor([3, 1, 5, -1, 2, 4]), False),
+            (torch.arange(6.0), False),
+            (torch.arange(6).view(6, 1), False),
+            (torch.arange(3), False),
+            (list(range(6)), False),
+        ],
+        ids=str,
+    )
+    def test_other_third_elements_are_not(self, third: Any, found: bool) -> None:
+        x, y = next(iter(pairs()))
+        assert has_third_index((x, y, third), 24) is has_third_index([x, y, third], 24) is found
+        assert not has_third_index((x[:3], y[:3], third[:3]), 24), "too few to tell"
+        assert not has_third_index((x, y), 24)
+
+    def test_an_index_that_is_promised_and_missing_or_out_of_range_is_refused(self) -> None:
+        with pytest.raises(
+            MisconfigurationException, match=r"expected batches \(images, labels, index\) .* got 2 elements"
+        ):
+            fit(Stranger(), SANMCallback(index=True), data=Numbered(lambda x, y, i: (x, y)))
+        with pytest.raises(ValueError, match=r"expected sample indices in \[0, 24\), got 100 to 105"):
+            fit(Stranger(), SANMCallback(index=True), data=Numbered(lambda x, y, i: (x, y, i + 100)))
 
     def test_soft_labels_from_the_data_are_taken_as_they_are(self) -> None:
         data = served([[x, F.one_hot(y, CLASSES).float()] for x, y in pairs()])
