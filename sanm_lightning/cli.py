@@ -19,11 +19,13 @@ import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
 from sanm_lightning.audit import LabelAudit, read_noise_rate
+from sanm_lightning.parsing import TrainingParser
 from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
+from sanm_lightning.sentences import REPORTED, sentence
 
 __all__ = ["SANMCLI", "main"]
 
@@ -202,6 +204,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         seed_everything_default=0,  # runs without a given seed are reproducible
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
+        parser_class=TrainingParser,
         parser_kwargs={"description": f"Further commands: {', '.join(f'sanm {name}' for name in commands.COMMANDS)}."},
         args=args,
     )
@@ -219,19 +222,9 @@ def entry_point() -> None:
             main()
         elif status:
             sys.exit(status)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        if os.environ.get("SANM_TRACEBACK"):
+    except REPORTED as error:
+        said = sentence(error)
+        if said is None or os.environ.get("SANM_TRACEBACK"):
             raise
-        print(f"sanm: {_sentence(error)}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
+        print(f"sanm: {said}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
-
-
-def _sentence(error: BaseException) -> str:
-    """Return the original error message; the parser wraps it in the whole configuration."""
-    part = next((name for name in ("DataModule", "Module") if f"Lightning{name}'" in str(error)[:300]), "")
-    while error.__cause__ is not None and str(error).startswith(("Does not validate", "Problem with given class_path")):
-        error = error.__cause__
-    if isinstance(error, (ValueError, OSError)) or not part:
-        return str(error)
-    part = "data" if part == "DataModule" else "model"
-    return f"expected valid settings under {part!r}, got {type(error).__name__}: {error}"

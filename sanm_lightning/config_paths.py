@@ -167,7 +167,7 @@ def _near(value: str) -> str:
     wanted = Path(value)
     ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}
     near = [str(path) for path in sorted(known, key=lambda path: -ratio[path]) if ratio[path] > 0.7][:3]
-    return f"choose one of {', '.join(near)}" if near else f"choose one from {packaged() / 'configs'}"
+    return f"near: {', '.join(near)}" if near else f"choose one from {packaged() / 'configs'}"
 
 
 def _similarity(one: str, other: str) -> float:

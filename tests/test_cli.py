@@ -336,8 +336,8 @@ class TestConfigs:
 
     def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
         for name, near in (
-            ("configs/method/dividemx.yaml", "choose one of configs/method/dividemix.yaml"),
-            ("configs/dividemix.yaml", "choose one of configs/method/dividemix.yaml"),
+            ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),
+            ("configs/dividemix.yaml", "near: configs/method/dividemix.yaml"),
             ("configs/cifar10/no_such_method.yaml", "choose one from "),
         ):
             with pytest.raises(SystemExit):

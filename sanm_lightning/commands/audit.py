@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,6 +16,7 @@ from rich.table import Table
 from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
+from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
 
 __all__ = ["audit", "main"]
@@ -216,7 +216,7 @@ def _plain(text: str) -> str:
 
 def main(words: list[str]) -> int:
     """Parse the arguments of ``sanm audit``, run it and return the exit status."""
-    parser = ArgumentParser(prog="sanm audit", description="List samples with likely wrong labels.")
+    parser = CommandParser(prog="sanm audit", description="List samples with likely wrong labels.")
     parser.add_argument(
         "root", nargs="?", type=str | None, default=None, help="folder that contains class folders or split folders"
     )

@@ -13,11 +13,11 @@ from typing import Any
 
 import timm
 import torch
-from jsonargparse import ArgumentParser
 from safetensors.torch import save
 
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.models import Normalized
+from sanm_lightning.parsing import CommandParser
 from sanm_lightning.predictor import Predictor, TrainedMethod, load_method
 from sanm_lightning.safe_files import require_folder
 
@@ -243,7 +243,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 def main(words: list[str]) -> int:
     """Parse the arguments of ``sanm export``, run it and return the exit status."""
-    parser = ArgumentParser(prog="sanm export", description="Export a trained method to a folder.")
+    parser = CommandParser(prog="sanm export", description="Export a trained method to a folder.")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["safetensors"], help="one or more formats")
     parser.add_argument("--input_dtype", choices=INPUTS, default="float32", help="type of the input images")
     parser.add_function_arguments(export, skip={"format", "input_dtype"}, as_group=False)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -16,6 +15,7 @@ from sanm_lightning.data.image_files import count_passed_over, list_class_folder
 from sanm_lightning.data.image_folder import read_image, unreadable_reason
 from sanm_lightning.data.policies import center_crop
 from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.parsing import CommandParser
 from sanm_lightning.predictions import write_predictions
 from sanm_lightning.predictor import Predictor, load_method
 from sanm_lightning.processing import default_num_workers, find_device
@@ -162,7 +162,7 @@ def _predicted(
 
 def main(words: list[str]) -> int:
     """Parse the arguments of ``sanm predict --images``, run it and return the exit status."""
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="sanm predict --images", description="Write the predicted classes of images to a CSV file."
     )
     parser.add_argument("--images", nargs="+", required=True, type=str, help="folders and image files")

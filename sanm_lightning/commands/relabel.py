@@ -1,8 +1,7 @@
 """``sanm relabel``: correct labels from verdicts or suggestions."""
 
-from jsonargparse import ArgumentParser
-
 from sanm_lightning.audit.relabel import relabel, undo_relabel
+from sanm_lightning.parsing import CommandParser
 
 __all__ = ["main"]
 
@@ -20,7 +19,7 @@ def main(words: list[str]) -> int:
         OSError: if a file cannot be read or written, or already exists.
         ValueError: if the options are contradictory, or the verdicts do not belong to this audit.
     """
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog="sanm relabel",
         description="Write the corrected labels of an audited data set; the originals are not modified.",
     )

@@ -1,0 +1,275 @@
+"""Argument parser with errors in one sentence and with short help; depends on the messages of jsonargparse."""
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import lightning as L
+import torch
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import Logger
+
+from sanm_lightning.sanm.module import SANM
+from sanm_lightning.sanm.quality import QualityEstimator
+
+__all__ = ["CommandParser", "TrainingParser", "near_names", "parser_sentence"]
+
+BASES: dict[str, type] = {
+    "model": L.LightningModule, "data": L.LightningDataModule, "callbacks": L.Callback, "logger": Logger,
+    "optimizer": torch.optim.Optimizer, "scheduler": torch.optim.lr_scheduler.LRScheduler, "sanm": SANM,
+    "quality": QualityEstimator,
+}  # fmt: skip
+"""Base class of the classes that an option accepts, by the last part of its name."""
+
+KEY = re.compile(r'Parser key "([^"]+)"')
+OWNER = re.compile(r"Problem with given class_path '([^']+)':")
+UNKNOWN_OPTIONS = (
+    re.compile(r"Option '(?P<name>[^']+)' is not accepted"),
+    re.compile(r"Group '(?P<group>[^']+)' does not accept option '(?P<name>[^']+)'"),
+    re.compile(r"Subcommand '\w+' does not accept option '(?P<name>[^']+)'"),
+    re.compile(r"unrecognized arguments: (?P<name>[^\s=]+)"),
+)
+NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.+)")
+NOT_IMPORTED = re.compile(r"(?P<reason>No module named .+|module .+ has no attribute .+)")
+OTHER_CLASS = re.compile(r"Import path does not correspond to a subclass of (?P<base>\w+)")
+VALUE = re.compile(r"Expected a (?P<type>.+)\. Got value: (?P<value>.*)")
+UNION = re.compile(r"Subtypes: \[(?P<type>.+)\]")
+GIVEN = re.compile(r"Given value: (?P<value>.*)")
+
+
+class ShortHelp(DefaultHelpFormatter):
+    """Help without the subclasses of ``torch.nn.Module``, of which there are more than a thousand."""
+
+    def _get_help_string(self, action: Any) -> str:
+        return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._get_help_string(action))
+
+
+class CommandParser(ArgumentParser):
+    """Parser of jsonargparse that raises a ValueError with one sentence, instead of printing the usage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": ShortHelp, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise the error.
+
+        Raises:
+            ValueError: always, except in parsers of nested classes, whose errors are part of a longer message.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise ValueError(parser_sentence(message, getattr(ex, "subcommand_parser", None) or self)) from ex
+
+
+class TrainingParser(CommandParser, LightningArgumentParser):
+    """Parser of LightningCLI with the errors and the help of :class:`CommandParser`."""
+
+
+class _Place(NamedTuple):
+    """A line of an error message with its context.
+
+    Attributes:
+        text: the line.
+        key: name of the option, such as ``model.sanm.mu``; empty for an option of the command.
+        owner: class path that the option belongs to; empty for an option of the command.
+        after: the following lines of the same or a lower indentation.
+    """
+
+    text: str
+    key: str
+    owner: str
+    after: list[str]
+
+
+def parser_sentence(message: str, parser: Any) -> str:
+    """Return a message of jsonargparse as one sentence: what was expected, what was given, and similar names.
+
+    Args:
+        message: the message, in which alternative types and nested classes are lists of lines.
+        parser: the parser that the message is about, which has the known options.
+    """
+    places = list(_places(message))
+    for find in (_unknown_option, _unknown_class, _wrong_value):
+        for place in places:
+            sentence = find(place, parser)
+            if sentence:
+                return sentence
+    return _of_argparse(message.strip(), parser)
+
+
+def _places(message: str) -> Iterator[_Place]:
+    lines = [line for line in message.splitlines() if line.strip()]
+    open_keys: list[tuple[int, str]] = []
+    owners: list[tuple[int, str]] = []
+    for number, line in enumerate(lines):
+        indent = len(line) - len(line.lstrip(" -"))
+        open_keys = [(depth, key) for depth, key in open_keys if depth < indent]
+        owners = [(depth, owner) for depth, owner in owners if depth < indent]
+        for pattern, stack in ((KEY, open_keys), (OWNER, owners)):
+            found = pattern.search(line)
+            if found:
+                stack.append((indent, found[1]))
+        key, owner = ".".join(part for _, part in open_keys), owners[-1][1] if owners else ""
+        yield _Place(line.strip(" -"), key, owner, lines[number + 1 :])
+
+
+def _unknown_option(place: _Place, parser: Any) -> str | None:
+    found = next((match for pattern in UNKNOWN_OPTIONS if (match := pattern.search(place.text))), None)
+    if found is None:
+        return None
+    typed = found["name"]
+    name = ".".join(filter(None, (found.groupdict().get("group"), typed.lstrip("-"))))
+    instance = re.search(r"class_path='([^']+)'", place.text)  # of an option with a function as its value
+    owner = instance[1] if instance else place.owner
+    if owner:
+        what, see = f"an option of {_last(owner)}", f"'--{place.key}.help {_last(owner)}'"
+        near = [f"{place.key}.{other}" for other in near_names(name, _options_of_class(owner))]
+        given = f"{place.key}.{name}"
+    else:
+        what, see = f"an option of {_command(parser)}", f"'{_command(parser)} --help'"
+        near = near_names(name, _options_of(parser)) or near_names(name.split(".")[0], _options_of(parser))
+        given = typed
+        if typed.startswith("-"):
+            near = [f"--{other}" for other in near]
+        elif place.text.startswith("unrecognized"):
+            return f"expected options only, got {typed!r}; see {see}"
+    return f"expected {what}, got {given!r}; " + (f"near: {', '.join(near)}" if near else f"see {see}")
+
+
+def _unknown_class(place: _Place, parser: Any) -> str | None:
+    helped = re.match(r"(?:--)?(\S+)\.help: ", place.text)
+    part = ".".join(filter(None, (place.key, helped and helped[1])))
+    base = BASES.get(part.rpartition(".")[2])
+    found = NO_CLASS.search(place.text)
+    if found:
+        name = found["name"].strip()
+        near = near_names(name, _classes(base), cutoff=0.6) if base else []
+        known = _classes(base, public=True) if base else []
+        remedy = f"near: {', '.join(near)}" if near else f"choose one of {', '.join(known)}, or an import path"
+        remedy = remedy if near or known else "use an import path such as package.module.Class"
+        return f"expected the name of a class for {part}, got {name!r}; {remedy}"
+    found = NOT_IMPORTED.fullmatch(place.text)
+    if found:
+        return (
+            f"expected an importable class for {part}, got {place.owner!r} ({found['reason']}); check the import path"
+        )
+    found = OTHER_CLASS.search(place.text)
+    if found:
+        given = next((match["value"] for line in place.after if (match := GIVEN.search(line))), "another class")
+        return f"expected a subclass of {found['base']} for {part}, got {given!r}; use another class"
+    return None
+
+
+def _wrong_value(place: _Place, parser: Any) -> str | None:
+    found = VALUE.search(place.text)
+    kind, value = (found["type"], found["value"]) if found else (None, None)
+    union = UNION.search(place.text)
+    if union and not any(KEY.search(line) or OWNER.search(line) for line in place.after):
+        kind = union["type"]
+        value = next((match["value"] for line in place.after if (match := GIVEN.search(line))), "")
+    if kind is None:
+        return None
+    choices = re.findall(r"Literal\[([^\]]+)\]", kind)
+    rest = re.sub(r"(typing\.)?Literal\[[^\]]+\](, )?", "", kind)
+    types = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", rest).replace("NoneType", "null")
+    types = re.sub(r"\b(?:[a-z_]\w*\.)+(\w+)", r"\1", types).strip(", ")
+    types = re.sub(r", (?=\w+$)", " or ", types)
+    if choices:
+        listed = ", ".join(filter(None, (", ".join(choices), types)))
+        near = near_names(str(value), re.findall(r"'([^']+)'", listed))
+        return f"expected {place.key} to be one of {listed}, got {value!r}; " + (
+            f"near: {', '.join(near)}" if near else "choose one of these"
+        )
+    return f"expected {place.key} of type {types}, got {value!r}; use a value of this type"
+
+
+def _of_argparse(message: str, parser: Any) -> str:
+    """Return one of the messages about whole arguments as a sentence; the last form fits any message."""
+    see = f"see '{_command(parser)} --help'"
+    missing = re.search(r"the following arguments are required: (.+)", message)
+    if missing:
+        found = re.match(r"(fit|validate|test|predict)\.", missing[1])
+        names = [f"--{name.removeprefix(found[0] if found else '')}" for name in missing[1].split(", ")]
+        see = f"see '{_command(parser)} {found[1]} --help'" if found else see
+        return f"expected a value for {' and '.join(sorted(names, reverse=True))}, got none; {see}"
+    found = re.search(r"argument (?P<name>\S+): invalid choice: '(?P<value>.*)' \(choose from (?P<known>.+)\)", message)
+    if found:
+        known = re.findall(r"[\w-]+", found["known"])
+        known += _commands() if found["name"] == "subcommand" else []
+        near = near_names(found["value"], known)
+        what = "a command" if found["name"] == "subcommand" else found["name"]
+        return f"expected {what} among {', '.join(known)}, got {found['value']!r}; " + (
+            f"near: {', '.join(near)}" if near else see
+        )
+    if 'expected "subcommand"' in message:
+        return f"expected a command among fit, validate, test, predict, {', '.join(_commands())}, got none; {see}"
+    found = re.search(r"argument (\S+): expected (.+)", message)
+    if found:
+        return f"expected {found[2]} after {found[1]}, got none; {see}"
+    found = re.search(r"ambiguous option: (\S+) could match (.+)", message)
+    if found:
+        return f"expected an option of {_command(parser)}, got {found[1]!r}; near: {found[2]}"
+    found = re.search(
+        r"(?:File does not exist: '?(.+?)'?|Unable to load config [\"'](.+)[\"'])$", message.splitlines()[-1]
+    )
+    if found:
+        return f"expected an existing config, got {(found[1] or found[2])!r}; check the path"
+    found = re.search(r"Problems parsing config: (.+)", message, re.DOTALL)
+    if found:
+        reason = " ".join(found[1].replace('in "<unicode string>", ', "in ").split())
+        return f"expected configs in valid YAML, got a file that cannot be parsed ({reason}); correct the file"
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
+    return f"expected valid options of {_command(parser)}, got {' '.join(lines[-2:])}; {see}"
+
+
+def near_names(name: str, known: Sequence[str], cutoff: float = 0.7) -> list[str]:
+    """Return up to three known names that are similar to a name, by a similarity in [0, 1] that ignores case."""
+    by_lower = {other.lower(): other for other in known}
+    return [by_lower[other] for other in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=cutoff)]
+
+
+def _classes(base: type, public: bool = False) -> list[str]:
+    """Return the names of the imported subclasses of a class, itself included; if asked, the public ones of this package."""
+    found: dict[str, type] = {}
+    left: list[type] = [base]
+    while left:
+        one = left.pop()
+        children: list[type] = type.__subclasses__(one)
+        left += [child for child in children if child.__name__ not in found]
+        found[one.__name__] = one
+    rooms = [sys.modules.get(f"sanm_lightning{room}") for room in ("", ".data", ".sanm", ".pictures", ".audit")]
+    named = {name for room in rooms for name in getattr(room, "__all__", ()) if getattr(room, name) is found.get(name)}
+    return sorted(named - {"NoisyLabelModule", "NoisyDataModule"} if public else found)
+
+
+def _options_of_class(path: str) -> list[str]:
+    module, _, name = path.rpartition(".")
+    inner = ArgumentParser(exit_on_error=False)
+    try:
+        inner.add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    except Exception:  # the names only improve a message about another error
+        return []
+    return _options_of(inner)
+
+
+def _options_of(parser: Any) -> list[str]:
+    return [action.dest for action in parser._actions if action.option_strings and not action.dest.endswith("help")]
+
+
+def _commands() -> list[str]:
+    from sanm_lightning.commands import COMMANDS
+
+    return [name for name in COMMANDS if " " not in name]
+
+
+def _command(parser: Any) -> str:
+    return str(Path(parser.prog).name if "/" in parser.prog else parser.prog).replace(" [options]", "")
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
