@@ -8,7 +8,8 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -22,12 +23,26 @@ from sanm_lightning.audit import LabelAudit, read_noise_rate
 from sanm_lightning.parsing import TrainingParser
 from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
+from sanm_lightning.run_checkpoint import RunCheckpoint
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
 from sanm_lightning.sentences import REPORTED, sentence
 
 __all__ = ["SANMCLI", "main"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save ``config.yaml`` when a fit begins, after a checkpoint is accepted: a refused relaunch modifies no file."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Save the config of an evaluation."""
+        if stage != "fit":
+            super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save the config of a fit."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class SANMCLI(LightningCLI):
@@ -128,7 +143,11 @@ class SANMCLI(LightningCLI):
         for name in self._statistics if self.subcommand != "fit" else ():  # a model may be evaluated on other data
             del options[name]
         audits = [LabelAudit()] if self.subcommand == "fit" and self.config[self.subcommand].get("audit") else []
-        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, RunSettings(self._settings)]
+        configured = self._get(self.config_init, "trainer", default={})
+        given = configured.get("callbacks") or []
+        saved = any(isinstance(part, Checkpoint) for part in (given if isinstance(given, list) else [given]))
+        saving = [] if saved or configured.get("enable_checkpointing") is False else [RunCheckpoint()]
+        callbacks = [*self.trainer_defaults.get("callbacks", []), *audits, *saving, RunSettings(self._settings)]
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not configured by the user
@@ -137,9 +156,11 @@ class SANMCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Resolve ``--ckpt_path last``; raises an error without a checkpoint, where Lightning would only warn."""
-        options = self.config_init[self.subcommand]
-        fitting = self.subcommand == "fit"
-        options["ckpt_path"] = resolve_ckpt_path(self.trainer, options["ckpt_path"], fitting)
+        options, fitting = self.config_init[self.subcommand], self.subcommand == "fit"
+        asked = options["ckpt_path"]
+        options["ckpt_path"] = resolve_ckpt_path(self.trainer, asked, fitting)
+        if fitting and options["ckpt_path"] != asked:  # a file is compared when it is parsed
+            refuse_other_settings(self._settings, settings_of(read_checkpoint(options["ckpt_path"])))
 
     before_validate = before_test = before_predict = before_fit
 
@@ -202,6 +223,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         seed_everything_default=0,  # runs without a given seed are reproducible
+        save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
         parser_class=TrainingParser,

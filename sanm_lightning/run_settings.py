@@ -84,8 +84,10 @@ class RunSettings(L.Callback):
         self.settings = plain(settings)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the settings, under ``settings``, and the number of processes that ``devices`` resolved to."""
-        checkpoint["settings"] = {**self.settings, "processes": trainer.world_size}
+        """Add the settings, under ``settings``, the number of processes, and the name of the run directory."""
+        run = getattr(trainer.logger, "version", None)
+        name = f"version_{run}" if isinstance(run, int) else run
+        checkpoint["settings"] = {**self.settings, "processes": trainer.world_size, "run": name}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Compare the settings; an evaluation compares those of the model only.

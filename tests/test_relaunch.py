@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sanm_lightning import CrossEntropy
 from sanm_lightning.cli import entry_point, main
 
 RUN = [
@@ -19,7 +20,6 @@ RUN = [
 ]  # fmt: skip
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tensorboardX.*"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed"),  # Lightning's, of an evaluation or a branch of a run
     pytest.mark.filterwarnings("default:Experiment logs directory"),  # undo the suite's, so that ours is seen
 ]
 FIRST = Path("here/lightning_logs/version_0")
@@ -59,7 +59,7 @@ class TestLast:
         assert relaunched.trainer.global_step == 4 * 3
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), relaunched.model.parameters(), strict=True))
         kept = {path.name for path in (FIRST / "checkpoints").iterdir()}
-        assert kept == {"epoch=1-step=6.ckpt", "epoch=3-step=12.ckpt"}  # Lightning keeps the one that was resumed from
+        assert kept == {"last.ckpt", "best.ckpt"}
         first, second = (
             (FIRST / name).read_text().splitlines() for name in ("metrics_before_resume_0.csv", "metrics.csv")
         )
@@ -73,15 +73,31 @@ class TestLast:
         assert "here" in said
         assert not Path("here").exists(), "something was begun"
 
-    def test_is_the_newest_of_all_runs(self):
-        main(epochs(1))
-        main(epochs(2))
-        assert (FIRST.parent / "version_1").exists()
-        (old,) = (FIRST / "checkpoints").iterdir()
-        os.utime(old)  # as if the first run had gone on
-        assert main(epochs(2, "--ckpt_path", "last")).trainer.ckpt_path == str(old)
+    def test_is_the_checkpoint_of_most_steps_in_the_newest_run_whatever_the_times_of_the_files(self):
+        keep = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k", "-1"]
+        main(epochs(4, *keep))
+        for number in range(1, 11):  # the eleventh run: versions are numbers, not words
+            (FIRST.parent / f"version_{number}" / "checkpoints").mkdir(parents=True)
+        main(epochs(3, *keep))
+        shutil.copytree("here", "copy")
+        for time, path in enumerate(sorted(Path("copy").rglob("*.ckpt"), reverse=True)):
+            os.utime(path, (time, time))  # the first epoch of the first run is the last in time
+        cli = main(epochs(4, *keep, "--trainer.default_root_dir", "copy", "--ckpt_path", "last"))
+        run = Path("copy/lightning_logs/version_11")
+        assert results(run)["epochs"] == 4
+        first, second = (
+            (run / name).read_text().splitlines() for name in ("metrics_before_resume_0.csv", "metrics.csv")
+        )
+        assert (len(first), len(second)) == (1 + 3 * 2, 1 + 1 * 2), "resumed from the third epoch"
+        assert cli.trainer.ckpt_path == str(run / "checkpoints" / "epoch=2-step=9.ckpt")
+
+    def test_is_found_where_a_file_name_makes_a_folder(self):
+        named = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.filename", "{epoch}-{test/acc:.3f}"]
+        main(epochs(1, *named))
+        (checkpoint,) = FIRST.rglob("*.ckpt")
+        assert checkpoint.parent.name == "epoch=0-test"
+        assert main(epochs(2, *named, "--ckpt_path", "last")).trainer.ckpt_path == str(checkpoint)
         assert results(FIRST)["epochs"] == 2
-        assert not (FIRST.parent / "version_2").exists()
 
     def test_of_a_chosen_version_is_looked_for_there_only(self, monkeypatch, capsys):
         main(epochs(1))
@@ -121,6 +137,80 @@ class TestLast:
         assert "expected a checkpoint for --ckpt_path last, got none in " in refused(monkeypatch, capsys, *words)
 
 
+def everything(folder: Path) -> dict[Path, tuple[int, bytes]]:
+    """Modification time and content of each file."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+class TestRefused:
+    """A refused relaunch modifies no file."""
+
+    CYCLE = ("--model.scheduler", "OneCycle", "--model.scheduler.max_lr", "0.1")
+
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            (["--model.optimizer", "SGD", "--model.optimizer.lr", "0.5"], "expected the settings of the checkpoint"),
+            (["--data.noise.kind", "symmetric", "--data.noise.rate", "0.5"], "expected the settings of the checkpoint"),
+            (["--trainer.max_epochs", "3"], "expected a training of 6 steps"),
+            (["--model.netwrk", "cnn9"], "expected an option of CrossEntropy"),
+        ],
+        ids=["learning rate", "noise", "length of the schedule", "option"],
+    )
+    @pytest.mark.parametrize("asked", ["last", "here/lightning_logs/version_0/checkpoints/last.ckpt"])
+    def test_changes_nothing(self, monkeypatch, capsys, words, said, asked):
+        main(epochs(2, *self.CYCLE))
+        before = everything(Path("here"))
+        assert said in refused(monkeypatch, capsys, *epochs(2, *self.CYCLE, "--ckpt_path", asked, *words))
+        assert everything(Path("here")) == before
+
+    def test_damaged_checkpoint_changes_nothing(self, monkeypatch, capsys):
+        main(epochs(1))
+        last = FIRST / "checkpoints" / "last.ckpt"
+        last.write_bytes(last.read_bytes()[:1000])
+        before = everything(Path("here"))
+        assert "resume from another checkpoint" in refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "last"))
+        assert everything(Path("here")) == before
+
+
+class TestCheckpoints:
+    def test_hold_the_last_and_the_best_epoch_over_resumes_and_in_a_copy(self, monkeypatch):
+        accuracies = iter([0.3, 0.6, 0.5, 0.6, 0.7, 0.2])
+        monkeypatch.setattr(CrossEntropy, "validation_step", lambda self, batch, _: None)
+        monkeypatch.setattr(
+            CrossEntropy, "on_validation_epoch_end", lambda self: self.log("test/acc", next(accuracies))
+        )
+        words = ["--trainer.num_sanity_val_steps", "0"]
+        folder, seen = FIRST / "checkpoints", []
+        for number in range(1, 7):
+            if number == 4:
+                shutil.move("here", "moved")
+                words += ["--trainer.default_root_dir", "moved"]
+                folder = Path("moved", *folder.parts[1:])
+            main(epochs(number, *words, *(["--ckpt_path", "last"] if number > 1 else [])))
+            held = {path.name: torch.load(path, weights_only=True)["epoch"] for path in folder.iterdir()}
+            seen.append((held.pop("last.ckpt"), held.pop("best.ckpt")))
+            assert not held, "one more checkpoint"
+        assert seen == [(0, 0), (1, 1), (2, 1), (3, 1), (4, 4), (5, 4)]
+
+    def test_are_those_of_the_users_callback_over_resumes(self):
+        one = ["--trainer.callbacks", "ModelCheckpoint", "--trainer.callbacks.save_top_k", "1"]
+        main(epochs(1, *one))
+        main(epochs(2, *one, "--ckpt_path", "last"))
+        main(epochs(3, *one, "--ckpt_path", "last"))
+        assert [path.name for path in FIRST.rglob("*.ckpt")] == ["epoch=2-step=9.ckpt"]
+
+    def test_of_an_earlier_run_in_the_same_directory_stay(self):
+        plain = ["--trainer.logger", "false"]
+        main(epochs(1, *plain))
+        before = {path.name: path.read_bytes() for path in Path("here/checkpoints").iterdir()}
+        main(epochs(2, *plain))
+        assert {path.name for path in Path("here/checkpoints").iterdir()} == {
+            "last.ckpt", "best.ckpt", "last-v1.ckpt", "best-v1.ckpt",
+        }  # fmt: skip
+        assert all(Path("here/checkpoints", name).read_bytes() == content for name, content in before.items())
+
+
 class TestSLURM:
     def test_what_a_signal_left_is_last_and_its_run_goes_on(self):
         cli = main(epochs(1))
@@ -150,7 +240,6 @@ class TestSLURM:
 
 def test_a_file_that_is_named_begins_a_run_of_its_own():
     main(epochs(1))
-    (checkpoint,) = (FIRST / "checkpoints").iterdir()
-    main(epochs(2, "--ckpt_path", str(checkpoint)))
+    main(epochs(2, "--ckpt_path", str(FIRST / "checkpoints" / "last.ckpt")))
     assert results(FIRST)["epochs"] == 1
     assert results(FIRST.parent / "version_1")["epochs"] == 2

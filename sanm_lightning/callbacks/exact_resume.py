@@ -20,13 +20,11 @@ class ExactResume(L.Callback):
     Dropout uses the global stream. All other random numbers come from streams named by epoch and step.
 
     Raises:
-        ValueError: if training is resumed from a checkpoint with another method, number of classes, or length of the
-            learning-rate schedule.
+        ValueError: if training is resumed from a checkpoint with another method or number of classes.
     """
 
     def __init__(self) -> None:
         self._stream: Tensor | None = None  # restored at the start of training
-        self._steps: int | None = None  # length of the schedule in the checkpoint
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Add the streams of all processes, and the method's name, number of classes and schedule length."""
@@ -47,21 +45,12 @@ class ExactResume(L.Callback):
         state = checkpoint.get("method", {})
         if trainer.state.fn == TrainerFn.FITTING:
             resume_evaluation(checkpoint["loops"]["fit_loop"])
-            self._steps = state.get("schedule_steps")
+            steps = state.get("schedule_steps")
+            pl_module.resumed_schedule = None if steps is None else (steps, checkpoint["global_step"])
         streams = state.get("stream")
         # With more processes than before, streams repeat until the next epoch reseeds them. Cloned, because a view
         # causes a segmentation fault in torch 2.14.
         self._stream = None if streams is None else streams[process_rank() % len(streams)].clone()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Compare the schedule length with that of the checkpoint."""
-        steps, self._steps = self._steps, None
-        if steps is not None and pl_module.schedule_steps not in (None, steps):
-            raise ValueError(
-                f"expected a training of {steps} steps, the length of the checkpoint's learning-rate schedule, got "
-                f"{pl_module.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start "
-                "a new run"
-            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Restore the stream that dropout uses."""

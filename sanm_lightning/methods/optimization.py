@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from sanm_lightning.methods.hooks import MethodHooks
-from sanm_lightning.methods.schedules import takes_total_steps
+from sanm_lightning.methods.schedules import same_rates, takes_total_steps
 
 __all__ = ["Optimization", "sgd"]
 
@@ -25,6 +25,8 @@ class Optimization(MethodHooks):
     scheduler: LRSchedulerCallable | None
     schedule_steps: int | None = None
     """Length, in steps, of a learning-rate schedule that receives it from the trainer."""
+    resumed_schedule: tuple[int, int] | None = None
+    """Length of the schedule of the checkpoint from which training is resumed, and number of its steps so far."""
 
     def configure_gradient_clipping(
         self,
@@ -45,7 +47,12 @@ class Optimization(MethodHooks):
             clip([parameter for part in parts for parameter in part.parameters()], gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Create one optimizer for all trainable parameters, and its schedule."""
+        """Create one optimizer for all trainable parameters, and its schedule.
+
+        Raises:
+            ValueError: if training is resumed with another length of the schedule, unless the learning rates of all steps
+                so far are the same for both lengths.
+        """
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.scheduler is None:
             return optimizer
@@ -53,4 +60,11 @@ class Optimization(MethodHooks):
             return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
         self.schedule_steps = int(self.trainer.estimated_stepping_batches)
         schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
+        (planned, done), self.resumed_schedule = self.resumed_schedule or (self.schedule_steps, 0), None
+        if planned != self.schedule_steps and not same_rates(schedule, planned, done):
+            raise ValueError(
+                f"expected a training of {planned} steps, the length of the checkpoint's learning-rate schedule, got "
+                f"{self.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start a new run "
+                "from the weights of the checkpoint with --weights FILE instead of --ckpt_path"
+            )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-__all__ = ["Cosine", "LinearAfter", "OneCycle", "takes_total_steps"]
+__all__ = ["Cosine", "LinearAfter", "OneCycle", "same_rates", "takes_total_steps"]
 
 
 class OneCycle(OneCycleLR):
@@ -78,7 +78,7 @@ class LinearAfter(LambdaLR):
         if not 0 <= start < 1:
             raise ValueError(f"expected start in [0, 1), got {start}")
         first = start * total_steps
-        self.first_step, self.late_beta1 = first, late_beta1
+        self.start, self.first_step, self.late_beta1 = start, first, late_beta1
         super().__init__(optimizer, lambda step: min(1.0, max(0.0, (total_steps - step) / (total_steps - first))))
 
     def step(self, epoch: int | None = None) -> None:
@@ -88,6 +88,24 @@ class LinearAfter(LambdaLR):
             for group in self.optimizer.param_groups:
                 if "betas" in group:
                     group["betas"] = (self.late_beta1, *group["betas"][1:])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the position in the schedule; its length is that of this training."""
+        super().load_state_dict({**state_dict, "start": self.start, "first_step": self.first_step})
+
+
+def same_rates(schedule: LRScheduler, total_steps: int, done: int) -> bool:
+    """Return whether a schedule has the learning rates of one of another length in the first steps.
+
+    This holds for :class:`LinearAfter` before its decay; the rates of the other schedules depend on the length from the
+    first step on.
+
+    Args:
+        schedule: a schedule of the length of the training.
+        total_steps: the other length.
+        done: number of first steps.
+    """
+    return isinstance(schedule, LinearAfter) and done <= min(schedule.start * total_steps, schedule.first_step)
 
 
 def takes_total_steps(make: Callable[..., LRScheduler]) -> bool:
