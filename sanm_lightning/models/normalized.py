@@ -1,5 +1,6 @@
 """Input normalization as the first layer of a network, for images in [0, 1]."""
 
+import contextlib
 import difflib
 import math
 from typing import Any
@@ -8,10 +9,17 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
+
 __all__ = ["Normalized", "create_network"]
 
 NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 """Default mean and standard deviation for images with unknown statistics."""
+
+INVALID_OPTIONS = (
+    TypeError, RuntimeError, MemoryError, OverflowError, ZeroDivisionError, AttributeError, AssertionError
+)  # fmt: skip
+"""Exceptions of constructors of networks for invalid options."""
 
 
 class Normalized(nn.Module):
@@ -89,30 +97,28 @@ def create_network(
         The network.
 
     Raises:
-        ValueError: if timm has no such model (the message lists similar names), or the options are invalid.
+        ValueError: if timm has no such model (the message lists similar names), the options are invalid, or pre-trained
+            weights cannot be loaded.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
         )
+    pretrained = bool(options.get("pretrained"))
     try:
-        network: Any = timm.create_model(name, num_classes=num_classes, **options)
-    except (
-        TypeError,
-        RuntimeError,
-        MemoryError,
-        OverflowError,
-        ZeroDivisionError,
-        AttributeError,
-        AssertionError,
-    ) as error:
-        # constructors raise various exceptions for invalid options
+        with offline_if_unreachable() if pretrained else contextlib.nullcontext():
+            network: Any = timm.create_model(name, num_classes=num_classes, **options)
+    except INVALID_OPTIONS as error:
         raise ValueError(
             f"expected valid options of the network {name!r}, got num_classes {num_classes} and network_args "
             f"{options} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
-    if options.get("pretrained"):
+    except Exception as error:  # hub, network and file system raise various exceptions
+        if not pretrained or type(error) is ValueError:
+            raise
+        raise no_weights(name, error) from error
+    if pretrained:
         own = network.pretrained_cfg
         mean, std = mean or own["mean"], std or own["std"]
     return Normalized(network, tuple(mean or NEUTRAL[0]), tuple(std or NEUTRAL[1]))

