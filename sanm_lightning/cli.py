@@ -20,6 +20,7 @@ import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
 from sanm_lightning import commands, config_paths
 from sanm_lightning.audit import LabelAudit, read_noise_rate
+from sanm_lightning.class_names import named_classes
 from sanm_lightning.parsing import TrainingParser
 from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
@@ -28,6 +29,7 @@ from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
 from sanm_lightning.sentences import REPORTED, sentence
+from sanm_lightning.start_weights import start_from
 
 __all__ = ["SANMCLI", "main"]
 
@@ -61,6 +63,12 @@ class SANMCLI(LightningCLI):
             type=bool,
             default=True,
             help="after a fit, write label_issues.csv and report.html to the run directory",
+        )
+        parser.add_argument(
+            "--weights",
+            type=str | None,
+            default=None,
+            help="start a new fit from the weights in this checkpoint, weight file or exported folder",
         )
         for name in ("num_classes", "image_size"):
             # None for data modules without the property; models that require it raise an error, others ignore it.
@@ -155,12 +163,19 @@ class SANMCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Resolve ``--ckpt_path last``; raises an error without a checkpoint, where Lightning would only warn."""
+        """Resolve ``--ckpt_path last``, which raises an error without a checkpoint; or load ``--weights``."""
         options, fitting = self.config_init[self.subcommand], self.subcommand == "fit"
         asked = options["ckpt_path"]
         options["ckpt_path"] = resolve_ckpt_path(self.trainer, asked, fitting)
         if fitting and options["ckpt_path"] != asked:  # a file is compared when it is parsed
             refuse_other_settings(self._settings, settings_of(read_checkpoint(options["ckpt_path"])))
+        weights = options["weights"]
+        if weights and not fitting:
+            raise ValueError(
+                f"expected --ckpt_path FILE for {self.subcommand}, got --weights {weights}; use --ckpt_path"
+            )
+        if weights and options["ckpt_path"] is None:  # a resumed run has its own weights
+            start_from(self.model, weights, named_classes(self.datamodule))
 
     before_validate = before_test = before_predict = before_fit
 

@@ -56,7 +56,7 @@ class RunCheckpoint(ModelCheckpoint):
             path = self.format_checkpoint_name({}, "best", ver=version)
             version += 1
         self.best_path = path  # before saving, since it is part of the state
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the paths and the best accuracy."""

@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.run_summary import summary_lines
 from sanm_lightning.safe_files import atomic_write, require_folder
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
@@ -101,10 +102,13 @@ class RunRecord(L.Callback):
                 series[trainer.current_epoch] = float(accuracy)
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Write the final results, after all callbacks have processed the last epoch."""
-        if stage == "fit":
-            self._write(trainer, pl_module, trainer.current_epoch)
+    def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the final results, after all callbacks have processed the last epoch, and log a summary."""
+        if stage != "fit":
+            return
+        folder, results = self._write(trainer, pl_module, trainer.current_epoch)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            rank_zero_info("\n".join(summary_lines(trainer, pl_module, folder, results)))
 
     def results(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
         """Return the results so far, as built-in Python types."""
@@ -136,14 +140,15 @@ class RunRecord(L.Callback):
             ),
         }
 
-    def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> None:
-        directory = self._directory(trainer)  # a collective: log_dir is broadcast
+    def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> tuple[Path, dict[str, Any]]:
+        directory, results = self._directory(trainer), self.results(trainer, pl_module, epochs)
         if not trainer.fast_dev_run:
-            write_json(directory / "results.json", self.results(trainer, pl_module, epochs))
+            write_json(directory / "results.json", results)
+        return directory, results
 
     @staticmethod
     def _directory(trainer: L.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir)
+        return Path(trainer.log_dir or trainer.default_root_dir)  # a collective: log_dir is broadcast
 
     def state_dict(self) -> dict[str, Any]:
         """Return accuracies and seconds so far, so that a resumed run reports the entire training."""

@@ -1,0 +1,59 @@
+"""What a fit prints at its end: accuracies, files, and the next command."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sanm_lightning.methods import NoisyLabelModule
+from sanm_lightning.run_checkpoint import RunCheckpoint
+
+__all__ = ["summary_lines"]
+
+
+def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str, Any]) -> list[str]:
+    """Return one line for each of: accuracies, weights, results, labels, label issues, next command.
+
+    Args:
+        trainer: trainer after a fit.
+        pl_module: the trained module.
+        folder: run directory.
+        results: content of ``results.json``.
+    """
+    lines = []
+    for name, split in (("test", "test set"), ("val", "split val")):
+        best, last = (results[f"{name}_accuracy_{which}"] for which in ("best", "last"))
+        if best is not None:
+            lines.append(
+                f"accuracy, {split}: {best:.4f} best epoch, {'unknown' if last is None else f'{last:.4f}'} last epoch"
+            )
+    last_path, best_path = _weights(trainer)
+    if last_path or best_path:
+        best = f", best epoch: {best_path}" if best_path and best_path != last_path else ""
+        lines.append(f"weights: {last_path or best_path}{best}")
+    files = {"results": ["results.json"], "labels": ["labels.npz"], "label issues": ["label_issues.csv", "report.html"]}
+    for what, names in files.items():
+        written = [str(folder / name) for name in names if (folder / name).is_file()]
+        if written:
+            lines.append(f"{what}: {', to review: '.join(written)}")
+    return [*lines, *_next(pl_module, last_path or best_path)]
+
+
+def _weights(trainer: Any) -> tuple[str, str]:
+    """Return the paths of the checkpoints of the last and of the best epoch, empty if there is none."""
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, RunCheckpoint):
+            return saver.best_model_path, saver.best_path
+        if isinstance(saver, ModelCheckpoint):
+            return saver.last_model_path, saver.best_model_path
+    return "", ""
+
+
+def _next(pl_module: Any, path: str) -> list[str]:
+    if not path:
+        return []
+    if not isinstance(pl_module, NoisyLabelModule):
+        return [f"next: the same command with test or predict instead of fit, and --ckpt_path {path}"]
+    if not pl_module.trains_classifier:
+        return [f"next: sanm fit --config configs/method/c2d.yaml --model.pretrained {path} ..."]
+    return [f"next: sanm predict --ckpt_path {path} --images FOLDER"]
