@@ -2,12 +2,16 @@
 
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from sanm_lightning.cli import main
 from sanm_lightning.methods import CrossEntropy
+from sanm_lightning.methods.schedules import LinearAfter
+from tests.methods.test_every_method import AtStep
 from tests.methods.toy import data, method, trainer
 from tests.test_cli import SMALL, TOY, typed
 
@@ -130,3 +134,33 @@ def test_a_schedule_that_follows_the_trainers_length_is_not_stretched(tmp_path):
     loaded.scheduler = Cosine
     trainer(1).fit(loaded, data())  # a new training is as long as it likes
     trainer(2).fit(loaded, data())
+
+
+@pytest.mark.parametrize(("stop", "lengthened"), [(1, True), (3, False)], ids=["before the decay", "in the decay"])
+def test_linear_after_is_lengthened_before_its_decay(tmp_path, stop, lengthened):
+    """The rates are those of a training that was planned with the new length."""
+
+    class Rates(Callback):
+        def __init__(self):
+            self.seen = {}
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.seen[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def decaying():
+        return method(scheduler=partial(LinearAfter, start=0.5))
+
+    planned, resumed = Rates(), Rates()
+    trainer(8, callbacks=[planned]).fit(decaying(), data())
+    run = trainer(4, callbacks=[AtStep(4 * stop, tmp_path / "a.ckpt")])
+    run.fit(decaying(), data())
+    again = trainer(8, callbacks=[resumed])
+    if not lengthened:
+        with pytest.raises(
+            ValueError, match=r"a training of 16 steps.*got 32; .* --weights FILE instead of --ckpt_path"
+        ):
+            again.fit(decaying(), data(), ckpt_path=tmp_path / "a.ckpt")
+        return
+    again.fit(decaying(), data(), ckpt_path=tmp_path / "a.ckpt")
+    assert resumed.seen == {step: rate for step, rate in planned.seen.items() if step >= 4 * stop}
+    assert planned.seen[31] < planned.seen[15] == planned.seen[0], "the decay lies in the resumed part"

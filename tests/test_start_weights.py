@@ -138,6 +138,7 @@ class TestWeights:
         torch.save({"state_dict": source.state_dict()}, tmp_path / "a.ckpt")
         start_from(target, tmp_path / "a.ckpt")
         assert torch.equal(source.layer.weight, target.layer.weight)
+        torch.save({"layer.weight": source.layer.weight}, tmp_path / "b.ckpt")
         with pytest.raises(
             ValueError, match=r"expected all 2 tensors of Theirs .* got 1 .*\(not in the file: layer.bias\)"
         ):

@@ -32,7 +32,8 @@ class C2D(DivideMix):
     All other arguments are those of :class:`DivideMix`.
 
     Raises:
-        ValueError: if training starts without ``pretrained``, or the file does not match the network.
+        ValueError: if training starts without ``pretrained``, or the file does not contain all tensors of the network
+            except its classifier.
     """
 
     def __init__(
@@ -67,9 +68,8 @@ class C2D(DivideMix):
             )
         for network in self.networks:
             report = load_weights(network, self.pretrained)
-        missing = f"; not found in it: {', '.join(report.missing)}" if report.missing else ""
         rank_zero_info(
             f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network "
-            f"({', '.join(report.matched[:3])}, ...){missing}; the classifier is initialized randomly: "
+            f"({', '.join(report.matched[:3])}, ...); the classifier is initialized randomly: "
             f"{', '.join(report.classifier)}"
         )

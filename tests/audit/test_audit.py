@@ -571,7 +571,7 @@ class TestCommand:
             "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
             "--trainer.default_root_dir", "fitted",
         ])  # fmt: skip
-        (checkpoint,) = Path("fitted").rglob("*.ckpt")
+        (checkpoint,) = Path("fitted").rglob("last.ckpt")
         words = [str(folder(tmp_path / "root")), "--num_workers", "0", "--cache", "cache"]
         assert run(["audit", *words, "--checkpoint", str(checkpoint), "--out", "out"]) == 0
         assert np.load("out/features.npy").shape == (48, 16)

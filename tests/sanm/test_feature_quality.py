@@ -468,7 +468,7 @@ class TestCombinedQuality:
         assert estimator.weights == [0.25, 0.75]
         parts = [part.values for part in estimator.parts]
         torch.testing.assert_close(estimator.values, 0.25 * parts[0] + 0.75 * parts[1])
-        (checkpoint,) = Path("here").rglob("*.ckpt")
+        (checkpoint,) = Path("here").rglob("last.ckpt")
         loaded = methods.CrossEntropy.load_from_checkpoint(checkpoint, weights_only=True)
         assert loaded.sanm.label_quality.weights == [0.25, 0.75]
         assert (
