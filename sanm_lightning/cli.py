@@ -21,7 +21,7 @@ import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without
 from sanm_lightning import commands, config_paths
 from sanm_lightning.audit import LabelAudit, read_noise_rate
 from sanm_lightning.class_names import named_classes
-from sanm_lightning.parsing import TrainingParser
+from sanm_lightning.parsing import TrainingParser, plain_strings
 from sanm_lightning.predictions import PredictionRecord
 from sanm_lightning.relaunch import resolve_ckpt_path
 from sanm_lightning.run_checkpoint import RunCheckpoint
@@ -78,6 +78,7 @@ class SANMCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments and keep a parser without defaults, to distinguish given values from defaults."""
         super().parse_arguments(parser, args)
+        plain_strings(self.config)
         self._given = functools.partial(parser.parse_args, args, defaults=False)
 
     def _parse_ckpt_path(self) -> None:

@@ -5,19 +5,20 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import Logger
 
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.quality import QualityEstimator
 
-__all__ = ["CommandParser", "TrainingParser", "near_names", "parser_sentence"]
+__all__ = ["CommandParser", "TrainingParser", "near_names", "parser_sentence", "plain_strings"]
 
 BASES: dict[str, type] = {
     "model": L.LightningModule, "data": L.LightningDataModule, "callbacks": L.Callback, "logger": Logger,
@@ -68,6 +69,22 @@ class CommandParser(ArgumentParser):
 
 class TrainingParser(CommandParser, LightningArgumentParser):
     """Parser of LightningCLI with the errors and the help of :class:`CommandParser`."""
+
+
+def plain_strings(value: Any) -> Any:
+    """Convert members of string enumerations, such as defaults of Lightning's ``Timer``, to strings, which YAML can hold.
+
+    Args:
+        value: a parsed configuration, modified in place, or a part of it.
+    """
+    if isinstance(value, Namespace):
+        for name, part in vars(value).items():
+            setattr(value, name, plain_strings(part))
+    elif isinstance(value, list):
+        value[:] = map(plain_strings, value)
+    elif isinstance(value, str) and isinstance(value, Enum):
+        return str(value.value)
+    return value
 
 
 class _Place(NamedTuple):

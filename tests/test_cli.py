@@ -69,6 +69,12 @@ class TestFit:
         with numpy.load("here/labels.npz") as saved:
             assert (saved["labels"] != saved["true_labels"]).mean() == 0.25
 
+    def test_a_callback_whose_default_is_an_enumeration_runs(self):
+        timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration", "00:00:05:00"]
+        cli = main(["fit", *SMALL, *TOY, *timer])
+        assert cli.trainer.global_step == 2
+        assert next(part for part in cli.trainer.callbacks if type(part).__name__ == "Timer").time_elapsed("train") > 0
+
     def test_what_is_unknown_is_null(self):
         main(["fit", *SMALL, *TOY, "--data.track_test", "false", "--trainer.default_root_dir", "here"])
         with open("here/results.json") as file:

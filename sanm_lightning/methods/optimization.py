@@ -60,11 +60,18 @@ class Optimization(MethodHooks):
             return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
         self.schedule_steps = int(self.trainer.estimated_stepping_batches)
         schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
-        (planned, done), self.resumed_schedule = self.resumed_schedule or (self.schedule_steps, 0), None
-        if planned != self.schedule_steps and not same_rates(schedule, planned, done):
+        self._require_same_length(schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
+
+    def _require_same_length(self, schedule: Any) -> None:
+        """Raise ValueError if training is resumed with another length of a schedule, unless the rates so far are the same."""
+        resumed, self.resumed_schedule = self.resumed_schedule, None
+        if resumed is None or self.schedule_steps in (None, resumed[0]):
+            return
+        planned, done = resumed
+        if not same_rates(schedule, planned, done):
             raise ValueError(
                 f"expected a training of {planned} steps, the length of the checkpoint's learning-rate schedule, got "
                 f"{self.schedule_steps}; use the original max_epochs, max_steps, batches and processes, or start a new run "
                 "from the weights of the checkpoint with --weights FILE instead of --ckpt_path"
             )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
