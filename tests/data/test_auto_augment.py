@@ -168,8 +168,8 @@ class TestReleased:
     [("auto_augment", "published", 0), ("auto_augment_released", "released", 128), ("auto_augment_ssr", "ssr", 128)],
 )
 def test_a_policy_is_crop_and_flip_then_two_stages(policy, form, fill):
-    given, generator = images(100), stream(3)
-    expected = crop_flip(given, draw_crop_flip(200, 4, True, generator), 4)
-    for stage in draw_auto_augment(200, 32, 32, generator, form):
+    given, generator = images(400), stream(3)  # enough for some that the policies of SANM's and SSR's codes part
+    expected = crop_flip(given, draw_crop_flip(800, 4, True, generator), 4)
+    for stage in draw_auto_augment(800, 32, 32, generator, form):
         expected = apply_stage(expected, stage, fill)
     assert torch.equal(augment(given, policy, stream(3)), expected)
