@@ -53,7 +53,7 @@ class SSR(NoisyLabelModule):
         alpha: parameter of mixup's Beta distribution, >= 0.
         lambda_fc: weight of the feature consistency, >= 0; 1 is the authors' SSR+, 0 their SSR.
         hidden: hidden width of the two heads of the feature consistency.
-        strong_view: data-module policy of the strong views.
+        strong_view: data-module policy of the strong views; ``"auto_augment_ssr"`` is that of the authors' code.
         vote_quality: label quality for SANM: ``"mixture"``, the probability that the label's fraction of the votes
             belongs to the component of larger fractions; or ``"share"``, the fraction itself.
         warmup_epochs: initial epochs of cross-entropy; published: none.
