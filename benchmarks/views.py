@@ -15,38 +15,48 @@ from sanm_lightning.data.policies import augment
 COUNT, BATCH = 5120, 128
 
 
-def _shift(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-POOL = [
-    lambda image, m: ImageOps.autocontrast(image),
-    lambda image, m: ImageEnhance.Brightness(image).enhance(0.05 + 0.9 * m),
-    lambda image, m: ImageEnhance.Color(image).enhance(0.05 + 0.9 * m),
-    lambda image, m: ImageEnhance.Contrast(image).enhance(0.05 + 0.9 * m),
-    lambda image, m: ImageOps.equalize(image),
-    lambda image, m: image,
-    lambda image, m: ImageOps.posterize(image, 4 + int(4 * m)),
-    lambda image, m: image.rotate(30 * m),
-    lambda image, m: ImageEnhance.Sharpness(image).enhance(0.05 + 0.9 * m),
-    lambda image, m: _shift(image, (1, 0.3 * m, 0, 0, 1, 0)),
-    lambda image, m: _shift(image, (1, 0, 0, 0.3 * m, 1, 0)),
-    lambda image, m: ImageOps.solarize(image, int(256 * m)),
-    lambda image, m: _shift(image, (1, 0, 0.3 * m * image.size[0], 0, 1, 0)),
-    lambda image, m: _shift(image, (1, 0, 0, 0, 1, 0.3 * m * image.size[1])),
-]
+POOL = {
+    "autocontrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "brightness": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(0.05 + 0.09 * level),
+    "saturation": lambda image, level, sign: ImageEnhance.Color(image).enhance(0.05 + 0.09 * level),
+    "contrast": lambda image, level, sign: ImageEnhance.Contrast(image).enhance(0.05 + 0.09 * level),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "identity": lambda image, level, sign: image,
+    "posterize": lambda image, level, sign: ImageOps.posterize(image, 4 + int(level * 4 / 10)),
+    "rotate": lambda image, level, sign: image.rotate(sign * 3 * level),
+    "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(0.05 + 0.09 * level),
+    "shear_x": lambda image, level, sign: _affine(image, 1, sign * 0.03 * level, 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: _affine(image, 1, 0, 0, sign * 0.03 * level, 1, 0),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, 256 - int(level * 256 / 10)),
+    "translate_x": lambda image, level, sign: _affine(
+        image, 1, 0, -sign * int(level * 0.3 / 10 * image.width), 0, 1, 0
+    ),
+    "translate_y": lambda image, level, sign: _affine(
+        image, 1, 0, 0, 0, 1, -sign * int(level * 0.3 / 10 * image.height)
+    ),
+}
+"""Operations of RandAugment on one image: level 1 to 9, sign 1 or -1."""
+
+
+def gray_square(image: Image.Image, x: float, y: float, side: int = 16) -> Image.Image:
+    """Cutout of RandAugment on one image, around a point in pixels."""
+    left, top = int(max(0, x - side / 2)), int(max(0, y - side / 2))
+    right, bottom = int(min(image.width, left + side)), int(min(image.height, top + side))
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle((left, top, right, bottom), (127, 127, 127))  # the last row and column included
+    return image
 
 
 def rand_augment(image: Image.Image) -> Image.Image:
-    """RandAugment as FixMatch has it, two operations and a grey square, on one image."""
-    for operation in random.choices(POOL, k=2):
+    """RandAugment as in FixMatch's PyTorch port: two operations and a gray square, on one image."""
+    for operation in random.choices(list(POOL.values()), k=2):
         if random.random() < 0.5:
-            image = operation(image, random.randint(1, 9) / 10)
-    x, y = random.randrange(image.size[0]), random.randrange(image.size[1])
-    image = image.copy()
-    half = image.size[0] // 4
-    ImageDraw.Draw(image).rectangle((x - half, y - half, x + half - 1, y + half - 1), (127, 127, 127))
-    return image
+            image = operation(image, random.randint(1, 9), random.choice((1, -1)))
+    return gray_square(image, random.uniform(0, image.width), random.uniform(0, image.height))
 
 
 WEAK = [T.RandomCrop(32, padding=4), T.RandomHorizontalFlip()]

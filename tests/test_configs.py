@@ -94,7 +94,7 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
     """The method and the data of a setting, and the noise, where it is for one."""
     data, _, rest = setting.stem.partition("-")
     noise = CONFIGS / "noise" / f"{rest}.yaml"
-    assert noise.exists() or rest in ("", "small"), "named neither <set> nor <set>-<noise>"
+    assert noise.exists() or rest in ("", "small", "released"), "named neither <set> nor <set>-<noise>"
     return (
         CONFIGS / "method" / f"{setting.parent.name}.yaml",
         CONFIGS / "data" / f"{data}.yaml",
@@ -185,8 +185,9 @@ class TestComposition:
     def test_a_noise_is_the_one_of_its_name(self, parse, noise):
         settings = parse(CONFIGS / "method" / "elr.yaml", CIFAR10, noise)
         options = {path.rpartition(".")[2]: settings[path] for path, _, _ in stated(read(noise))}
-        kind = {"sym": "symmetric", "asym": "asymmetric"}[noise.stem.split("_")[0].rstrip("0123456789")]
-        assert options["kind"] == kind + ("_exclusive" if noise.stem.endswith("exclusive") else "")
+        start, _, rest = noise.stem.partition("_")
+        kind = {"sym": "symmetric", "asym": "asymmetric"}[start.rstrip("0123456789")]
+        assert options["kind"] == (f"{kind}_{rest}" if rest else kind)
         assert options["rate"] == int(re.sub(r"\D", "", noise.stem)) / 100
         Noise(**options)
 

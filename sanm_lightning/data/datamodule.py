@@ -42,6 +42,7 @@ class NoisyDataModule(Splits):
         root: folder of the data.
         batch_size: training samples per step and process.
         eval_batch_size: samples per step and process in validation, test and prediction.
+        drop_last: whether to drop the last partial batch of a training epoch.
         max_train_samples: size of a random, class-balanced training subset. Default: all samples.
         noise: noise of the training labels. Default: none.
         val_fraction: fraction of the training samples, in [0, 1), held out for validation with their noisy labels.
@@ -87,6 +88,7 @@ class NoisyDataModule(Splits):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
         holdout_fraction: float = 0.1,
+        drop_last: bool = False,
     ) -> None:
         super().__init__()
         check_arguments(
@@ -98,6 +100,7 @@ class NoisyDataModule(Splits):
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
+        self.drop_last = drop_last
         self.max_train_samples = max_train_samples
         self.noise = noise
         self.val_fraction = val_fraction
@@ -345,7 +348,7 @@ class NoisyDataModule(Splits):
         """Return the loader of the training split for this process, with batches chosen by the module if it does so."""
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
         loader = self._loader(
-            "train", self.batch_size, shuffle=True, pool=self.epoch_pool,
+            "train", self.batch_size, shuffle=True, drop_last=self.drop_last, pool=self.epoch_pool,
             fixed_order=getattr(self.trainer, "overfit_batches", 0) > 0,
             choose=self._choose if hasattr(module, "epoch_batches") else None,
         )  # fmt: skip

@@ -1,29 +1,37 @@
 """Image operations on batches of uint8 images with one strength per image, on any device.
 
-Each operation equals the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image,
-with the same rounding, and nearest-neighbor interpolation for geometric operations. Strengths are float32 tensors (B,).
-No function synchronizes with the device.
+Color operations equal the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image,
+with the same rounding; they differ from Pillow's by at most one gray level. Geometric operations equal Pillow's.
+Strengths are float32 tensors (B,). No function synchronizes with the device.
 
-There are three kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel;
-one look-up applies all pointwise operations of a batch. Geometric operations (:data:`MOVES`) return a matrix for each
-image; one resampling applies all of them. The others (:data:`NEIGHBORS`) depend on neighboring pixels or other
-channels.
+There are four kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel;
+one look-up applies all pointwise operations of a batch. Geometric operations with nearest-neighbor interpolation
+(:data:`MOVES`) return a matrix for each image; one resampling applies all of them. :data:`SHEARS` are bicubic. The
+others (:data:`NEIGHBORS`) depend on neighboring pixels or other channels.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sanm_lightning.data.views import CropFlip
+from sanm_lightning.data.geometry import (
+    MOVES,
+    SHEARS,
+    Move,
+    affine,
+    affine_matrix,
+    resample,
+    resized_crop,
+    shear,
+)
 
 __all__ = [
     "MOVES",
     "NEIGHBORS",
     "NEIGHBOURS",
     "OPERATIONS",
+    "SHEARS",
     "TABLES",
     "adjust_brightness",
     "adjust_contrast",
@@ -39,6 +47,7 @@ __all__ = [
     "posterize",
     "resample",
     "resized_crop",
+    "shear",
     "solarize",
 ]
 
@@ -200,7 +209,7 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
         images: bytes, shape (B, 3, H, W).
         row: row of the pixel directly below the center of the square, shape (B,).
         column: column of the pixel directly right of the center, shape (B,).
-        side: side of the square in pixels, even.
+        side: side of the square in pixels; if it is odd, ``row`` and ``column`` are those of its middle pixel.
         grey: gray value, 0 to 255.
 
     Returns:
@@ -208,131 +217,10 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
     """
     rows = torch.arange(images.shape[2], device=images.device) - row.view(-1, 1)
     columns = torch.arange(images.shape[3], device=images.device) - column.view(-1, 1)
-    half = side // 2
-    inside = ((rows >= -half) & (rows < half))[:, None, :, None] & ((columns >= -half) & (columns < half))[
-        :, None, None
-    ]
+    first, last = -(side // 2), (side - 1) // 2
+    inside_rows, inside_columns = ((part >= first) & (part <= last) for part in (rows, columns))
+    inside = inside_rows[:, None, :, None] & inside_columns[:, None, None]
     return images * ~inside + grey * inside.to(torch.uint8)  # four times as fast as masked_fill on the CPU
-
-
-# Geometric operations ------------------------------------------------------------------------------------------------
-
-
-def affine_matrix(
-    angle: Tensor | float = 0.0,
-    translate_x: Tensor | float = 0.0,
-    translate_y: Tensor | float = 0.0,
-    scale: Tensor | float = 1.0,
-    shear_x: Tensor | float = 0.0,
-    shear_y: Tensor | float = 0.0,
-) -> Tensor:
-    """Return affine matrices from output to input coordinates: (B, 2, 3), float32, from (x, y, 1) to (x, y).
-
-    Coordinates are in pixels from the center of the image. Arguments are those of :func:`affine`, each a number or
-    (B,).
-    """
-    given = (angle, scale, shear_x, shear_y, translate_x, translate_y)
-    device = next((part.device for part in given if isinstance(part, Tensor)), torch.device("cpu"))
-    filled = (part if isinstance(part, Tensor) else torch.full((1,), part, device=device) for part in given)
-    turn, larger, sx, sy, across, down = torch.broadcast_tensors(*(part.double() for part in filled))
-    turn, sx, sy = (part * (math.pi / 180) for part in (turn, sx, sy))
-    # forward: rotation after shear; the determinant is 1, so the inverse needs no division
-    a, c = (turn - sy).cos() / sy.cos(), (turn - sy).sin() / sy.cos()
-    b, d = -(a * sx.tan() + turn.sin()), turn.cos() - c * sx.tan()
-    inverse = torch.stack([d, -b, -c, a], 1).view(-1, 2, 2) / larger.view(-1, 1, 1)
-    offset = -(inverse * torch.stack([across, down], 1)[:, None]).sum(2)
-    return torch.cat([inverse, offset.unsqueeze(2)], 2).float()
-
-
-def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, padding: int = 0) -> Tensor:
-    """Apply an affine transform to each image, with nearest-neighbor interpolation and 0 outside of the image.
-
-    Args:
-        images: bytes, shape (B, 3, H, W).
-        matrix: from :func:`affine_matrix`, shape (B, 2, 3).
-        crop: optional crop and flip of each image before the transform, equal to
-            :func:`sanm_lightning.data.views.crop_flip`, which moves whole pixels.
-        padding: padding of the crop, in pixels.
-
-    Returns:
-        New images, bytes, shape (B, 3, H, W).
-    """
-    batch, _, height, width = images.shape
-    device = images.device
-    rows = (torch.arange(height, device=device, dtype=torch.float32) - (height - 1) / 2).view(-1, 1)
-    columns = torch.arange(width, device=device, dtype=torch.float32) - (width - 1) / 2
-
-    # No matrix product, which autocast would run in bf16. Scaling to [-1, 1] and back reproduces torchvision's
-    # rounding.
-    def place(which: int, size: int) -> Tensor:
-        across, down, offset = (part.view(-1, 1, 1) for part in (matrix[:, which] * (2 / size)).unbind(1))
-        return ((across * columns + (down * rows + offset) + 1) * (size / 2) - 0.5).round_().to(torch.int32)
-
-    x, y = place(0, width), place(1, height)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    if crop is not None:
-        top, left, flipped = (part.to(device, non_blocking=True).view(-1, 1, 1) for part in crop)
-        x = torch.where(flipped, width - 1 - x, x) + (left - padding).to(torch.int32)
-        y = y + (top - padding).to(torch.int32)
-        inside &= (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    source = torch.where(inside, y * width + x, 0).view(batch, 1, -1).long()
-    moved = images.flatten(2).gather(2, source.expand(-1, images.shape[1], -1)).view_as(images)
-    return moved.mul_(inside.unsqueeze(1))
-
-
-def affine(
-    images: Tensor,
-    angle: Tensor | float = 0.0,
-    translate_x: Tensor | float = 0.0,
-    translate_y: Tensor | float = 0.0,
-    scale: Tensor | float = 1.0,
-    shear_x: Tensor | float = 0.0,
-    shear_y: Tensor | float = 0.0,
-) -> Tensor:
-    """Rotate, translate, scale and shear each image, with nearest-neighbor interpolation and 0 outside of the image.
-
-    Args:
-        images: bytes, shape (B, 3, H, W).
-        angle: degrees, clockwise as in torchvision's ``affine`` (``rotate`` has the opposite sign).
-        translate_x: pixels to the right.
-        translate_y: pixels down.
-        scale: > 0; 2 enlarges the center by a factor of two.
-        shear_x: degrees.
-        shear_y: degrees.
-
-    Every parameter is one number, or one per image, shape (B,).
-
-    Returns:
-        New images, bytes, shape (B, 3, H, W).
-    """
-    matrix = affine_matrix(angle, translate_x, translate_y, scale, shear_x, shear_y)
-    return resample(images, matrix.to(images.device).expand(len(images), -1, -1))
-
-
-def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, width: Tensor) -> Tensor:
-    """Crop a window from each image and resize it to the image size with bilinear interpolation.
-
-    Args:
-        images: bytes, shape (B, 3, H, W).
-        top: first row of each window, shape (B,).
-        left: first column, shape (B,).
-        height: number of rows, shape (B,), 1 to H.
-        width: number of columns, shape (B,), 1 to W.
-
-    Returns:
-        New images, bytes, shape (B, 3, H, W).
-    """
-    grids = []
-    for size, first, count in ((images.shape[3], left, width), (images.shape[2], top, height)):
-        first, count = first.float().view(-1, 1), count.float().view(-1, 1)
-        middles = torch.arange(size, device=images.device, dtype=torch.float32) + 0.5
-        place = first + torch.minimum((middles * count / size - 0.5).clamp(min=0), count - 1)  # clamped to the window
-        grids.append((place + 0.5) * (2 / size) - 1)
-    across, down = grids
-    shape = (len(images), images.shape[2], images.shape[3])
-    grid = torch.stack([across[:, None].expand(shape), down[:, :, None].expand(shape)], 3)
-    enlarged = F.grid_sample(images.float(), grid, "bilinear", "border", align_corners=False)
-    return enlarged.round_().clamp_(0, 255).to(torch.uint8)
 
 
 Operation = Callable[[Tensor, Tensor], Tensor]
@@ -347,32 +235,6 @@ TABLES: dict[str, Operation] = {
     "solarize": _solarize,
 }
 """Name -> function (images, amount) to tables (B, 3, 256) for :func:`look_up`."""
-
-Move = Callable[[Tensor, tuple[int, int]], Tensor]
-
-
-def _matrix(amount: Tensor, entries: dict[tuple[int, int], Tensor]) -> Tensor:
-    """Return the identity matrix for each of ``amount`` (B,), with some entries replaced by values (B,)."""
-    matrix = torch.eye(2, 3, device=amount.device).repeat(len(amount), 1, 1)
-    for (row, column), entry in entries.items():
-        matrix[:, row, column] = entry
-    return matrix
-
-
-def _rotate(degrees: Tensor, size: tuple[int, int]) -> Tensor:
-    angle = degrees * (math.pi / 180)
-    cosine, sine = angle.cos(), angle.sin()
-    return _matrix(degrees, {(0, 0): cosine, (0, 1): -sine, (1, 0): sine, (1, 1): cosine})
-
-
-MOVES: dict[str, Move] = {
-    "rotate": _rotate,
-    "shear_x": lambda slope, size: _matrix(slope, {(0, 1): slope, (0, 2): slope * (size[0] / 2)}),
-    "shear_y": lambda slope, size: _matrix(slope, {(1, 0): slope, (1, 2): slope * (size[1] / 2)}),
-    "translate_x": lambda pixels, size: _matrix(pixels, {(0, 2): -pixels}),
-    "translate_y": lambda pixels, size: _matrix(pixels, {(1, 2): -pixels}),
-}
-"""Name -> function (amount, (H, W)) to matrices (B, 2, 3) for :func:`resample`."""
 
 NEIGHBORS: dict[str, Operation] = {
     "grey": lambda images, amount: _gray(images).to(torch.uint8).expand_as(images),
@@ -390,6 +252,10 @@ def _by_table(table: Operation) -> Operation:
     return lambda images, amount: look_up(images, table(images, amount))
 
 
+def _by_shear(name: str) -> Operation:
+    return lambda images, amount: SHEARS[name](images, amount, 0)
+
+
 def _by_move(move: Move) -> Operation:
     return lambda images, amount: resample(images, move(amount, (images.shape[2], images.shape[3])))
 
@@ -398,8 +264,10 @@ OPERATIONS: dict[str, Operation] = {
     "identity": lambda images, amount: images,
     **{name: _by_table(table) for name, table in TABLES.items()},
     **{name: _by_move(move) for name, move in MOVES.items()},
+    **{name: _by_shear(name) for name in SHEARS},
     **NEIGHBORS,
 }
 """Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold,
-degrees, a slope or pixels. Names as in AutoAugment (Cubuk et al., CVPR 2019); shears keep the upper left corner fixed,
-as there. The order is: identity, :data:`TABLES`, :data:`MOVES`, :data:`NEIGHBORS`."""
+degrees, a slope or pixels. Geometric operations are 0 outside of the image. Names as in AutoAugment (Cubuk et al., CVPR
+2019); shears keep the upper left corner fixed, as there. The order is: identity, :data:`TABLES`, :data:`MOVES`,
+:data:`SHEARS`, :data:`NEIGHBORS`."""

@@ -25,7 +25,7 @@ class ProbeResult(NamedTuple):
     Attributes:
         probs: class probabilities, shape (N, C), float32.
         weight_decay: weight decay with the lowest out-of-fold log-loss on the given labels.
-        log_losses: out-of-fold log-loss by weight decay.
+        log_losses: out-of-fold log-loss by weight decay, of the search on all samples.
     """
 
     probs: Array
@@ -89,8 +89,8 @@ def linear_probe(
     """Predict each sample by multinomial logistic regression on the samples of the other folds.
 
     The objective is the mean cross-entropy plus ``weight_decay`` times the sum of the squared weights. The weight decay
-    with the lowest out-of-fold log-loss on the given labels is selected, which requires no true labels; for large sets,
-    a random subset is used for the selection.
+    with the lowest out-of-fold log-loss on the given labels is selected, which requires no true labels. For large sets,
+    the search begins on a random subset and continues, towards weaker decays, on all samples: more samples require less.
 
     Args:
         features: shape (N, D), standardized, float32.
@@ -99,9 +99,9 @@ def linear_probe(
         num_classes: C, number of classes.
         learn: mask of the samples used for fitting, such as the training split, shape (N,), bool; None uses all
             samples. All samples are predicted.
-        weight_decays: candidates, strong to weak. The search stops after two consecutive candidates worse than the
-            best.
-        selection_size: maximum number of samples used to select the weight decay.
+        weight_decays: candidates, strong to weak. The first search stops after two consecutive candidates worse than the
+            best, the second one after one.
+        selection_size: maximum number of samples of the first search.
         seed: random seed of the subset.
         device: device used for fitting.
     """
@@ -112,19 +112,30 @@ def linear_probe(
     num_folds = int(folds.max()) + 1
     every = np.ones(len(rows), bool)
     small = _Regressions(features[rows], labels[rows], folds[rows], num_folds, num_classes, every, device)
-    losses: dict[float, float] = {}
-    lowest, best = math.inf, weight_decays[0]
-    for decay in weight_decays:
-        probs = small.fit(decay).probs()
-        losses[decay] = log_loss(probs, labels[rows])
-        if losses[decay] < lowest:
-            lowest, best, kept, weights = losses[decay], decay, probs, small.unrotated()
-        if min(list(losses.values())[-2:]) > lowest:
-            break
+    found, weights = _search(small, weight_decays, labels[rows], every, patience=2)
     if len(rows) == len(labels):
-        return ProbeResult(kept, best, losses)
+        return found
     whole = _Regressions(features, labels, folds, num_folds, num_classes, learn, device, start=weights)
-    return ProbeResult(whole.fit(best).probs(), best, losses)
+    weaker = (
+        weight_decays[weight_decays.index(found.weight_decay) :] if len(rows) < learn.sum() else [found.weight_decay]
+    )
+    return _search(whole, weaker, labels, learn, patience=1)[0]
+
+
+def _search(
+    regressions: "_Regressions", decays: Sequence[float], labels: Array, learn: Array, patience: int
+) -> tuple[ProbeResult, Tensor]:
+    """Fit weight decays in order until ``patience`` in a row are worse than the best; return its result and weights."""
+    losses: dict[float, float] = {}
+    for decay in decays:
+        lowest = min(losses.values(), default=math.inf)
+        probs = regressions.fit(decay).probs()
+        losses[decay] = log_loss(probs[learn], labels[learn])
+        if not losses[decay] >= lowest:
+            best, weights = ProbeResult(probs, decay, losses), regressions.unrotated()
+        elif min(list(losses.values())[-patience:]) > lowest:
+            break
+    return best, weights
 
 
 class _Regressions:

@@ -12,30 +12,31 @@ __all__ = ["Mixture", "clean_probability", "fit_mixture", "mixture_posterior"]
 
 
 class Mixture(NamedTuple):
-    """Mixture of two Gaussians on min-max normalized losses; the component of lower mean is first."""
+    """Mixture of two Gaussians on scaled losses, (loss - low) / (high - low); the component of lower mean is first."""
 
     low: Tensor
-    """The smallest loss of the fit, a scalar."""
+    """The smallest loss of the fit, a scalar; 0 for losses that were not normalized."""
     high: Tensor
-    """The largest loss of the fit, a scalar."""
+    """The largest loss of the fit, a scalar; 1 for losses that were not normalized."""
     weights: Tensor
     """(2,), sum to 1; (1, 0) if all losses are equal."""
     means: Tensor
-    """(2,), of the normalized losses."""
+    """(2,), of the scaled losses."""
     variances: Tensor
-    """(2,), of the normalized losses, positive."""
+    """(2,), of the scaled losses, positive."""
 
 
-def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
+def fit_mixture(losses: Tensor, *, max_iter: int = 10, normalize: bool = True) -> Mixture:
     """Fit two Gaussians to min-max normalized losses.
 
     Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The
-        k-means
-    initialization has a fixed seed, so the fit is deterministic.
+        k-means initialization has a fixed seed, so the fit is deterministic.
 
     Args:
         losses: shape (N,), finite, on any device.
         max_iter: maximum number of iterations; published: 10 (C2D: 200).
+        normalize: whether to normalize the losses to [0, 1]; False for losses in [0, 1], such as means of normalized
+            losses over epochs.
 
     Returns:
         The mixture, on the device of ``losses``. If all losses are equal, or N < 2, it has one component, whose
@@ -46,9 +47,12 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10) -> Mixture:
     """
     values = _finite(losses.detach().to("cpu", torch.float64))
     low, high = (values.min(), values.max()) if len(values) else (torch.zeros(()), torch.zeros(()))
+    constant = not bool(high > low)
+    if not normalize and not constant:
+        low, high = torch.zeros_like(low), torch.ones_like(high)
     device = losses.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
-    if len(values) < 2 or not bool(high > low):
+    if len(values) < 2 or constant:
         one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
         fit = Mixture(low, high, one, two, torch.ones(2))
     else:
@@ -86,7 +90,7 @@ def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
     return log_joint.softmax(1)[:, 0].float()
 
 
-def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
+def clean_probability(losses: Tensor, *, max_iter: int = 10, normalize: bool = True) -> Tensor:
     """Return the probability that each label of a training set is correct, from its losses.
 
     Source: DivideMix, Section 3.1; used as the label quality G of SANM's Eq. 2. It combines :func:`fit_mixture` and
@@ -95,6 +99,7 @@ def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
     Args:
         losses: shape (N,), finite.
         max_iter: as for :func:`fit_mixture`.
+        normalize: as for :func:`fit_mixture`.
 
     Returns:
         Shape (N,), float32, in [0, 1], 1 = clean. All 1 if the losses are equal or N < 2.
@@ -102,7 +107,7 @@ def clean_probability(losses: Tensor, *, max_iter: int = 10) -> Tensor:
     Raises:
         ValueError: if ``losses`` is not (N,), or contains NaN or infinity.
     """
-    return mixture_posterior(fit_mixture(losses, max_iter=max_iter), losses)
+    return mixture_posterior(fit_mixture(losses, max_iter=max_iter, normalize=normalize), losses)
 
 
 def _finite(losses: Tensor) -> Tensor:

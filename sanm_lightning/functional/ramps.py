@@ -16,14 +16,14 @@ def sigmoid_ramp(step: int, length: int) -> float:
 
 
 def ema_decay(step: int, decay: float, ramp_steps: int | None) -> float:
-    """Return the weight of a teacher's old parameters at step ``step``, from 0.
+    """Return the weight of a teacher's old parameters in the update after step ``step``, from 0.
 
-    With ``ramp_steps`` S, it is decay exp(-5 (1 - min(step + 1, S) / S)^2); otherwise, min(1 - 1 / (step + 1), decay).
-    Source: the code of ELR+ (Liu et al., NeurIPS 2020).
+    With ``ramp_steps`` S, it is decay exp(-5 (1 - min(step + 2, S) / S)^2); otherwise, min(1 - 1 / (step + 2), decay).
+    Source: the code of ELR+ (Liu et al., NeurIPS 2020), which counts the steps from 1 and adds 1.
     """
     if ramp_steps is not None:
-        return decay * sigmoid_ramp(step + 1, ramp_steps)
-    return min(1 - 1 / (step + 1), decay)
+        return decay * sigmoid_ramp(step + 2, ramp_steps)
+    return min(1 - 1 / (step + 2), decay)
 
 
 def forget_rate(epoch: int, noise_rate: float, num_gradual: int, exponent: float = 1.0) -> float:

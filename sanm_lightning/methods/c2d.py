@@ -28,6 +28,7 @@ class C2D(DivideMix):
         clip_threshold: as for DivideMix.
         mixture_iterations: as for DivideMix.
         warmup_clip: as for DivideMix.
+        skip_unlabelled: as for DivideMix.
 
     All other arguments are those of :class:`DivideMix`.
 
@@ -44,6 +45,7 @@ class C2D(DivideMix):
         clip_threshold: bool = True,
         mixture_iterations: int = 200,
         warmup_clip: float | None = 1.0,
+        skip_unlabelled: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -52,6 +54,7 @@ class C2D(DivideMix):
             clip_threshold=clip_threshold,
             mixture_iterations=mixture_iterations,
             warmup_clip=warmup_clip,
+            skip_unlabelled=skip_unlabelled,
             **kwargs,
         )
         self.pretrained = pretrained

@@ -23,7 +23,8 @@ class CDR(CrossEntropy):
     Where paper and code differ, the defaults follow the code, which produced the published results: the fraction is
     constant (the code overwrites its gradual list), and weight decay is the optimizer's squared norm (the paper:
     absolute values). The published results are those of the best epoch on a noisy validation split:
-    ``data.val_fraction: 0.1`` and a ``ModelCheckpoint`` that monitors ``val/acc``.
+    ``data.val_fraction: 0.1`` and a ``ModelCheckpoint`` that monitors ``val/acc``. Departure: the code runs a second
+    forward pass in training mode in every step, for the accuracy, which updates the running statistics of batch norm again.
 
     Under SANM, the loss is that of :class:`CrossEntropy` under SANM, and the gradient of the reconstruction is masked
     as well, in the same backward pass. The decoder is not part of the network: its weights are not ranked and use their

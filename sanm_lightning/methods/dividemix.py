@@ -1,5 +1,6 @@
 """DivideMix (Li, Socher and Hoi, ICLR 2020): two networks divide the data for each other, with MixMatch."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import (
+    Mixed,
     clean_probability,
     co_refine,
     linear_ramp,
@@ -53,7 +55,8 @@ class Division(History):
         low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
         scaled = (losses - low) / torch.where(high > low, high - low, 1)
         self.append(torch.arange(len(self), device=losses.device), scaled.T)
-        self.clean = torch.stack([clean_probability(mean, max_iter=max_iter) for mean in self.mean().T], 1)
+        means = self.mean().T  # not normalized again, as in the code
+        self.clean = torch.stack([clean_probability(mean, max_iter=max_iter, normalize=False) for mean in means], 1)
 
     def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Convert history (E, 2, N) and clean probabilities (2, N) of an earlier version."""
@@ -107,6 +110,10 @@ class DivideMix(NoisyLabelModule):
         warmup_clip: gradient norm for clipping of each network in the warm-up; None uses the trainer's setting.
         alternate: whether to train network 1 in even and network 2 in odd epochs after the warm-up, which requires
             twice the epochs for the same budget. Under DDP, it requires a strategy that finds unused parameters.
+        skip_unlabelled: with ``lambda_u`` 0, whether to run the network on the mixed labeled views only, as the code of C2D
+            does. Otherwise the unlabeled views affect batch norm and the prior term.
+        guess_together: whether the labeled and the unlabeled half share batch statistics in the pass that refines and
+            guesses targets; False separates them, as in the code.
 
     All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` is the length of the warm-up.
 
@@ -137,6 +144,8 @@ class DivideMix(NoisyLabelModule):
         warmup_view: str = "weak",
         warmup_clip: float | None = None,
         alternate: bool = False,
+        skip_unlabelled: bool = False,
+        guess_together: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value, good in (
@@ -160,6 +169,7 @@ class DivideMix(NoisyLabelModule):
         self.target_views, self.train_views, self.sanm_views = target_views, train_views, sanm_views
         self.unlabelled_quality = unlabelled_quality
         self.warmup_view, self.warmup_clip, self.alternate = warmup_view, warmup_clip, alternate
+        self.skip_unlabelled, self.guess_together = skip_unlabelled, guess_together
         self.division = Division(loss_history)
 
     def stages(self) -> list[Stage]:
@@ -255,10 +265,13 @@ class DivideMix(NoisyLabelModule):
         guessed = self.unlabelled_quality == "guess"
         quality = torch.cat([clean[:half], targets[half:].amax(1)]) if guessed else clean
         extra = (torch.cat(train_views), targets.repeat(len(train_views), 1)) if masked_first else None
+        skip = self.skip_unlabelled and self.lambda_u == 0
         out = self.learn(
-            batch.with_images(torch.cat(learned)), targets.repeat(copies, 1), number,
-            quality=quality.repeat(copies), features=known, mix=mix, extra=extra,
+            batch.with_images(torch.cat(learned)), targets.repeat(copies, 1), number, quality=quality.repeat(copies),
+            features=known, mix=partial(_mix_labelled, mix, half) if skip else mix, extra=extra,
         )  # fmt: skip
+        if skip:
+            return out.classification() + prior_kl(out.logits) + out.reconstruction
         labelled = out.per_view(torch.arange(2 * half, device=targets.device) < half)
         supervised, unsupervised = mixmatch_loss(out.logits, out.targets, labelled)
         return supervised + lambda_u * unsupervised + prior_kl(out.logits) + out.reconstruction
@@ -269,7 +282,7 @@ class DivideMix(NoisyLabelModule):
     ) -> tuple[Tensor, list[Tensor]]:
         """Refine the given labels of the labeled half, guess those of the unlabeled half, and sharpen both.
 
-        The trained network uses the statistics of the batch, as in training; the other network uses running statistics.
+        The trained network uses batch statistics, as in training; the other network uses running statistics.
 
         Returns:
             Targets (2 half, C), and the network's feature maps of each view.
@@ -278,10 +291,19 @@ class DivideMix(NoisyLabelModule):
         own, others, maps = [], [], []
         for view in views:
             with inference_context(network, view, batch_statistics=True):
-                maps.append(network.forward_features(view))
-                own.append(network.forward_head(maps[-1]).float().softmax(1))
+                halves = [view] if self.guess_together else [view[:half], view[half:]]
+                parts = [network.forward_features(part) for part in halves]
+                own.append(torch.cat([network.forward_head(part).float().softmax(1) for part in parts]))
+                maps.append(torch.cat(parts))
             with inference_context(other, view):
                 others.append(other(view[half:]).float().softmax(1))
         mean, guessed = torch.stack(own).mean(0), torch.stack([p[half:] for p in own] + others).mean(0)
         refined = co_refine(labels[:half], clean[:half], mean[:half])
         return sharpen(torch.cat([refined, guessed]), self.temperature), maps
+
+
+def _mix_labelled(mix: Callable[[Tensor, Tensor], Mixed], half: int, images: Tensor, targets: Tensor) -> Mixed:
+    """Mix all views, and return the rows of the labeled halves; each view has ``half`` labeled, then unlabeled rows."""
+    mixed = mix(images, targets)
+    rows = torch.arange(len(images), device=images.device).view(-1, 2 * half)[:, :half].flatten()
+    return Mixed(mixed.images[rows], mixed.targets[rows], mixed.lam, mixed.partners[rows.to(mixed.partners.device)])

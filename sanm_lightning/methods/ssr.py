@@ -36,7 +36,8 @@ class SSR(NoisyLabelModule):
     Departures. Features and predictions of the whole set are those of unaugmented images, where the code uses weak
     views. Each sample of a step is sampled by class, then among the selected samples of that class; the code iterates
     over the selected samples with every class repeated to the size of the largest. If the selection is empty, all
-    samples are used, with a warning.
+    samples are used, with a warning. With ``lambda_fc`` 0, the passes of the feature consistency are omitted; in the
+    code, they update the running statistics of batch norm.
 
     Under SANM, both strong views of the selected samples are masked and their labels regularized, then mixed. Label
     quality is computed from the votes for the label; the selection score is 1 for every selected sample and would mask
@@ -52,7 +53,7 @@ class SSR(NoisyLabelModule):
         alpha: parameter of mixup's Beta distribution, >= 0.
         lambda_fc: weight of the feature consistency, >= 0; 1 is the authors' SSR+, 0 their SSR.
         hidden: hidden width of the two heads of the feature consistency.
-        strong_view: data-module policy of the strong views.
+        strong_view: data-module policy of the strong views; ``"auto_augment_ssr"`` is that of the authors' code.
         vote_quality: label quality for SANM: ``"mixture"``, the probability that the label's fraction of the votes
             belongs to the component of larger fractions; or ``"share"``, the fraction itself.
         warmup_epochs: initial epochs of cross-entropy; published: none.

@@ -215,6 +215,15 @@ class TestSaveLabels:
             Own().save_labels(tmp_path / "labels.csv")
 
 
+class TestPartialBatches:
+    @pytest.mark.parametrize("drop", [False, True])
+    def test_the_last_one_of_a_training_epoch_is_dropped_if_asked_and_no_other(self, drop: bool) -> None:
+        data = Toy(seed=0, num_samples=22, num_test_samples=6, batch_size=8, eval_batch_size=4, drop_last=drop)
+        assert [len(batch) for batch in data.train_dataloader()] == ([8, 8] if drop else [8, 8, 6])
+        assert [len(batch) for loader in data.val_dataloader() for batch in loader] == [4, 2]
+        assert sum(len(batch) for batch in data.pass_dataloader()) == 22
+
+
 class TestBatch:
     def test_images_are_shares_of_one_and_inputs_stay(self) -> None:
         data = Toy(seed=0)

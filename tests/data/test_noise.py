@@ -1,5 +1,7 @@
 """Label noise: exact counts, frozen copies, files."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sanm_lightning.data.noise import (
     CIFAR100_SUPERCLASSES,
     Noise,
     asymmetric,
+    asymmetric_sequential,
     cifar100_superclass_map,
     class_map,
     pair_flip,
@@ -103,6 +106,42 @@ class TestAsymmetric:
             asymmetric(some_labels(9, 6), 0.5, 6, generator(), {1: 7, 9: 1})
 
 
+class TestAsymmetricSequential:
+    """The map class by class in place, as in the released codes of ELR and CDR."""
+
+    @pytest.mark.parametrize("rate", [0.2, 0.4])
+    def test_on_balanced_cifar10_relabelled_cats_can_become_cats_again(self, rate: float) -> None:
+        size = 500
+        labels = torch.arange(10).repeat_interleave(size)
+        noisy = asymmetric_sequential(labels, rate, 10, generator(), CIFAR10_MAP)
+        to = torch.zeros(10, 10).index_put_((labels, noisy), torch.ones(10 * size), accumulate=True) / size
+        for source, target in ((9, 1), (2, 0), (4, 7)):
+            assert to[source, target] == pytest.approx(rate)
+        assert to[3, 5] == pytest.approx(rate * (1 - rate), abs=0.03)
+        assert to[5, 3] == pytest.approx(rate, abs=0.03)
+        assert int((noisy == 5).sum()) == size + rate * size - rate * (size + rate * size)
+        assert float((noisy != labels).float().mean()) == pytest.approx((4 * rate + rate * (1 - rate)) / 10, abs=0.005)
+
+    @quick
+    @given(st.integers(0, 60), rates, seeds)
+    def test_is_the_loop_over_classes(self, size: int, rate: float, seed: int) -> None:
+        """The number relabeled at the turn of a class is the rate of those that have its label then, rounded up."""
+        labels, mapping = some_labels(size, 4, seed % 100), {0: 1, 1: 2, 3: 0}
+        noisy = asymmetric_sequential(labels, rate, 4, generator(seed), mapping)
+        count = labels.bincount(minlength=4).tolist()
+        for label in range(4):
+            if label in mapping:
+                moved = math.ceil(rate * count[label])
+                count[label] -= moved
+                count[mapping[label]] += moved
+        assert noisy.bincount(minlength=4).tolist() == count
+        assert bool((noisy[labels == 2] == 2).all())
+
+    def test_refuses_a_map_of_other_classes(self) -> None:
+        with pytest.raises(ValueError, match=r"mapping of classes in 0 to 2, got classes \[3\]"):
+            asymmetric_sequential(some_labels(9, 3), 0.4, 3, generator(), {0: 3})
+
+
 class TestPairFlip:
     @quick
     @given(sizes, rates, classes, seeds)
@@ -119,6 +158,7 @@ class TestEveryKind:
         Noise("symmetric", 0.7),
         Noise("symmetric_exclusive", 0.7),
         Noise("asymmetric", 0.7, mapping="cifar10"),
+        Noise("asymmetric_sequential", 0.7, mapping="cifar10"),
         Noise("pair", 0.7),
     )
 
@@ -148,6 +188,12 @@ class TestEveryKind:
 
 
 class TestClassMaps:
+    def test_blocks_of_five_are_cycles_of_consecutive_ids(self) -> None:
+        mapping = class_map("cifar100_blocks_of_five")
+        assert sorted(mapping) == sorted(mapping.values()) == list(range(100))
+        assert [mapping[label] for label in (0, 3, 4, 95, 99)] == [1, 4, 0, 96, 95]
+        assert mapping != class_map("cifar100_superclass")
+
     def test_cifar100_classes_stay_in_their_super_class_and_form_cycles_of_five(self) -> None:
         names = sorted(name for members in CIFAR100_SUPERCLASSES.values() for name in members)
         group = {name: parent for parent, members in CIFAR100_SUPERCLASSES.items() for name in members}
@@ -254,7 +300,7 @@ class TestNoise:
             ({"kind": "asymmetric", "rate": 0.5}, "expected a mapping for noise of kind 'asymmetric', got None"),
             (
                 {"kind": "asymmetric", "rate": 0.5, "mapping": "cifar"},
-                r"among \['cifar10', 'cifar100_superclass'\], got 'cifar'",
+                r"among \['cifar10', 'cifar100_blocks_of_five', 'cifar100_superclass'\], got 'cifar'",
             ),
             ({"kind": "file"}, "expected the path of a label file"),
             ({"seed": -1}, "0 or more"),

@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 
 from sanm_lightning.data.operations import OPERATIONS
 from sanm_lightning.data.policies import (
-    CIFAR10_POLICY,
     NAMES,
     POLICIES,
-    POOL,
     Stage,
     apply_stage,
     augment,
-    draw_auto_augment,
     draw_color_jitter,
-    draw_rand_augment,
     draw_resized_crop,
 )
 from sanm_lightning.data.views import crop_flip, draw_crop_flip
@@ -76,85 +71,16 @@ def test_a_stage_is_its_operations_one_image_after_the_other():
         assert torch.equal(view, OPERATIONS[NAMES[number]](image[None], amount[None])[0])
 
 
-class TestRandAugment:
-    def test_draws_each_of_fourteen_alike_and_uses_half_of_them(self):
-        assert len(POOL) == len({name for name, _ in POOL}) == 14
-        for stage in draw_rand_augment(MANY, 32, 32, stream()):
-            drawn = shares(stage)
-            assert drawn["identity"] == pytest.approx(0.5 + 0.5 / 14, abs=0.01)
-            for name, _ in POOL:
-                if name != "identity":
-                    assert drawn[name] == pytest.approx(0.5 / 14, abs=0.004)
-
-    def test_draws_nine_levels_and_both_signs(self):
-        (stage, _) = draw_rand_augment(MANY, 40, 32, stream())
-        amounts = {name: stage.amount[stage.operation == NAMES.index(name)].unique() for name in NAMES}
-        levels = torch.arange(1, 10) / 10
-        torch.testing.assert_close(amounts["brightness"], 0.05 + 0.9 * levels)
-        torch.testing.assert_close(amounts["rotate"], torch.cat([-30 * levels.flip(0), 30 * levels]))
-        assert amounts["posterize"].tolist() == [4, 5, 6, 7]
-        assert amounts["solarize"].tolist() == [int(256 * level) for level in levels.tolist()]
-        assert amounts["translate_x"].max() == round(0.27 * 32)
-        assert amounts["translate_y"].min() == -round(0.27 * 40)
-
-    def test_always_leaves_a_grey_square(self):
-        views = augment(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), "rand_augment", stream(), 0, False)
-        for view in views:
-            grey = (view == 127).all(0)
-            rows, columns = grey.any(1).sum(), grey.any(0).sum()
-            assert 8 <= int(rows) <= 16
-            assert 8 <= int(columns) <= 16
-            assert int(grey.sum()) == int(rows * columns)
-
-
-class TestAutoAugment:
-    theirs = {
-        "Color": "saturation",
-        "AutoContrast": "autocontrast",
-        "ShearX": "shear_x",
-        "ShearY": "shear_y",
-        "TranslateX": "translate_x",
-        "TranslateY": "translate_y",
-    }
-
-    def test_is_the_policy_that_torchvision_has(self):
-        published = AutoAugment(AutoAugmentPolicy.CIFAR10)._policies
-        expected = [tuple((self.theirs.get(n, n.lower()), p, level or 0) for n, p, level in pair) for pair in published]
-        assert expected == list(CIFAR10_POLICY)
-
-    def test_draws_each_pair_alike_and_each_step_with_its_probability(self):
-        for step, stage in enumerate(draw_auto_augment(MANY, 32, 32, stream())):
-            expected = dict.fromkeys(NAMES, 0.0)
-            for pair in CIFAR10_POLICY:
-                name, probability, _ = pair[step]
-                expected[name] += probability / 25
-                expected["identity"] += (1 - probability) / 25
-            drawn = shares(stage)
-            for name in NAMES:
-                assert drawn[name] == pytest.approx(expected[name], abs=0.006)
-
-    @pytest.mark.parametrize("size", [(32, 32), (48, 24)])
-    def test_draws_the_amounts_that_torchvision_takes(self, size):
-        theirs = AutoAugment(AutoAugmentPolicy.CIFAR10)
-        for step, stage in enumerate(draw_auto_augment(MANY, *size, stream())):
-            expected: dict[str, set[float]] = {}
-            for pair in theirs._policies:
-                name, probability, level = pair[step]
-                bins, signed = theirs._AUGMENTATION_SPACE[name]
-                ours = self.theirs.get(name, name.lower())
-                if level is None or probability == 0:
-                    continue
-                amount = float(bins(10, *size)[level])
-                if name.startswith("Translate"):
-                    amount = int(amount)
-                if name == "Solarize":
-                    amount *= 255
-                for sign in (1, -1) if signed else (1,):
-                    shift = 1 if ours in ("brightness", "saturation", "contrast", "sharpness") else 0
-                    expected.setdefault(ours, set()).add(shift + sign * amount)
-            for name, amounts in expected.items():
-                drawn = stage.amount[stage.operation == NAMES.index(name)].unique().tolist()
-                assert drawn == pytest.approx(sorted(amounts), abs=1e-4)
+def test_a_stage_fills_the_outside_of_geometric_operations_with_gray():
+    white = torch.full((6, 3, 16, 16), 255, dtype=torch.uint8)
+    names = ("rotate", "shear_x", "translate_y", "shear_x_bicubic", "shear_y_bicubic", "invert")
+    amounts = torch.tensor([20.0, 0.3, 5.0, 0.3, -0.3, 0.0])
+    stage = Stage(torch.tensor([NAMES.index(name) for name in names]), amounts)
+    *moved, inverted = apply_stage(white, stage, fill=128)
+    for view, black in zip(moved, apply_stage(white, stage), strict=False):
+        assert set(view.unique().tolist()) == {128, 255}
+        assert torch.equal(view == 128, black == 0)
+    assert set(inverted.unique().tolist()) == {0}
 
 
 class TestColorJitter:

@@ -21,7 +21,7 @@ from sanm_lightning.batch import EpochPlan
 from sanm_lightning.cli import main
 from sanm_lightning.data import ImageFolder, Toy
 from sanm_lightning.data.datamodule import Source
-from sanm_lightning.data.policies import augment, center_crop
+from sanm_lightning.data.policies import POLICIES, augment, center_crop
 from sanm_lightning.random_streams import named_generator
 from tests.methods.toy import trainer
 
@@ -360,7 +360,7 @@ class TestDecodeSize:
         expected = whole.batch("test", torch.arange(4)).images
         assert torch.equal(torch.cat(evaluated), center_crop(expected, (224, 224)))
 
-    @pytest.mark.parametrize("policy", ["none", "weak", "auto_augment", "rand_augment", "jitter_affine", "simclr"])
+    @pytest.mark.parametrize("policy", POLICIES)
     def test_every_policy_returns_the_image_size(self, policy: str) -> None:
         images = torch.randint(256, (4, 3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         viewed = augment(images, policy, torch.Generator().manual_seed(0), 2, True, (32, 24))

@@ -18,13 +18,16 @@ from sanm_lightning import SANM, NoisyBatch, methods
 N, C, B, HALF = 32, 4, 8, 4
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": C, "image_size": (16, 16)}
 RATE = {"CoTeaching": "noise_rate", "CDR": "noise_rate"}
+TOGETHER = {"guess_together": True}
+"""The recorded code guesses both halves in one pass."""
 CASES: dict[str, dict[str, Any]] = {
     "CrossEntropy": {}, "CDR": {"rate": 0.4}, "CoTeaching": {"rate": 0.4, "num_gradual": 1}, "ELR": {}, "ELRPlus": {},
     "ELRPlus product": {"target_product": True, "coef_steps": 10}, "CoTeaching scaled": {"rate": 0.4, "released_scale": True},
-    "DivideMix": {}, "DivideMix more views": {"train_views": ["weak", "weak", "weak"]},
-    "DivideMix first": {"train_views": ["weak", "weak"], "sanm_views": "first"},
-    "DivideMix guess": {"unlabelled_quality": "guess", "confidence_penalty": True}, "DivideMix by turns": {"alternate": True},
-    "C2D": {}, "SSR": {"k": 5}, "SSR without consistency": {"k": 5, "lambda_fc": 0.0}, "SSR warm": {"k": 5, "warmup_epochs": 1},
+    "DivideMix": TOGETHER, "DivideMix more views": {"train_views": ["weak", "weak", "weak"], **TOGETHER},
+    "DivideMix first": {"train_views": ["weak", "weak"], "sanm_views": "first", **TOGETHER},
+    "DivideMix guess": {"unlabelled_quality": "guess", "confidence_penalty": True, **TOGETHER},
+    "DivideMix by turns": {"alternate": True, **TOGETHER}, "C2D": TOGETHER,
+    "SSR": {"k": 5}, "SSR without consistency": {"k": 5, "lambda_fc": 0.0}, "SSR warm": {"k": 5, "warmup_epochs": 1},
     "SimCLR": {}, "SimCLR scaled": {"released_scale": True},
 }  # fmt: skip
 SANMS: dict[str, dict[str, Any] | None] = {

@@ -1,14 +1,17 @@
 """DivideMix: its formulas against slow loops, its division, its fallbacks."""
 
+import copy
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
 
-from sanm_lightning import SANM
+from sanm_lightning import SANM, NoisyBatch
 from sanm_lightning.functional import (
+    Mixed,
     clean_probability,
     co_refine,
     linear_ramp,
@@ -122,7 +125,25 @@ class TestDivision:
         assert division.done
         for number in (0, 1):
             scaled = [(e[number] - e[number].min()) / (e[number].max() - e[number].min()) for e in epochs[1:]]
-            torch.testing.assert_close(division.clean[:, number], clean_probability(sum(scaled) / 3))
+            torch.testing.assert_close(division.clean[:, number], clean_probability(sum(scaled) / 3, normalize=False))
+
+    def test_the_mixture_of_means_over_epochs_is_fitted_to_the_means_as_they_are(self):
+        """As in the code: means of normalized losses are not normalized again."""
+        division = Division(2)
+        division.reset(40)
+        generator = torch.Generator().manual_seed(0)
+        epochs = [torch.rand(2, 40, generator=generator) ** 2 for _ in range(2)]
+        for losses in epochs:
+            division.divide(losses, 10)
+        for number in (0, 1):
+            scaled = [(e[number] - e[number].min()) / (e[number].max() - e[number].min()) for e in epochs]
+            means = (sum(scaled) / 2).double().numpy().reshape(-1, 1)
+            assert means.max() < 0.99, "normalization would change the means"
+            model = GaussianMixture(2, max_iter=10, tol=1e-2, reg_covar=5e-4, random_state=0).fit(means)
+            expected = model.predict_proba(means)[:, model.means_.argmin()]
+            torch.testing.assert_close(
+                division.clean[:, number].double(), torch.from_numpy(expected), atol=1e-5, rtol=0
+            )
 
     def test_equal_losses_trust_every_label(self):
         division = Division()
@@ -299,3 +320,67 @@ def test_both_networks_of_c2d_start_from_the_encoder_with_heads_of_their_own(tmp
             assert torch.equal(starts[0][f"network2.{key}"], value)
     assert not torch.equal(starts[0]["network.network.fc.weight"], starts[0]["network2.network.fc.weight"])
     assert not same(module.network, module.network2)
+
+
+class TestHalves:
+    """What the unlabeled half has to do with the labeled one, with batch norm as in training."""
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_refined_targets_depend_on_unlabelled_images_only_if_both_are_guessed_together(self, together):
+        module = method(guess_together=together)
+        views = [torch.rand(8, 3, 16, 16) for _ in range(2)]
+        others = [torch.cat([view[:4], view[4:] * 0.2]) for view in views]
+        labels, clean = torch.eye(4)[torch.arange(8) % 4], torch.full((8,), 0.3)
+        for network in module.networks:
+            network.train()
+        (one, maps), (two, other_maps) = (module.guess(0, v, labels, clean, 4) for v in (views, others))
+        assert torch.equal(one[:4], two[:4]) != together
+        assert torch.equal(maps[0][:4], other_maps[0][:4]) != together
+        assert not torch.allclose(one[4:], two[4:])
+
+    @pytest.mark.parametrize("sanm", [False, True])
+    def test_without_weight_c2d_runs_the_network_on_the_mixed_labelled_views_only(self, sanm, monkeypatch):
+        """The loss is the cross-entropy of these rows and their prior term; their partners are of both halves."""
+        module = C2D(**SMALL, lambda_u=0.0, sanm=SANM(mask=False, reconstruct=False) if sanm else None)
+        module.division.reset(20)
+        module.division.clean = torch.rand(20, 2)
+        module.stream = lambda *_, **__: None
+        views = tuple(torch.rand(8, 3, 16, 16) for _ in range(2))
+        batch = NoisyBatch(views[0], torch.arange(8) % 4, torch.arange(8), None, views)
+        partners, seen = torch.arange(15, -1, -1), []
+
+        def mix(images, targets, **_):
+            mixed = Mixed(images, targets, 0.8, partners)
+            return mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+        monkeypatch.setattr(module.networks[0], "forward_head", spy(module.networks[0].forward_head, seen))
+        loss = module.mixmatch(batch, 0, mix, 0.0)
+        assert [len(features) for features in seen if features.requires_grad] == [8]
+        targets, _ = module.guess(0, list(views), module.one_hot(batch.labels), module.division.clean[:, 1][:8], 4)
+        images, wanted = torch.cat(views), torch.cat([targets, targets])
+        rows = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
+        images, wanted = (0.8 * part[rows] + 0.2 * part[partners[rows]] for part in (images, wanted))
+        network = copy.deepcopy(module.networks[0])
+        logits = network.forward_head(network.forward_features(images))
+        expected = -(wanted * logits.log_softmax(1)).sum(1).mean() + prior_kl(logits)
+        if not sanm:  # SANM softens the targets of the views
+            torch.testing.assert_close(loss, expected)
+
+    def test_with_weight_or_in_dividemix_all_views_are_run(self, monkeypatch):
+        for kind, weight in ((C2D, 25.0), (DivideMix, 0.0)):
+            module, seen = kind(**SMALL, lambda_u=weight), []
+            module.division.reset(20)
+            module.stream = lambda *_, **__: None
+            views = tuple(torch.rand(8, 3, 16, 16) for _ in range(2))
+            batch = NoisyBatch(views[0], torch.arange(8) % 4, torch.arange(8), None, views)
+            monkeypatch.setattr(module.networks[0], "forward_head", spy(module.networks[0].forward_head, seen))
+            module.mixmatch(batch, 0, lambda images, targets: Mixed(images, targets, 1.0, torch.arange(16)), weight)
+            assert [len(features) for features in seen if features.requires_grad] == [16]
+
+
+def spy(function, seen):
+    def watched(first, *others, **options):
+        seen.append(first)
+        return function(first, *others, **options)
+
+    return watched

@@ -89,19 +89,19 @@ def test_the_ramp_of_the_weight_and_the_share_of_the_teacher():
     assert [sigmoid_ramp(step, 0) for step in (0, 5)] == [1, 1]
     assert sigmoid_ramp(0, 100) == pytest.approx(math.exp(-5))
     assert sigmoid_ramp(100, 100) == sigmoid_ramp(500, 100) == 1
-    assert ema_decay(0, 0.997, 40000) == pytest.approx(0.997 * math.exp(-5 * (1 - 1 / 40000) ** 2))
+    assert ema_decay(0, 0.997, 40000) == pytest.approx(0.997 * math.exp(-5 * (1 - 2 / 40000) ** 2))
     assert ema_decay(0, 0.997, 40000) == pytest.approx(0.0067, abs=1e-4)
     assert ema_decay(40000, 0.997, 40000) == 0.997
-    assert [ema_decay(step, 0.9, None) for step in (0, 1, 99)] == pytest.approx([0, 0.5, 0.9])
+    assert [ema_decay(step, 0.9, None) for step in (0, 1, 2, 99)] == pytest.approx([1 / 2, 2 / 3, 3 / 4, 0.9])
 
 
 def test_teachers_are_running_means_of_parameters_and_of_nothing_else():
-    module = method(ELRPlus, gamma=0.5, ema_ramp_steps=None)
+    module = method(ELRPlus, gamma=0.8, ema_ramp_steps=None)
     expected = [{n: p.clone() for n, p in teacher.module.named_parameters()} for teacher in module.teachers]
     steps = []
 
     def follow(trainer, *_):
-        share = min(1 - 1 / (len(steps) + 1), 0.5)
+        share = min(1 - 1 / (len(steps) + 2), 0.8)
         for mean, network in zip(expected, (module.network, module.network2), strict=True):
             for name, parameter in network.named_parameters():
                 mean[name] = share * mean[name] + (1 - share) * parameter.detach()
