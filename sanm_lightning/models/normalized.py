@@ -8,6 +8,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.models.pooled import pooled_width
+from sanm_lightning.models.tokens import last_block_and_head, reads_class_token, without_last_block
+
 __all__ = ["Normalized", "create_network"]
 
 NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -44,18 +47,33 @@ class Normalized(nn.Module):
         inner: Any = network
         self.network = inner
         self.num_features = int(inner.num_features)
+        self.head_hidden_size = pooled_width(inner)
+        self._reads_class_token = reads_class_token(inner)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
+    @property
+    def map_place(self) -> str:
+        """Where the feature map is taken, for messages."""
+        return "the tokens before the last block" if self._reads_class_token else "the output of forward_features"
+
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the feature map (B, D, h, w) of images (B, 3, H, W) in [0, 1]."""
+        """Return the features of images (B, 3, H, W) in [0, 1] that lead to the logits, in the network's layout.
+
+        They are (B, D, h, w) or (B, h, w, D), or tokens (B, P + h w, D), P class tokens first. For a vision transformer
+        with a class token, they are those before the last block.
+        """
         normalized = (images - self.mean) / self.std
         normalized = normalized.contiguous(memory_format=torch.channels_last)  # faster convolutions
+        if self._reads_class_token:
+            return without_last_block(self.network, normalized)
         features: Tensor = self.network.forward_features(normalized)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, C) of a feature map (B, D, h, w), or the pooled features with ``pre_logits``."""
+        """Return the logits (B, C) of features, or the pooled features (B, ``head_hidden_size``) with ``pre_logits``."""
+        if self._reads_class_token:
+            return last_block_and_head(self.network, features, pre_logits)
         out: Tensor = self.network.forward_head(features, pre_logits=pre_logits)
         return out
 
