@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
-from sanm_lightning.methods.checks import check_arguments
+from sanm_lightning.methods.checks import check_arguments, check_num_classes
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
@@ -93,6 +93,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
                 self.hparams.update(network_args={**options, "pretrained": False}, **used)
         else:
             self.network = with_feature_map(network, self.image_size, self.sanm.needs_map)
+            check_num_classes(self.network, num_classes)
         if self.num_networks == 2:
             self.sanm2 = self.sanm.peer_copy(named_seed("peer", self.sanm.seed))
         self.sanm.build(self.network, self.image_size)

@@ -62,7 +62,6 @@ class FeatureExtractor(nn.Module):
     ) -> None:
         super().__init__()
         self.network: Any = network
-        self.image_size = (int(image_size[0]), int(image_size[1]))
         self.exact = True
         """Whether the logits are one linear map of the averaged feature map."""
         self.place: Place | None = None
@@ -74,6 +73,7 @@ class FeatureExtractor(nn.Module):
         self._timm = layer is None and all(hasattr(network, name) for name in TIMM_INTERFACE)
         like = next(network.parameters(), torch.zeros(()))
         images = torch.rand(2, 4, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(like)
+        self._image_shape = tuple(images.shape[2:])
         try:
             with torch.compiler.set_stance("force_eager"), inference_context(self, images, batch_statistics=True):
                 self._attach(images[0], images[1], layer, need_classifier, need_map)
@@ -151,8 +151,8 @@ class FeatureExtractor(nn.Module):
             try:
                 if self._leads_to_logits(images, other):
                     return
-            except (RuntimeError, ValueError, TypeError, IndexError):
-                pass  # a map of other shape in an earlier call of the same submodule, or no grid of patches
+            except Exception:  # no grid of patches, or other shapes in another call of the submodule
+                pass
             self._undo.remove(release)
             release()
         self.place = None
@@ -297,7 +297,7 @@ class FeatureExtractor(nn.Module):
             self.network(features)
         else:
             if images is None:
-                images = features.new_zeros(len(features), 3, *self.image_size)
+                images = features.new_zeros(len(features), *self._image_shape)
             training = inference_context(self, images) if self.training else contextlib.nullcontext()
             recording = torch.is_grad_enabled()
             with training:

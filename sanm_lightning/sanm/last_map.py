@@ -135,6 +135,8 @@ def depends(logits: Tensor, features: Tensor, as_map: Callable[[Tensor], Tensor]
         features: tensor that requires a gradient.
         as_map: function that selects the positions of the map, as :func:`feature_map` does.
     """
+    if not logits.requires_grad:
+        return False
     with torch.enable_grad():
         mixed = (logits.float() * torch.linspace(1, 2, logits.numel(), device=logits.device).view_as(logits)).sum()
     (gradient,) = torch.autograd.grad(mixed, features, allow_unused=True)

@@ -56,8 +56,7 @@ class SANM(nn.Module):
         place: center of the mask: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1), which
             is exact for one linear layer after global average pooling; for other heads and for tokens, that of Grad-CAM
             (Selvaraju et al., ICCV 2017), of which it is the special case; ``"energy"``, that of the squared features
-            (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable, see
-            :data:`~sanm_lightning.sanm.saliency.Saliency`.
+            (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable (``sanm.saliency.Saliency``).
         ratio: masked fraction: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
             ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
             callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
@@ -162,7 +161,8 @@ class SANM(nn.Module):
         Raises:
             ValueError: if the class path is not that of a subclass of SANM.
         """
-        return created_from(SANM, options)
+        sanm: SANM = created_from(SANM, options)
+        return sanm
 
     @property
     def saved_options(self) -> dict[str, Any]:
