@@ -8,6 +8,8 @@ import torch
 import torchvision.models as tv
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock
 
 CLASSES = 3
@@ -50,6 +52,15 @@ def swin() -> nn.Module:
     return tv.SwinTransformer([4, 4], 16, [1, 1], [1, 2], [4, 4], num_classes=CLASSES)
 
 
+def efficientnet() -> nn.Module:
+    blocks = [MBConvConfig(4, 3, 2, 8, 16, 1), MBConvConfig(4, 3, 2, 16, 24, 1)]
+    return tv.EfficientNet(blocks, dropout=0.2, num_classes=CLASSES, last_channel=64)
+
+
+def regnet() -> nn.Module:
+    return tv.RegNet(BlockParams([1, 1], [16, 32], [8, 8], [1.0, 1.0], [2, 2], 0.25), num_classes=CLASSES)
+
+
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2), "window_size": 4}
 BLOCKS = [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]
 
@@ -70,8 +81,8 @@ TIMM = {
 TORCHVISION = {
     "ResNet": Family(lambda: tv.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=CLASSES), 64, "layer4", "maps", "cam"),
     "DenseNet": Family(lambda: tv.DenseNet(8, (2, 2), 16, num_classes=CLASSES), 32, "features", "maps", "grad_cam"),
-    "EfficientNet": Family(lambda: tv.efficientnet_b0(num_classes=CLASSES), 64, "features", "maps", "cam"),
-    "RegNet": Family(lambda: tv.regnet_y_400mf(num_classes=CLASSES), 64, "trunk_output", "maps", "cam"),
+    "EfficientNet": Family(efficientnet, 64, "features", "maps", "cam"),
+    "RegNet": Family(regnet, 64, "trunk_output", "maps", "cam"),
     "ConvNeXt": Family(lambda: tv.ConvNeXt(BLOCKS, num_classes=CLASSES), 64, "features", "maps", "grad_cam"),
     "MobileNetV3": Family(lambda: tv.mobilenet_v3_small(num_classes=CLASSES), 64, "features", "maps", "grad_cam"),
     "Swin": Family(swin, 32, "permute", "maps", "cam"),

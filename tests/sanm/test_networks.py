@@ -168,7 +168,7 @@ class TestMap:
         assert not head.weight.any()
 
 
-def pairs(family: Family, count: int = 8) -> DataLoader:
+def pairs(family: Family, count: int = 4) -> DataLoader:
     return DataLoader(TensorDataset(images_of(family, count), torch.arange(count) % CLASSES), batch_size=4)
 
 
@@ -190,7 +190,7 @@ class WithSANM(SANMMixin, Plain):
 
 def fit(module: L.LightningModule, family: Family, *callbacks: Any, **options: Any) -> L.Trainer:
     trainer = L.Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", "logger": False, "callbacks": list(callbacks), **options},
+        **{"max_epochs": 1, "accelerator": "cpu", "logger": False, "callbacks": list(callbacks), **options},
         enable_progress_bar=False,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -200,7 +200,7 @@ def fit(module: L.LightningModule, family: Family, *callbacks: Any, **options: A
 
 
 def fixed() -> SANM:
-    return SANM(ratio="fixed", warmup_epochs=1, seed=0)
+    return SANM(ratio="fixed", warmup_epochs=0, seed=0)
 
 
 class TestTraining:
@@ -212,7 +212,7 @@ class TestTraining:
         assert any(not torch.equal(before[name], after[name]) for name in before)
 
     def test_with_the_callback(self, family: Family, caplog: pytest.LogCaptureFixture) -> None:
-        module, callback = Plain(family), SANMCallback(fixed())
+        module, callback = Plain(family), SANMCallback(fixed(), rehearse=False)
         before = {name: value.detach().clone() for name, value in module.net.named_parameters()}
         with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
             trainer = fit(module, family, callback)
@@ -224,7 +224,7 @@ class TestTraining:
     @pytest.mark.parametrize("name", SELECTED)
     def test_with_the_mixin(self, name: str) -> None:
         family = ALL[name]
-        module = WithSANM(family, sanm=fixed())
+        module = WithSANM(family, sanm=fixed(), sanm_rehearse=False)
         before = {name: value.detach().clone() for name, value in module.net.named_parameters()}
         self.check(fit(module, family), module.net, before)
 
@@ -249,11 +249,9 @@ class TestTraining:
         clone = copy.deepcopy(module)
         assert torch.equal(clone(images), expected)
 
-    @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-    @pytest.mark.parametrize("name", FEW)
-    def test_of_a_compiled_network_is_the_same(self, name: str, backend: str) -> None:
-        if backend == "aot_eager" and not FULL:
-            pytest.skip("slow")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at what it compiles
+    @pytest.mark.parametrize("name", ["torchvision ViT, class token", *([*FEW[:3], "timm ConvNeXt"] if FULL else [])])
+    def test_of_a_compiled_network_is_the_same(self, name: str) -> None:
         family = ALL[name]
 
         def weights(**options: Any) -> dict[str, Tensor]:
@@ -264,10 +262,10 @@ class TestTraining:
             fit(module, family)
             return module.state_dict()
 
-        plain, compiled = weights(), weights(compile_network=backend)
+        plain, compiled = weights(), weights(compile_network="aot_eager" if FULL else "eager")
         assert plain.keys() == compiled.keys()
         for key in plain:
-            torch.testing.assert_close(plain[key], compiled[key])
+            torch.testing.assert_close(plain[key], compiled[key], rtol=1e-4, atol=1e-5)
 
 
 class Branches(nn.Module):
