@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.models.tokens import last_block_and_head, reads_class_token, without_last_block
 
-__all__ = ["Normalized", "create_network"]
+__all__ = ["Normalized", "create_network", "with_image_size"]
 
 NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 """Default mean and standard deviation for images with unknown statistics."""
+
+SIZE_OPTIONS = {"img_size", "dynamic_img_size", "strict_img_size"}
+"""Options of timm models for images of other sizes."""
 
 
 class Normalized(nn.Module):
@@ -85,6 +88,20 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, 3, H, W) in [0, 1]."""
         return self.forward_head(self.forward_features(images))
+
+
+def with_image_size(name: str, options: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the options of a timm model with ``img_size``, if the model (ViT, Swin) requires images of a fixed size.
+
+    Args:
+        name: timm model name.
+        options: arguments of ``timm.create_model``; those about the image size have precedence.
+        image_size: H, W of the images in pixels.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None or not config.fixed_input_size or SIZE_OPTIONS & set(options):
+        return options
+    return {**options, "img_size": image_size}
 
 
 def create_network(

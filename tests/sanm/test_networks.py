@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sanm_lightning import CrossEntropy, DivideMix, SANMCallback, SANMMixin, SimCLR
-from sanm_lightning.models import create_network
+from sanm_lightning.models import create_network, load_pretrained
 from sanm_lightning.sanm import SANM, class_activation_map
 from sanm_lightning.sanm.activation import upsample
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor
@@ -355,6 +355,18 @@ class TestMethods:
         network = create_network("test_vit", CLASSES, img_size=64)
         plain = timm.create_model("test_vit", num_classes=CLASSES, img_size=64)
         assert {key.removeprefix("network.") for key in network.state_dict()} == {*plain.state_dict(), "mean", "std"}
+
+    @pytest.mark.parametrize("given", [{}, {"img_size": 32}, {"dynamic_img_size": True}])
+    def test_create_a_vision_transformer_for_the_size_of_the_images(self, given: dict[str, Any], tmp_path: Any) -> None:
+        module = CrossEntropy(CLASSES, (32, 32), network="test_vit", network_args=given, sanm=fixed())
+        assert module.sanm.decoder is not None
+        assert module.sanm.decoder.shape == (64, 2, 2)
+        trainer = fit(module, TIMM["ViT, class token"]._replace(size=32))
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        again = CrossEntropy.load_from_checkpoint(tmp_path / "c.ckpt", weights_only=True)
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(again.eval()(images), module.eval()(images))
+        assert torch.equal(load_pretrained(checkpoint=tmp_path / "c.ckpt")(images), module(images))
 
     def test_of_two_networks_copy_a_network_with_its_hooks(self) -> None:
         family = TORCHVISION["MobileNetV3"]
