@@ -338,7 +338,7 @@ def with_feature_map(network: nn.Module, image_size: Sequence[int], need_map: bo
     """Return a network with timm's interface whose logits are computed from its features: itself, or a wrapper of it.
 
     Args:
-        network: classifier of images (B, 3, H, W) with logits (B, C).
+        network: classifier of images (B, 3, H, W) with logits (B, C); an encoder is not detected.
         image_size: H, W of the images in pixels.
         need_map: see :class:`FeatureExtractor`; False returns networks with timm's interface as they are.
 
@@ -347,7 +347,7 @@ def with_feature_map(network: nn.Module, image_size: Sequence[int], need_map: bo
     """
     if not need_map and all(hasattr(network, name) for name in ("forward_features", "forward_head")):
         return network
-    extractor = FeatureExtractor(network, image_size, need_map=need_map)
+    extractor = FeatureExtractor(network, image_size, need_classifier=False, need_map=need_map)
     if not extractor.hooked:
         extractor.remove()
         return network

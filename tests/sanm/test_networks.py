@@ -19,6 +19,7 @@ from sanm_lightning.sanm import SANM, class_activation_map
 from sanm_lightning.sanm.activation import upsample
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor
 from sanm_lightning.sanm.last_map import Place
+from sanm_lightning.sanm.saliency import grad_cam
 from tests.full import FULL
 from tests.sanm.families import ALL, CLASSES, TIMM, TORCHVISION, Family
 
@@ -350,6 +351,14 @@ class TestMethods:
             ValueError, match=r"num_classes = 5 logits, got 3 from ResNet; create it with num_classes=5"
         ):
             CrossEntropy(5, (64, 64), network=TORCHVISION["ResNet"].network())
+
+    def test_take_a_network_that_ends_in_a_pooling(self) -> None:
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, CLASSES, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+        module = CrossEntropy(CLASSES, (16, 16), network=network, sanm=SANM())
+        assert module.network.place == Place("2", False)
+        assert module.sanm.maps.chosen is grad_cam
 
     def test_keep_the_weights_of_a_vision_transformer_under_the_same_names(self) -> None:
         network = create_network("test_vit", CLASSES, img_size=64)
