@@ -22,8 +22,10 @@ from sanm_lightning import SANM, methods
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import FiniteLoss
 from sanm_lightning.functional import Mixed
+from sanm_lightning.models import SmallCNN
 from sanm_lightning.per_sample import SampleState
 from sanm_lightning.sanm.quality import LabelQuality
+from sanm_lightning.sanm.saliency import grad_cam
 from tests.methods.test_every_method import METHODS
 from tests.methods.toy import data, trainer
 
@@ -142,6 +144,24 @@ def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
     loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
     assert loss.requires_grad
     assert "quality" in sanm.last
+
+
+class Normed(SmallCNN):
+    """A network whose map is that of a gradient: its head is no linear map of the average."""
+
+    def forward_head(self, features, pre_logits=False):
+        return self.fc(nn.functional.layer_norm(features.mean((2, 3)), (self.num_features,)))
+
+
+def test_a_step_with_the_gradient_of_the_head_asks_the_device_nothing_beside_the_backward_pass(on_gpu, monkeypatch):
+    module = ready("CrossEntropy", monkeypatch, SANM(seed=0), network=Normed(C, width=4), network_args=None)
+    assert module.sanm.maps.chosen is grad_cam
+    asked = []
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda logit, features: (asked.append(logit) or torch.zeros_like(features),)
+    )
+    step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("sanm_views", ["all", "first"])

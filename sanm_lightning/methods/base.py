@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
-from sanm_lightning.methods.checks import check_arguments
+from sanm_lightning.methods.checks import check_arguments, check_num_classes
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
 from sanm_lightning.methods.reset import reset_networks
-from sanm_lightning.models import create_network
+from sanm_lightning.models import create_network, with_image_size
 from sanm_lightning.random_streams import named_seed
+from sanm_lightning.sanm.feature_extractor import with_feature_map
 from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM
 
@@ -33,8 +34,10 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     Args:
         num_classes: C, number of classes; linked to the data module on the command line.
         image_size: H, W of the images in pixels; linked to the data module on the command line.
-        network: timm model name, or a network with timm's interface for images in [0, 1].
-        network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``.
+        network: timm model name, or a classifier of images in [0, 1] as a module. A module without timm's interface
+            (torchvision) is wrapped in a :class:`~sanm_lightning.sanm.FeatureExtractor`.
+        network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``. Models of a fixed input
+            size (ViT, Swin) are created for ``image_size``.
         mean: channel means for input normalization; None uses those of the pre-trained weights, those of the data, or
             .5.
         std: channel standard deviations; None uses those of the pre-trained weights, those of the data, or .25.
@@ -83,20 +86,23 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         self.compile_backend: str | None = backend
         self._create: Callable[[], Any] | None = None
         if isinstance(network, str):
-            options = network_args or {}
+            options = with_image_size(network, network_args or {}, self.image_size)
             self._create = lambda: create_network(network, num_classes, mean, std, **options)
             self.network: Any = self._create()
             if options.get("pretrained"):  # a checkpoint contains the weights: loading it requires no download
                 used = {name: tuple(getattr(self.network, name).flatten().tolist()) for name in ("mean", "std")}
                 self.hparams.update(network_args={**options, "pretrained": False}, **used)
+            elif options:
+                self.hparams.update(network_args=dict(options))
         else:
-            self.network = network
+            self.network = with_feature_map(network, self.image_size, self.sanm.needs_map)
+            check_num_classes(self.network, num_classes)
         if self.num_networks == 2:
             self.sanm2 = self.sanm.peer_copy(named_seed("peer", self.sanm.seed))
         self.sanm.build(self.network, self.image_size)
         if self.num_networks == 2:
-            given: Any = network
-            self.network2: Any = self._create() if self._create else copy.deepcopy(given).apply(reset_parameters)
+            twin: Callable[[], Any] = self._create or (lambda: copy.deepcopy(self.network).apply(reset_parameters))
+            self.network2: Any = twin()
             self.sanm2.build(self.network2, self.image_size)
         self.accuracy = nn.ModuleDict()
 

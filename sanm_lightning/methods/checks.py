@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_num_classes"]
 
 
 def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
@@ -22,4 +22,14 @@ def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epoc
         raise ValueError(
             f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got "
             f"{backend!r}"
+        )
+
+
+def check_num_classes(network: Any, num_classes: int) -> None:
+    """Raise ValueError if a network given as a module states another number of classes."""
+    classes = getattr(network, "num_classes", num_classes)
+    if isinstance(classes, int) and classes != num_classes:
+        raise ValueError(
+            f"expected a network with num_classes = {num_classes} logits, got {classes} from "
+            f"{type(getattr(network, 'network', network)).__name__}; create it with num_classes={num_classes}"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sanm_lightning.batch import NoisyBatch, View
 from sanm_lightning.functional import nt_xent
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.models import pooled_width
 
 __all__ = ["SimCLR"]
 
@@ -49,7 +50,7 @@ class SimCLR(NoisyLabelModule):
         if self.sanm.enabled:
             raise ValueError("expected SimCLR without SANM, since it uses no labels, got SANM; omit model.sanm")
         self.temperature, self.released_scale = temperature, released_scale
-        width = int(self.network.num_features)
+        width = pooled_width(self.network)
         self.projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, projection))
         for parameter in self.network.get_classifier().parameters():
             parameter.requires_grad_(False)  # unused in the loss; DDP requires a gradient of every trainable parameter

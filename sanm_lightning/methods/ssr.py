@@ -22,6 +22,7 @@ from sanm_lightning.functional import (
     repeated_draw,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.models import pooled_width
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 
@@ -101,7 +102,7 @@ class SSR(NoisyLabelModule):
         self.alpha, self.lambda_fc, self.strong_view, self.vote_quality = alpha, lambda_fc, strong_view, vote_quality
         self.selection = LabelStore(dist_reduce_fx=None)
         if lambda_fc > 0:
-            self.projection = _head(int(self.network.num_features), hidden)
+            self.projection = _head(pooled_width(self.network), hidden)
             self.predictor = _head(128, hidden)
 
     def stages(self) -> list[Stage]:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
+from sanm_lightning.models.pooled import pooled_width
+from sanm_lightning.models.tokens import last_block_and_head, reads_class_token, without_last_block
 
-__all__ = ["Normalized", "create_network"]
+__all__ = ["Normalized", "create_network", "with_image_size"]
 
 NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 """Default mean and standard deviation for images with unknown statistics."""
@@ -20,6 +22,8 @@ INVALID_OPTIONS = (
     TypeError, RuntimeError, MemoryError, OverflowError, ZeroDivisionError, AttributeError, AssertionError
 )  # fmt: skip
 """Exceptions of constructors of networks for invalid options."""
+SIZE_OPTIONS = {"img_size", "dynamic_img_size", "strict_img_size"}
+"""Options of timm models for images of other sizes."""
 
 
 class Normalized(nn.Module):
@@ -52,18 +56,33 @@ class Normalized(nn.Module):
         inner: Any = network
         self.network = inner
         self.num_features = int(inner.num_features)
+        self.head_hidden_size = pooled_width(inner)
+        self._reads_class_token = reads_class_token(inner)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
 
+    @property
+    def map_place(self) -> str:
+        """Where the feature map is taken, for messages."""
+        return "the tokens before the last block" if self._reads_class_token else "the output of forward_features"
+
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the feature map (B, D, h, w) of images (B, 3, H, W) in [0, 1]."""
+        """Return the features of images (B, 3, H, W) in [0, 1] that lead to the logits, in the network's layout.
+
+        They are (B, D, h, w) or (B, h, w, D), or tokens (B, P + h w, D), P class tokens first. For a vision transformer
+        with a class token, they are those before the last block.
+        """
         normalized = (images - self.mean) / self.std
         normalized = normalized.contiguous(memory_format=torch.channels_last)  # faster convolutions
+        if self._reads_class_token:
+            return without_last_block(self.network, normalized)
         features: Tensor = self.network.forward_features(normalized)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits (B, C) of a feature map (B, D, h, w), or the pooled features with ``pre_logits``."""
+        """Return the logits (B, C) of features, or the pooled features (B, ``head_hidden_size``) with ``pre_logits``."""
+        if self._reads_class_token:
+            return last_block_and_head(self.network, features, pre_logits)
         out: Tensor = self.network.forward_head(features, pre_logits=pre_logits)
         return out
 
@@ -75,6 +94,20 @@ class Normalized(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, 3, H, W) in [0, 1]."""
         return self.forward_head(self.forward_features(images))
+
+
+def with_image_size(name: str, options: dict[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the options of a timm model with ``img_size``, if the model (ViT, Swin) requires images of a fixed size.
+
+    Args:
+        name: timm model name.
+        options: arguments of ``timm.create_model``; those about the image size have precedence.
+        image_size: H, W of the images in pixels.
+    """
+    config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if config is None or not config.fixed_input_size or SIZE_OPTIONS & set(options):
+        return options
+    return {**options, "img_size": image_size}
 
 
 def create_network(

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PooledClassifier", "own_options"]
+__all__ = ["PooledClassifier", "own_options", "pooled_width"]
 
 
 class PooledClassifier(nn.Module):
@@ -43,6 +43,14 @@ class PooledClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, 3, H, W)."""
         return self.forward_head(self.forward_features(x))
+
+
+def pooled_width(network: Any) -> int:
+    """Return the number of features that ``forward_head(..., pre_logits=True)`` of a network with timm's interface returns.
+
+    It differs from the channels of the feature map in networks with a hidden layer after the pooling, such as MobileNetV3.
+    """
+    return int(getattr(network, "head_hidden_size", None) or network.num_features)
 
 
 def own_options(name: str, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:

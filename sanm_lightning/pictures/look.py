@@ -87,7 +87,7 @@ class Look(NamedTuple):
             masked = views.images[-copies * len(images) :][: len(images)]
             with inference_context(self.network, masked):
                 features = self.network.forward_features(masked)
-                rebuilt = sanm.decoder(feature_map(features, sanm.decoder.shape[0]))
+                rebuilt = sanm.decoder(feature_map(features, sanm.decoder.shape[0], masked.shape[2:]))
         texts = self._texts(targets.argmax(1), batch.true_labels, views.logits.argmax(1), known, views.ratio)
         return SampleBlock(heading, images, views, rebuilt, texts)
 

@@ -1,5 +1,6 @@
 """Activation maps from feature maps (SANM, Eq. 1)."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,13 +13,21 @@ __all__ = [
     "classifier_weight",
     "energy_map",
     "feature_map",
-    "require_pooled_linear",
+    "gradient_activation_map",
+    "is_pooled_linear",
     "upsample",
 ]
 
+MAX_PREFIX_TOKENS = 16
+"""Largest number of class and register tokens before the patches."""
+
 
 class Backbone(Protocol):
-    """Interface of a timm model that SANM uses: three methods and one attribute."""
+    """Interface of a timm model that SANM uses: three methods and one attribute.
+
+    Feature maps may also be channels-last, shape (B, h, w, D), or tokens, shape (B, P + h w, D), of which the first P
+    are class or register tokens.
+    """
 
     num_features: int
 
@@ -74,6 +83,33 @@ def class_activation_map(features: Tensor, weight: Tensor, classes: Tensor) -> T
         return torch.einsum("bd,bdhw->bhw", weight.to(dtype)[classes], features.to(dtype))
 
 
+def gradient_activation_map(features: Tensor, gradient: Tensor) -> Tensor:
+    """Return gradient-weighted class activation maps: feature maps weighted by the gradient of a logit.
+
+    Source: Grad-CAM (Selvaraju et al., ICCV 2017), Eq. 1 and 2.
+    Departure: the gradient is summed over positions instead of averaged, so that the map of a linear classifier on the
+    averaged feature map is the class activation map of SANM's Eq. 1, and negative values are kept, as in that equation.
+
+    Args:
+        features: last feature map, shape (B, D, h, w).
+        gradient: gradient of each image's logit with respect to ``features``, same shape.
+
+    Returns:
+        Activation maps, shape (B, h, w), in float32 or, for float64 input, float64. Any sign, any scale.
+
+    Raises:
+        ValueError: if the shapes are not (B, D, h, w), or differ.
+    """
+    if features.ndim != 4 or features.shape != gradient.shape:
+        raise ValueError(
+            f"expected features and gradient (B, D, h, w), got {tuple(features.shape)} and {tuple(gradient.shape)}"
+        )
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    weight = gradient.to(dtype).sum((2, 3))  # (B, D)
+    with torch.autocast(features.device.type, enabled=False):
+        return torch.einsum("bd,bdhw->bhw", weight, features.to(dtype))
+
+
 def energy_map(features: Tensor) -> Tensor:
     """Return the squared features summed over the channels, an activation map without a class.
 
@@ -117,20 +153,46 @@ def _between(cells: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tenso
     return low, (low + 1).clamp_(max=cells - 1), (place - low).to(like.dtype)
 
 
-def feature_map(features: Tensor, channels: int) -> Tensor:
-    """Return ``features`` as (B, D, h, w) with D = ``channels``; channels-last maps (Swin) are permuted.
+def feature_map(features: Tensor, channels: int, image_size: Sequence[int] | None = None) -> Tensor:
+    """Return ``features`` as (B, D, h, w) with D = ``channels``.
+
+    Channels-last maps (Swin) are permuted. Tokens (ViT) are reshaped to the grid of square patches that cover the image
+    row by row; class and register tokens, which precede the patches, are omitted.
+
+    Args:
+        features: shape (B, D, h, w), (B, h, w, D) or (B, P + h w, D).
+        channels: D, number of channels.
+        image_size: H, W of the images in pixels, required for tokens.
 
     Raises:
-        ValueError: if the features are tokens (B, N, D) or have another unsupported shape.
+        ValueError: if the features have another shape, or the number of tokens fits no grid of square patches.
     """
     if features.ndim == 4 and features.shape[1] == channels:
         return features
     if features.ndim == 4 and features.shape[3] == channels:
         return features.permute(0, 3, 1, 2)
-    raise ValueError(
-        f"expected a feature map (B, {channels}, h, w) from forward_features, got {tuple(features.shape)}; "
-        "use a convolutional network, not a token-based one"
-    )
+    grid = None
+    if features.ndim == 3 and features.shape[2] == channels and image_size is not None:
+        grid = _patch_grid(features.shape[1], image_size[0], image_size[1])
+    if grid is None:
+        raise ValueError(
+            f"expected a feature map (B, {channels}, h, w), (B, h, w, {channels}) or tokens of square patches, got "
+            f"{tuple(features.shape)}; set the submodule whose output is the last feature map with layer= (sanm_layer= "
+            "of the mixin)"
+        )
+    patches = features[:, features.shape[1] - grid[0] * grid[1] :]
+    return patches.transpose(1, 2).reshape(len(features), channels, *grid)
+
+
+def _patch_grid(tokens: int, height: int, width: int) -> tuple[int, int] | None:
+    """Return h, w of the largest grid of square patches with at most ``tokens`` of them; None without a fitting one."""
+    for side in range(1, min(height, width) + 1):
+        if height % side == 0 and width % side == 0:
+            grid = height // side, width // side
+            extra = tokens - grid[0] * grid[1]
+            if extra >= 0:
+                return grid if extra <= MAX_PREFIX_TOKENS else None
+    return None
 
 
 def classifier_weight(network: Backbone, channels: int) -> Tensor:
@@ -151,22 +213,27 @@ def classifier_weight(network: Backbone, channels: int) -> Tensor:
         return weight.flatten(1)
     raise ValueError(
         f"expected one linear classifier on the {channels} pooled features of {type(network).__name__} for a class "
-        f"activation map, got {network.get_classifier()}; choose place: energy, which requires no classifier"
+        f"activation map, got {network.get_classifier()}; use a network with one linear layer after global pooling"
     )
 
 
 @torch.no_grad()
-def require_pooled_linear(network: Backbone, maps: Tensor, logits: Tensor) -> None:
-    """Check that the logits are one linear map of the averaged feature map, as class activation maps require.
+def is_pooled_linear(network: Backbone, maps: Tensor, logits: Tensor) -> bool:
+    """Return whether logits (B, C) are one linear map of the averaged feature maps (B, D, h, w).
 
-    Raises:
-        ValueError: if they are not.
+    This is the condition under which Eq. 1 is exact. The logits are computed again from the maps and compared, within
+    the rounding error of the type of the logits.
     """
-    weight = classifier_weight(network, maps.shape[1])
+    try:
+        weight = classifier_weight(network, maps.shape[1]).float()
+    except ValueError:
+        return False
     bias = getattr(network.get_classifier(), "bias", None)
-    pooled = F.linear(maps.float().mean((2, 3)), weight.float(), None if bias is None else bias.float())
-    if float((pooled - logits.float()).abs().max()) > 0.02 * float(logits.abs().max()) + 1e-3:
-        raise ValueError(
-            "expected logits that are one linear map of the averaged features for a class activation map, got other "
-            f"layers between the last feature map and the logits of {type(network).__name__}; choose place: energy"
-        )
+    without_bias = logits.float() if bias is None else logits.float() - bias.float()
+    pooled = maps.float().mean((2, 3))
+    expected = F.linear(pooled, weight)
+    if expected.shape != without_bias.shape:
+        return False
+    terms = F.linear(pooled.square(), weight.square()).sqrt()  # size of the sum, for its rounding error
+    rounding = torch.finfo(logits.dtype).eps * float(torch.maximum(terms, logits.abs()).max())
+    return float((expected - without_bias).abs().max()) <= 1e-3 * float(without_bias.abs().max()) + 4 * rounding

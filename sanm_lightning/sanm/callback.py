@@ -106,6 +106,7 @@ class SANMCallback(L.Callback):
         if self._states is not None:
             self._states.setup(trainer, pl_module, stage)
         if not self.wrap or not self.sanm.enabled:
+            self._say_maps(pl_module)
             return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -123,6 +124,7 @@ class SANMCallback(L.Callback):
         except ValueError as error:
             message = str(error).replace(type(tap).__name__, type(tap.network).__name__)
             raise MisconfigurationException(f"{message} (in {type(pl_module).__name__})") from error
+        self._say_maps(pl_module)
         self._third_is_index = self.index
         self._wrap_step(pl_module, tap)
 
@@ -144,7 +146,7 @@ class SANMCallback(L.Callback):
         errors = []
         for candidate in candidates:
             try:
-                return FeatureExtractor(candidate, image_size, self.layer, need_classifier)
+                return FeatureExtractor(candidate, image_size, self.layer, need_classifier, self.sanm.needs_map)
             except ValueError as error:
                 errors.append(str(error))
         hint = "" if self.network else f"; set another submodule with network= (available: {children})"
@@ -275,6 +277,12 @@ class SANMCallback(L.Callback):
                 "index to the data set, or omit index="
             )
         return cast(Tensor, batch[2])
+
+    def _say_maps(self, pl_module: L.LightningModule) -> None:
+        """Log the activation maps that were chosen, once for networks of the same kind."""
+        for text in dict.fromkeys(part.maps.choice for part in self._sanms(pl_module) if part.enabled and part.mask):
+            if text is not None:
+                rank_zero_info(f"SANM: {text}")
 
     # Fits once per epoch, and metrics
 

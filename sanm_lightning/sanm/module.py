@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sanm_lightning.random_streams import named_generator, named_seed, process_rank
 from sanm_lightning.sanm.activation import Backbone, feature_map, upsample
-from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
     RATIO_RANGES,
@@ -19,10 +18,18 @@ from sanm_lightning.sanm.masking import (
     masked_fraction,
     resolve_ratio,
 )
-from sanm_lightning.sanm.options import check_ranges, found_by_path, path_of, plain
+from sanm_lightning.sanm.options import check_ranges, created_from, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
-from sanm_lightning.sanm.saliency import FrozenNetwork, NetworkOutput, Saliency, check_saliency, probe, resolve_saliency
+from sanm_lightning.sanm.saliency import (
+    ActivationMaps,
+    FrozenNetwork,
+    NetworkOutput,
+    Saliency,
+    cam,
+    energy,
+    resolve_saliency,
+)
 from sanm_lightning.sanm.views import Quality, Views
 
 __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
@@ -46,9 +53,10 @@ class SANM(nn.Module):
         mask: whether to mask image regions (AMG).
         labels: whether to soften labels (NLR).
         reconstruct: whether to reconstruct the images (SMR); False creates no decoder.
-        place: center of the mask: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1);
-            ``"energy"``, that of the squared features (released code); ``"random"``; a :class:`FrozenNetwork`; or a
-            callable, see :data:`~sanm_lightning.sanm.saliency.Saliency`.
+        place: center of the mask: ``"cam"``, the maximum of the class activation map of the predicted class (Eq. 1), which
+            is exact for one linear layer after global average pooling; for other heads and for tokens, that of Grad-CAM
+            (Selvaraju et al., ICCV 2017), of which it is the special case; ``"energy"``, that of the squared features
+            (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable (``sanm.saliency.Saliency``).
         ratio: masked fraction: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
             ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
             callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
@@ -112,6 +120,7 @@ class SANM(nn.Module):
         low, high = ratio_range if ratio_range is not None else default
         self.saliency: Saliency = resolve_saliency(place)
         self.place = place if isinstance(place, str) else self.saliency
+        self.maps = ActivationMaps(self.saliency if mask else None)
         estimator = resolve_quality(quality)
         self.options: dict[str, Any] = {
             "mu": mu, "delta": delta, "beta": beta, "mask": mask, "labels": labels, "reconstruct": reconstruct,
@@ -152,15 +161,8 @@ class SANM(nn.Module):
         Raises:
             ValueError: if the class path is not that of a subclass of SANM.
         """
-        if "class_path" not in options:
-            return SANM(**options)
-        kind = found_by_path(options["class_path"])
-        if not (isinstance(kind, type) and issubclass(kind, SANM)):
-            raise ValueError(
-                f"expected the class path of a subclass of SANM, got {options['class_path']!r}; derive the class from "
-                "SANM"
-            )
-        return kind(**(options.get("init_args") or {}))
+        sanm: SANM = created_from(SANM, options)
+        return sanm
 
     @property
     def saved_options(self) -> dict[str, Any]:
@@ -190,6 +192,11 @@ class SANM(nn.Module):
         """Whether any of the three parts is enabled."""
         return self.mask or self.labels or self.reconstruct
 
+    @property
+    def needs_map(self) -> bool:
+        """Whether a feature map is used, by the masks or the decoder."""
+        return self.reconstruct or (self.mask and self.saliency in (cam, energy))
+
     def build(self, network: Backbone, image_size: tuple[int, int]) -> None:
         """Create the decoder for the feature map of ``network``, and check that the network supports SANM.
 
@@ -200,20 +207,16 @@ class SANM(nn.Module):
             image_size: H, W of the training images in pixels.
 
         Raises:
-            ValueError: if the network has no feature map, a map of one position, or (place cam) no class activation
-                map.
+            ValueError: if the network has no feature map or, for masks at its maximum, a map of one position or one on
+                which the logits do not depend.
         """
         if not self.enabled:
             return
-        module = network if isinstance(network, nn.Module) else None
-        like = next(module.parameters(), torch.zeros(())) if module is not None else torch.zeros(())
-        output = probe(network, image_size, named_generator("probe", self.seed), like)
-        if self.mask:
-            check_saliency(self.saliency, output)
-        channels, *map_size = feature_map(output.features, network.num_features).shape[1:]
+        output = self.maps.build(network, image_size, named_generator("probe", self.seed))
         if self.reconstruct and self.decoder is None:
+            channels, *map_size = output.maps.shape[1:]
             self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
-        self.to(like.device, like.dtype)
+        self.to(output.logits.device, output.logits.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
         """Return whether images are masked in ``epoch``, given the method's number of warm-up epochs."""
@@ -287,11 +290,9 @@ class SANM(nn.Module):
             return self._views
         if generator is None:
             generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
-        output = self._run_unmasked(network, images, features, generator) if self.mask or callable(quality) else None
-        maps = None
-        if self.mask and output is not None:
-            with inference_context(network, images):
-                maps = self.saliency(output)
+        output, maps = None, None
+        if self.mask or callable(quality):
+            output, maps = self.maps(network, images, features, generator, self.batch_statistics)
         with torch.no_grad():
             known = quality(output.logits) if callable(quality) and output is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
@@ -348,7 +349,7 @@ class SANM(nn.Module):
             raise ValueError(
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
-        painted = self.decoder(feature_map(masked, self.decoder.shape[0]))
+        painted = self.decoder(feature_map(masked, self.decoder.shape[0], images.shape[2:]))
         loss = reconstruction_loss(painted, images.repeat(copies, 1, 1, 1) if copies > 1 else images)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
@@ -372,13 +373,6 @@ class SANM(nn.Module):
         if quality.device.type != "cpu":
             bad = ~((quality >= 0) & (quality <= 1)).all()
             self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
-
-    def _run_unmasked(
-        self, network: Backbone, images: Tensor, features: Tensor | None, generator: torch.Generator
-    ) -> NetworkOutput:
-        with inference_context(network, images, self.batch_statistics):
-            features = network.forward_features(images) if features is None else features.detach()
-            return NetworkOutput(network, images, features, network.forward_head(features), generator)
 
     def _masked(
         self, images: Tensor, activation: Tensor, ratio: Tensor, generator: torch.Generator

@@ -5,7 +5,7 @@ import pkgutil
 from functools import partial
 from typing import Any
 
-__all__ = ["bound_arguments", "check_ranges", "found_by_path", "made_from", "path_of", "plain"]
+__all__ = ["bound_arguments", "check_ranges", "created_from", "found_by_path", "made_from", "path_of", "plain"]
 
 
 def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
@@ -65,6 +65,23 @@ def made_from(option: dict[str, Any]) -> Any:
     if isinstance(found, type):
         return found(**arguments)
     return partial(found, **arguments) if arguments else found
+
+
+def created_from(base: Any, options: dict[str, Any]) -> Any:
+    """Create an object from the arguments of the class ``base``, or from class path and arguments of a subclass.
+
+    Raises:
+        ValueError: if the class path is not that of a subclass.
+    """
+    if "class_path" not in options:
+        return base(**options)
+    kind = found_by_path(options["class_path"])
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        name = base.__name__
+        raise ValueError(
+            f"expected the class path of a subclass of {name}, got {options['class_path']!r}; derive the class from {name}"
+        )
+    return kind(**(options.get("init_args") or {}))
 
 
 def plain(value: Any) -> Any:

@@ -1,5 +1,7 @@
 """Where the network looks: Eq. 1, against a loop over single pixels."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sanm_lightning.sanm import class_activation_map, energy_map
-from sanm_lightning.sanm.activation import classifier_weight, feature_map, upsample
+from sanm_lightning.sanm.activation import (
+    classifier_weight,
+    feature_map,
+    gradient_activation_map,
+    is_pooled_linear,
+    upsample,
+)
 
 quick = settings(max_examples=25, deadline=None)
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(1, 6))
@@ -138,6 +146,47 @@ class TestClassActivationMap:
             class_activation_map(random(2, 3, 2, 2), random(2, 3), torch.ones(2, dtype=dtype))
 
 
+def slow_gradient_map(features: Tensor, gradient: Tensor) -> Tensor:
+    """Grad-CAM with a sum over positions, one image, one channel, one place at a time."""
+    batch, channels, height, width = features.shape
+    out = torch.zeros(batch, height, width, dtype=torch.float64)
+    for i in range(batch):
+        for d in range(channels):
+            weight = sum(float(gradient[i, d, m, n]) for m in range(height) for n in range(width))
+            for m in range(height):
+                for n in range(width):
+                    out[i, m, n] += weight * float(features[i, d, m, n])
+    return out
+
+
+class TestGradientActivationMap:
+    @quick
+    @given(sizes, seeds)
+    def test_matches_the_loop(self, size: tuple[int, ...], seed: int) -> None:
+        shape = size[:4]
+        features, gradient = random(*shape, seed=seed), random(*shape, seed=seed + 1)
+        out = gradient_activation_map(features, gradient)
+        torch.testing.assert_close(out.double(), slow_gradient_map(features, gradient), rtol=1e-4, atol=1e-5)
+
+    def test_of_a_linear_classifier_on_the_average_is_the_class_activation_map(self) -> None:
+        features, head, asked = random(5, 7, 3, 2).requires_grad_(), nn.Linear(7, 4), labels(5, 4)
+        head(features.mean(dim=(2, 3))).gather(1, asked[:, None]).sum().backward()
+        assert features.grad is not None
+        out = gradient_activation_map(features.detach(), features.grad)
+        torch.testing.assert_close(out, class_activation_map(features.detach(), head.weight.detach(), asked))
+
+    def test_returns_at_least_float32_and_is_not_rounded_by_autocast(self) -> None:
+        features, gradient = random(2, 16, 4, 4).bfloat16(), random(2, 16, 4, 4, seed=1).bfloat16()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = gradient_activation_map(features, gradient)
+        assert torch.equal(inside, gradient_activation_map(features.float(), gradient.float()))
+
+    @pytest.mark.parametrize(("features", "gradient"), [((2, 3, 4), (2, 3, 4)), ((2, 3, 4, 4), (2, 3, 4, 5))])
+    def test_refuses_shapes_that_do_not_fit(self, features: tuple[int, ...], gradient: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"expected features and gradient \(B, D, h, w\), got"):
+            gradient_activation_map(torch.ones(features), torch.ones(gradient))
+
+
 class TestEnergyMap:
     def test_matches_the_loop(self) -> None:
         features = random(2, 3, 2, 4)
@@ -198,10 +247,40 @@ class TestFeatureMap:
         assert out.shape == (2, 8, 4, 3)
         assert out[1, 5, 2, 0] == features[1, 2, 0, 5]
 
-    @pytest.mark.parametrize("shape", [(2, 16, 8), (2, 8), (2, 4, 4, 4)])
-    def test_refuses_what_holds_no_map(self, shape: tuple[int, ...]) -> None:
-        with pytest.raises(ValueError, match=r"expected a feature map \(B, 8, h, w\).*got .*not a token-based one"):
-            feature_map(torch.ones(shape), 8)
+    @pytest.mark.parametrize(
+        ("tokens", "image_size", "grid"),
+        [
+            (16, (32, 32), (4, 4)),
+            (17, (32, 32), (4, 4)),
+            (20, (32, 32), (4, 4)),
+            (12 + 1, (24, 32), (3, 4)),
+            (197, (224, 224), (14, 14)),
+        ],
+    )
+    def test_reshapes_patches_row_by_row_and_leaves_out_the_tokens_before_them(
+        self, tokens: int, image_size: tuple[int, int], grid: tuple[int, int]
+    ) -> None:
+        features = random(2, tokens, 8)
+        out = feature_map(features, 8, image_size)
+        assert out.shape == (2, 8, *grid)
+        first = tokens - grid[0] * grid[1]
+        for row in range(grid[0]):
+            for column in range(grid[1]):
+                assert torch.equal(out[:, :, row, column], features[:, first + row * grid[1] + column])
+
+    @pytest.mark.parametrize(
+        ("shape", "image_size"),
+        [
+            ((2, 16, 8), None),
+            ((2, 8), (32, 32)),
+            ((2, 4, 4, 4), (32, 32)),
+            ((2, 16, 4), (32, 32)),
+            ((2, 64 - 15, 8), (32, 32)),  # 16 patches and 33 other tokens
+        ],
+    )
+    def test_refuses_what_holds_no_map(self, shape: tuple[int, ...], image_size: Any) -> None:
+        with pytest.raises(ValueError, match=r"expected a feature map \(B, 8, h, w\).*got .*layer= \(sanm_layer="):
+            feature_map(torch.ones(shape), 8, image_size)
 
 
 class Ending:
@@ -226,6 +305,28 @@ class TestClassifierWeight:
     @pytest.mark.parametrize("head", [nn.Linear(16, 3), nn.Identity(), nn.Sequential(nn.Linear(8, 3))])
     def test_refuses_a_head_that_is_not_one_linear_layer_on_the_map(self, head: nn.Module) -> None:
         with pytest.raises(
-            ValueError, match=r"(?s)one linear classifier on the 8 pooled features of Ending .*, got .*energy"
+            ValueError,
+            match=r"(?s)one linear classifier on the 8 pooled features of Ending .*, got .*one linear layer after",
         ):
             classifier_weight(Ending(head), 8)  # type: ignore[arg-type]
+
+
+class TestIsPooledLinear:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("scale", [1.0, 1e-4])
+    def test_of_one_linear_layer_on_the_average(self, dtype: torch.dtype, scale: float) -> None:
+        head, features = nn.Linear(64, 3).to(dtype), random(4, 64, 3, 3).to(dtype) * scale
+        logits = head(features.mean((2, 3)))
+        assert is_pooled_linear(Ending(head), features, logits)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("scale", "dtype"), [(1.0, torch.float32), (1e-4, torch.float32), (1.0, torch.bfloat16)])
+    @pytest.mark.parametrize("pool", ["norm", "max", "relu"])
+    def test_not_of_another_head_of_the_same_sizes(self, pool: str, scale: float, dtype: torch.dtype) -> None:
+        head, features = nn.Linear(64, 3).to(dtype), random(4, 64, 3, 3).to(dtype) * scale
+        averaged = features.mean((2, 3))
+        pooled = {
+            "norm": nn.functional.layer_norm(averaged, (64,)),
+            "max": features.amax((2, 3)),
+            "relu": features.relu().mean((2, 3)),
+        }[pool]
+        assert not is_pooled_linear(Ending(head), features, head(pooled))  # type: ignore[arg-type]

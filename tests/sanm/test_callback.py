@@ -666,20 +666,15 @@ class TestRefusals:
     def test_no_linear_classifier(self) -> None:
         module = Stranger()
         module.net = nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.refused(module, "expected a linear classifier from the 3 channels .* in Sequential .*, got none")
+        self.refused(module, "expected a linear classifier whose output is the logits of Sequential, got none")
         fit(module, SANMCallback(SANM(place="energy"), network="net"))
 
-    def test_a_hidden_layer_before_the_classifier(self) -> None:
+    def test_no_map_that_determines_the_logits(self) -> None:
         module = Stranger()
-        module.net = nn.Sequential(
-            nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.Linear(5, CLASSES)
+        module.net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, CLASSES))
+        self.refused(
+            module, r"feature map of more than one position, .* Sequential on images of 8 x 8 .* layer=.*place: random"
         )
-        self.refused(module, "expected a linear classifier from the 4 channels")
-
-    def test_no_pooling_and_no_layer(self) -> None:
-        module = Stranger()
-        module.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, CLASSES))
-        self.refused(module, "expected average pooling .*, got none; .* layer=")
 
     def test_a_wrong_name_of_the_network(self) -> None:
         self.refused(Stranger(), "expected a submodule 'body' .*, got none; choose one of net", network="body")
@@ -731,7 +726,7 @@ class TestRefusals:
         module = Stranger()
         module.net.conv = nn.Conv2d(1, 8, 3)
         data = served([[torch.zeros(2, 1, 8, 8), torch.zeros(2).long()]])
-        self.refused(module, r"to accept images \(2, 3, 8, 8\), got", data=data)
+        self.refused(module, r"to accept images \(4, 3, 8, 8\), got", data=data)
 
     def test_a_step_that_never_runs_the_network(self) -> None:
         class Elsewhere(Stranger):
@@ -809,6 +804,24 @@ class TestNetworks:
                 {"network": "net", "layer": "1"},
                 6,
             ),
+            (
+                lambda: with_net(lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, CLASSES))),
+                {},
+                4,
+            ),
+            (
+                lambda: with_net(
+                    lambda: nn.Sequential(
+                        nn.Conv2d(3, 4, 3),
+                        nn.AdaptiveAvgPool2d(1),
+                        nn.Flatten(),
+                        nn.Linear(4, 5),
+                        nn.Linear(5, CLASSES),
+                    )
+                ),
+                {},
+                4,
+            ),
             (Whole, {}, 6),
             (InParts, {}, 6),
             (Split, {}, 6),
@@ -817,6 +830,8 @@ class TestNetworks:
             "timm",
             "torchvision",
             "own with a layer named",
+            "no pooling",
+            "a hidden layer before the classifier",
             "the module itself",
             "in parts",
             "encoder and classifier",

@@ -7,6 +7,8 @@ from torch import nn
 
 from sanm_lightning.models import create_network
 from sanm_lightning.sanm import SANM, reconstruction_loss
+from sanm_lightning.sanm.activation import upsample
+from sanm_lightning.sanm.saliency import cam
 
 
 @pytest.fixture
@@ -41,11 +43,14 @@ class Normed(nn.Module):
 
 
 class TestExactness:
-    def test_a_head_that_is_more_than_one_linear_map_is_refused_by_name(self):
-        with pytest.raises(
-            ValueError, match=r"between the last feature map and the logits of Normed; choose place: energy"
-        ):
-            SANM().build(Normed(), (16, 16))
+    def test_a_head_that_is_more_than_one_linear_map_is_served_by_its_gradient(self, batch):
+        sanm, network = SANM(seed=0), Normed()
+        sanm.build(network, (16, 16))
+        images = batch[0]
+        features = network.forward_features(images).detach().requires_grad_()
+        network.forward_head(features).max(1).values.sum().backward()
+        expected = torch.einsum("bdij,bd->bij", features.detach(), features.grad.sum((2, 3)))
+        torch.testing.assert_close(sanm(network, *batch).activation, upsample(expected, (16, 16)))
 
     def test_and_is_served_by_the_energy_map(self, batch):
         sanm, network = SANM(place="energy"), Normed()
@@ -53,9 +58,11 @@ class TestExactness:
         assert sanm(network, *batch).box is not None
 
     @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "cnn9", "preact_resnet18"])
-    def test_a_linear_classifier_on_the_average_is_not(self, name):
+    def test_a_linear_classifier_on_the_average_is_served_by_eq_1(self, name):
         options = {"width": 4} if name == "preact_resnet18" else {}
-        SANM().build(timm.create_model(name, num_classes=4, **options), (64, 64))
+        sanm = SANM()
+        sanm.build(timm.create_model(name, num_classes=4, **options), (64, 64))
+        assert sanm.maps.chosen is cam
 
 
 class TestFeaturesFromTheMethod:
