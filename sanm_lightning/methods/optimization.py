@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from sanm_lightning.methods.hooks import MethodHooks
-from sanm_lightning.methods.schedules import takes_total_steps
+from sanm_lightning.methods.schedules import scheduler_config
 
 __all__ = ["Optimization", "sgd"]
 
@@ -23,6 +23,8 @@ class Optimization(MethodHooks):
 
     optimizer: OptimizerCallable
     scheduler: LRSchedulerCallable | None
+    lr: float | None = None
+    """Learning rate that overrides that of the optimizer; set by Lightning's ``LearningRateFinder``."""
     schedule_steps: int | None = None
     """Length, in steps, of a learning-rate schedule that receives it from the trainer."""
 
@@ -47,10 +49,10 @@ class Optimization(MethodHooks):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create one optimizer for all trainable parameters, and its schedule."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
         if self.scheduler is None:
             return optimizer
-        if not takes_total_steps(self.scheduler):
-            return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
-        self.schedule_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
+        config, self.schedule_steps = scheduler_config(self.scheduler, optimizer, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
