@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["batch_number", "limit_batch_size", "resume_evaluation", "set_up_again"]
+__all__ = ["batch_number", "limit_batch_size", "resume_evaluation", "set_up_again", "sets_rate"]
 
 COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 """Callbacks that copy the module in ``setup``, by name, because lightning and pytorch_lightning have separate classes."""
@@ -62,3 +62,8 @@ def set_up_again(trainer: Any, pl_module: Any, own: Collection[Any]) -> None:
 def limit_batch_size(finder: Any, num_samples: int) -> None:
     """Stop the search of a ``BatchSizeFinder`` at the number of samples; Lightning reads it from torch's loaders only."""
     finder._max_val = min(finder._max_val, num_samples)
+
+
+def sets_rate(finder: Any) -> bool:
+    """Return whether a ``LearningRateFinder`` sets the learning rate that it finds."""
+    return bool(finder._update_attr)

@@ -111,7 +111,7 @@ def check_order(args: Sequence[str]) -> None:
 
 
 def check_scheduler(args: Sequence[str]) -> None:
-    """Refuse schedulers of torch that require other schedulers as objects, which a command line cannot create.
+    """Refuse schedulers of torch that require other schedulers as objects, and ambiguous names.
 
     Args:
         args: the arguments of the command line, with paths of existing files.
@@ -126,6 +126,11 @@ def check_scheduler(args: Sequence[str]) -> None:
         if re.fullmatch(r"--model(\.init_args)?\.scheduler(\.class_path)?", word.flag):
             given = word.value
         given = given.get("class_path") if isinstance(given, dict) else given
+        if given == "ReduceLROnPlateau":
+            raise ValueError(
+                "expected the full name of ReduceLROnPlateau, got the short name, which torch and Lightning share; use "
+                "torch.optim.lr_scheduler.ReduceLROnPlateau, or lightning.pytorch.cli.ReduceLROnPlateau with a monitor"
+            )
         name = str(given).rpartition(".")[2]
         if name in NESTED_SCHEDULERS:
             raise ValueError(

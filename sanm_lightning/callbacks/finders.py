@@ -1,14 +1,18 @@
 """Apply the results of Lightning's ``BatchSizeFinder`` and ``LearningRateFinder`` to a method."""
 
+import math
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities import rank_zero_info
 
-from sanm_lightning.compat import limit_batch_size
+from sanm_lightning.compat import limit_batch_size, sets_rate
 
 __all__ = ["Finders"]
+
+SKIPPED = 10, 1
+"""Losses at the beginning and at the end that ``LearningRateFinder`` ignores."""
 
 
 class Finders(L.Callback):
@@ -22,16 +26,12 @@ class Finders(L.Callback):
         """Check that the finders can be used, and limit the search to the number of training samples.
 
         Raises:
-            ValueError: if the run is resumed, or if a stage of the method overrides the learning rate.
+            ValueError: if a stage of the method overrides the learning rate.
         """
-        finders = _finders(trainer)
-        if stage != "fit" or not finders:
+        finders = _finders(trainer) if stage == "fit" else []
+        pl_module.finders_pending = bool(finders)
+        if not finders:
             return
-        if trainer.ckpt_path:
-            raise ValueError(
-                f"expected a new run with {type(finders[0]).__name__}, got the checkpoint {str(trainer.ckpt_path)!r}; "
-                "remove the callback, and set the batch size and the learning rate of the checkpoint's run"
-            )
         stages = [stage.name for stage in pl_module.stages() if stage.lr is not None]
         if stages and any(isinstance(finder, LearningRateFinder) for finder in finders):
             raise ValueError(
@@ -43,18 +43,54 @@ class Finders(L.Callback):
             if isinstance(finder, BatchSizeFinder) and num_samples is not None:
                 limit_batch_size(finder, num_samples)
 
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Mark the checkpoints from which a finder restores the module after its trials."""
+        if pl_module.finders_pending:
+            checkpoint["finder"] = True
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuse to resume a run with a finder, whose result optimizer and schedule of the checkpoint would replace.
+
+        Raises:
+            ValueError: if the run is resumed.
+        """
+        if pl_module.finders_pending and "finder" not in checkpoint:
+            raise ValueError(
+                f"expected a new run with {type(_finders(trainer)[0]).__name__}, got a checkpoint to resume from; remove the "
+                "callback, and set the batch size of the first run"
+            )
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Reduce the batch size to the number of samples, and create optimizer and schedule again."""
-        finders, data = _finders(trainer), trainer.datamodule
-        if not finders or trainer.fast_dev_run:
+        """Reduce the batch size to the number of samples, and create optimizer and schedule again.
+
+        Raises:
+            ValueError: if ``LearningRateFinder`` has too few losses for a suggestion.
+        """
+        if not pl_module.finders_pending:
             return
-        num_samples = getattr(data, "num_samples", None)
-        for finder in finders:
-            found = getattr(finder, "optimal_batch_size", None)
-            if found is not None and num_samples is not None and found > num_samples:
-                data.batch_size = finder.optimal_batch_size = num_samples
-                rank_zero_info(f"batch size {num_samples}, the number of training samples, instead of {found}")
+        for finder in _finders(trainer):
+            if isinstance(finder, BatchSizeFinder):
+                _limit_found(finder, trainer.datamodule)
+            elif finder.optimal_lr is not None and sets_rate(finder):
+                _require_losses(finder.optimal_lr.results["loss"])
+        pl_module.finders_pending = False
         trainer.strategy.setup_optimizers(trainer)
+
+
+def _limit_found(finder: BatchSizeFinder, data: Any) -> None:
+    num_samples, found = getattr(data, "num_samples", None), finder.optimal_batch_size
+    if num_samples is not None and found is not None and found > num_samples:
+        data.batch_size = finder.optimal_batch_size = num_samples
+        rank_zero_info(f"batch size {num_samples}, the number of training samples, instead of {found}")
+
+
+def _require_losses(losses: list[float]) -> None:
+    finite = sum(map(math.isfinite, losses[SKIPPED[0] : -SKIPPED[1]]))
+    if finite < 2:
+        raise ValueError(
+            f"expected at least {sum(SKIPPED) + 2} steps of LearningRateFinder with finite losses, got {len(losses)} steps; "
+            "raise max_epochs or early_stop_threshold, or lower max_lr"
+        )
 
 
 def _finders(trainer: Any) -> list[Any]:

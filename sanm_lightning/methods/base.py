@@ -116,9 +116,11 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     def prepare_epoch(self) -> None:
         """Start the current epoch, unless it is started; called by the loader. A collective operation."""
         trainer: Any = self.trainer
-        for callback in trainer.callbacks:
-            if isinstance(callback, EpochStart):
-                callback.prepare(trainer, self)
+        starting = [callback for callback in trainer.callbacks if isinstance(callback, EpochStart)]
+        for callback in starting:
+            callback.prepare(trainer, self)
+        if not starting:  # Lightning's finders remove the callbacks in their trials
+            self.begin_epoch()
 
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()

@@ -25,6 +25,8 @@ class Optimization(MethodHooks):
     scheduler: LRSchedulerCallable | None
     lr: float | None = None
     """Learning rate that overrides that of the optimizer; set by Lightning's ``LearningRateFinder``."""
+    finders_pending = False
+    """Whether Lightning's finders will run before the first step; set by :class:`~sanm_lightning.callbacks.Finders`."""
     schedule_steps: int | None = None
     """Length, in steps, of a learning-rate schedule that receives it from the trainer."""
 
@@ -48,11 +50,17 @@ class Optimization(MethodHooks):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Create one optimizer for all trainable parameters, and its schedule."""
+        optimizer = self._create_optimizer()
+        if self.scheduler is None:
+            return optimizer
+        config, self.schedule_steps = scheduler_config(self.scheduler, optimizer, self.trainer)
+        if self.finders_pending:  # the trials of a finder would step the schedule
+            return self._create_optimizer()
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr is not None:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr
-        if self.scheduler is None:
-            return optimizer
-        config, self.schedule_steps = scheduler_config(self.scheduler, optimizer, self.trainer)
-        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+        return optimizer
