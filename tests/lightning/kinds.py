@@ -104,8 +104,10 @@ def make(kind: str, batch_size: int = BATCH, lr: float = RATE, **options: Any) -
     sanm = SANM(mu=0.5, beta=0.02, seed=0)
     if kind == "method":
         options = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=lr, momentum=0.9), **options}
-        module = CrossEntropy(
-            CLASSES, (SIZE, SIZE), "small_cnn", {"width": 4}, sanm=sanm, warmup_epochs=1, **options
+        create = options.pop("method", CrossEntropy)
+        module = create(
+            num_classes=CLASSES, image_size=(SIZE, SIZE), network="small_cnn", network_args={"width": 4}, sanm=sanm,
+            warmup_epochs=1, **options,
         )  # fmt: skip
         toy = Toy(num_samples=SAMPLES, num_test_samples=8, image_size=SIZE, batch_size=batch_size, seed=0)
         return module, toy, []
@@ -160,6 +162,7 @@ class Recorder(L.Callback):
         self.batches: list[dict[str, Tensor]] = []
         self.rates: list[float] = []
         self.metrics: list[dict[str, Tensor]] = []
+        self.monitors: list[str | None] = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.epochs.append(parameters(pl_module))

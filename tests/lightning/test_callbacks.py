@@ -12,7 +12,8 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from sanm_lightning.methods import OneCycle
+from sanm_lightning.cli import entry_point
+from sanm_lightning.methods import ELR, CrossEntropy, OneCycle, Stage
 from tests.full import FULL
 from tests.lightning.kinds import (
     BATCH,
@@ -30,6 +31,7 @@ from tests.lightning.kinds import (
     trained,
     weights,
 )
+from tests.methods.toy import trainer
 
 BASES = {"BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar"}
 """Classes to derive from; BackboneFinetuning, a writer, ModelCheckpoint and the bars are derived from them."""
@@ -116,6 +118,18 @@ class TestWeightAveraging:
         assert equal(*({name: v for name, v in state.items() if torch.is_tensor(v)} for state in (one, other)))
 
 
+def test_averages_are_saved_with_the_per_sample_state_of_the_training():
+    saver = callbacks.ModelCheckpoint(".", "last")
+    fit("method", callbacks.EMAWeightAveraging(), saver, enable_checkpointing=True, made={"method": ELR})
+    checkpoint = torch.load("last.ckpt", weights_only=True)
+    averages, current = checkpoint["state_dict"], checkpoint["current_model_state"]
+    tables = {name: value["tables"] for name, value in current.items() if isinstance(value, dict) and "tables" in value}
+    assert any(bool(table.any()) for found in tables.values() for table in found.values())
+    for name, found in tables.items():
+        torch.testing.assert_close(averages[name]["tables"], found)
+    assert not torch.equal(averages["network.network.head.weight"], current["network.network.head.weight"])
+
+
 class TestBatchSizeFinder:
     def test_a_method_trains_with_at_most_all_samples_and_a_schedule_of_that_length(self):
         finder = size_finder()
@@ -152,8 +166,6 @@ def size_finder() -> callbacks.BatchSizeFinder:
 
 
 def fit_without(module: Any, data: Any, *listed: L.Callback) -> L.Trainer:
-    from tests.methods.toy import trainer
-
     run = trainer(EPOCHS, callbacks=list(listed))
     run.fit(module, data)
     return run
@@ -183,6 +195,25 @@ class TestLearningRateFinder:
         run = fit("method", finder, epochs=6)
         assert not all(math.isfinite(loss) for loss in finder.optimal_lr.results["loss"])
         assert equal(weights(run), weights(fit("method", epochs=6)))
+
+    def test_a_method_begins_each_epoch_of_the_trials(self):
+        class Counting(CrossEntropy):
+            begun = 0
+
+            def begin_epoch(self) -> None:
+                self.begun += 1
+
+        finder = callbacks.LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+        run = fit("method", finder, epochs=6, made={"method": Counting})
+        assert run.lightning_module.begun == 20 // STEPS + 6
+
+    def test_a_stage_with_its_own_rate_is_refused(self):
+        class Staged(CrossEntropy):
+            def stages(self) -> list[Stage]:
+                return [Stage("early", epochs=1), Stage("late", lr=0.1)]
+
+        with pytest.raises(ValueError, match="got another one in the stage 'late' of Staged"):
+            fit("method", callbacks.LearningRateFinder(), made={"method": Staged})
 
     def test_too_few_losses_are_refused(self):
         with pytest.raises(
@@ -305,7 +336,7 @@ class TestRecords:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore:Couldn't infer the batch indices fetched from your dataloader: `IndexLoader`")
+@pytest.mark.filterwarnings("ignore:Couldn.t infer the batch indices fetched from your dataloader")
 def test_a_prediction_writer_receives_every_prediction(kind):
     class Writer(callbacks.BasePredictionWriter):
         def write_on_epoch_end(self, trainer: Any, pl_module: Any, predictions: Any, batch_indices: Any) -> None:
@@ -317,3 +348,16 @@ def test_a_prediction_writer_receives_every_prediction(kind):
     run.predict(run.lightning_module, run.datamodule)
     assert writer.rows.shape == (8 if kind == "method" else SAMPLES, CLASSES)
     torch.testing.assert_close(writer.rows.sum(1), torch.ones(len(writer.rows)))
+
+
+def test_a_missing_package_is_one_sentence_on_the_command_line(capsys, monkeypatch):
+    def missing(words: list[str]) -> None:
+        run = trainer(1, logger=CSVLogger("."))
+        callbacks.DeviceStatsMonitor().setup(run, None, "fit")
+
+    monkeypatch.setattr("lightning.pytorch.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", False)
+    monkeypatch.setattr("lightning.pytorch.accelerators.cpu._PSUTIL_AVAILABLE", False)
+    monkeypatch.setattr("sanm_lightning.cli.commands.run", missing)
+    with pytest.raises(SystemExit):
+        entry_point()
+    assert capsys.readouterr().err.startswith("sanm: `DeviceStatsMonitor` cannot log CPU stats")

@@ -10,10 +10,11 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.precision.precision import _PRECISION_INPUT_STR
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins import DoublePrecision, MixedPrecision
 from lightning.pytorch.profilers import SimpleProfiler
 
-from sanm_lightning.methods import OneCycle
+from sanm_lightning.methods import CrossEntropy, OneCycle, Stage
 from tests.full import FULL
 from tests.lightning.kinds import BATCH, EPOCHS, KINDS, RATE, SAMPLES, STEPS, Recorder, equal, fit, weights
 
@@ -114,6 +115,29 @@ class TestWithoutEnd:
         run = fit("method", epochs=-1, max_steps=7, made=made)
         assert run.lr_scheduler_configs[0].scheduler.total_steps == run.global_step == 7
 
+    def test_a_stage_without_a_length_is_refused(self):
+        with pytest.raises(
+            ValueError, match="expected max_epochs or max_steps for a stage with a factor and without a length"
+        ):
+            fit("method", epochs=-1, max_time=timedelta(seconds=1), made={"method": Fading})
+
+    def test_a_stage_without_a_length_ends_with_max_steps(self):
+        fit("method", epochs=-1, max_steps=2 * STEPS, made={"method": Fading})
+        assert Fading.seen[-2 * STEPS :] == [(step, 2 * STEPS) for step in range(2 * STEPS)]
+
+
+class Fading(CrossEntropy):
+    """A method whose rate depends on the step of its only stage."""
+
+    seen: list[tuple[int, int]] = []
+
+    def stages(self) -> list[Stage]:
+        return [Stage("train", factor=self.factor)]
+
+    def factor(self, step: int, steps: int) -> float:
+        self.seen.append((step, steps))
+        return 1.0
+
 
 PRECISIONS = {
     "32-true": torch.float32, "bf16-mixed": torch.float32, "16-mixed": torch.float32, "64-true": torch.float64,
@@ -137,6 +161,19 @@ def test_the_first_epoch_is_close_to_single_precision_and_the_others_are_finite(
         assert one.dtype == PRECISIONS[precision]
         torch.testing.assert_close(one.float(), value, atol=0.02, rtol=0.05, msg=name)
     assert all(bool(value.isfinite().all()) for value in found.batches[-1].values())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_pass_over_the_training_set_is_close_to_single_precision(precision):
+    def logits(precision: str) -> torch.Tensor:
+        found = []
+        noted = LambdaCallback(
+            on_train_end=lambda trainer, module: found.append(module.predict_train("logits")["logits"])
+        )
+        fit("method", noted, epochs=1, precision=precision)
+        return found[0]
+
+    torch.testing.assert_close(logits(precision).float(), logits("32-true"), atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("kind", TESTED)

@@ -71,7 +71,9 @@ def run(scheduler: str, options: dict[str, Any], *more: str) -> Recorder:
             "--trainer.callbacks+=tests.lightning.kinds.Recorder", "--model.scheduler", scheduler, *words(options), *more,
         ]
     )  # fmt: skip
-    return next(part for part in fitted.trainer.callbacks if isinstance(part, Recorder))
+    recorder = next(part for part in fitted.trainer.callbacks if isinstance(part, Recorder))
+    recorder.monitors = [config.monitor for config in fitted.trainer.lr_scheduler_configs]
+    return recorder
 
 
 def by_hand(create: Any, per_batch: bool) -> list[float]:
@@ -167,9 +169,9 @@ class TestSeveral:
 
 
 class TestReduceLROnPlateau:
-    """A rise is asked of a value, so that every epoch without one reduces the rate."""
+    """A rise by 10 is asked of a value, so that every epoch but the first reduces the rate."""
 
-    OPTIONS = {"mode": "max", "patience": 0, "threshold": 0.0}
+    OPTIONS = {"mode": "max", "patience": 0, "threshold": 10.0, "threshold_mode": "abs"}
 
     def expected(self, values: list[float]) -> list[float]:
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
@@ -188,6 +190,7 @@ class TestReduceLROnPlateau:
         values = [float(logged[monitor or "train/loss"]) for logged in found.metrics]
         assert found.rates == pytest.approx(self.expected(values))
         assert len(set(found.rates)) > 1
+        assert found.monitors == [monitor or "train/loss"]
 
     def test_the_short_name_is_refused(self):
         with pytest.raises(ValueError, match="expected the full name of ReduceLROnPlateau, got the short name"):
