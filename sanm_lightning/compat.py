@@ -1,8 +1,12 @@
 """Functions that depend on private attributes of Lightning, each with a test."""
 
+from collections.abc import Collection
 from typing import Any
 
-__all__ = ["batch_number", "resume_evaluation"]
+__all__ = ["batch_number", "limit_batch_size", "resume_evaluation", "set_up_again", "sets_rate"]
+
+COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
+"""Callbacks that copy the module in ``setup``, by name, because lightning and pytorch_lightning have separate classes."""
 
 
 def batch_number(trainer: Any) -> int:
@@ -30,3 +34,36 @@ def resume_evaluation(loops: dict[str, Any]) -> None:
     evaluation["total"].update(ready=1, started=1, processed=0, completed=0)
     evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
     evaluation["is_last_batch"] = False
+
+
+def set_up_again(trainer: Any, pl_module: Any, own: Collection[Any]) -> None:
+    """Repeat the setup of Lightning's callbacks that copy the module or list its parameters, after SANM is added to it.
+
+    A copy made before lacks the decoder, and weights would be averaged with those of other layers. A list made after
+    would prune the decoder.
+
+    Args:
+        trainer: trainer with the callbacks.
+        pl_module: module with SANM.
+        own: submodules that belong to SANM, which are not pruned.
+    """
+    for callback in trainer.callbacks:
+        kinds = {kind.__name__ for kind in type(callback).__mro__}
+        if "ModelPruning" in kinds:
+            listed = callback.sanitize_parameters_to_prune(
+                pl_module, callback._parameters_to_prune, parameter_names=callback._parameter_names
+            )
+            callback._parameters_to_prune = [(module, name) for module, name in listed if module not in own]
+        elif not kinds & COPYING:
+            continue
+        callback.setup(trainer, pl_module, "fit")
+
+
+def limit_batch_size(finder: Any, num_samples: int) -> None:
+    """Stop the search of a ``BatchSizeFinder`` at the number of samples; Lightning reads it from torch's loaders only."""
+    finder._max_val = min(finder._max_val, num_samples)
+
+
+def sets_rate(finder: Any) -> bool:
+    """Return whether a ``LearningRateFinder`` sets the learning rate that it finds."""
+    return bool(finder._update_attr)

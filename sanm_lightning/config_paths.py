@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-__all__ = ["check_order", "packaged", "resolve", "unused_setting"]
+__all__ = ["check_order", "check_scheduler", "packaged", "resolve", "unused_setting"]
 
 ORDER = "the order is method, data, setting, noise, sanm"
 OLD_PATH = re.compile(r"configs/(?P<data>cifar100?)/(?P<method>[a-z0-9_]+)(/(?P<noise>[a-z0-9_]+))?\.ya?ml$")
+NESTED_SCHEDULERS = {"SequentialLR": "Sequential", "ChainedScheduler": "Chained"}
 SMALL = "_small"  # as in cross_entropy_small.yaml, now a setting
 
 
@@ -107,6 +108,35 @@ def check_order(args: Sequence[str]) -> None:
                     f"expected the class of the {part} before its options, got {what} first; add a config from "
                     f"configs/{folder}/, or --{part} CLASS, before it ({ORDER})"
                 )
+
+
+def check_scheduler(args: Sequence[str]) -> None:
+    """Refuse schedulers of torch that require other schedulers as objects, and ambiguous names.
+
+    Args:
+        args: the arguments of the command line, with paths of existing files.
+
+    Raises:
+        ValueError: if a config or an option names such a scheduler.
+    """
+    for word in _words(args):
+        model = _content(word.value).get("model") if word.is_config else None
+        options = model.get("init_args") if isinstance(model, dict) else None
+        given = options.get("scheduler") if isinstance(options, dict) else None
+        if re.fullmatch(r"--model(\.init_args)?\.scheduler(\.class_path)?", word.flag):
+            given = word.value
+        given = given.get("class_path") if isinstance(given, dict) else given
+        if given == "ReduceLROnPlateau":
+            raise ValueError(
+                "expected the full name of ReduceLROnPlateau, got the short name, which torch and Lightning share; use "
+                "torch.optim.lr_scheduler.ReduceLROnPlateau, or lightning.pytorch.cli.ReduceLROnPlateau with a monitor"
+            )
+        name = str(given).rpartition(".")[2]
+        if name in NESTED_SCHEDULERS:
+            raise ValueError(
+                f"expected a scheduler that is created from an optimizer and options, got {name}, which requires other "
+                f"schedulers; use {NESTED_SCHEDULERS[name]}, with the same options"
+            )
 
 
 def unused_setting(args: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException
 
 __all__ = ["REPORTED", "sentence"]
 
-REPORTED = (ValueError, OSError, MisconfigurationException, ProcessRaisedException)
+REPORTED = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError, ProcessRaisedException)
 """Exceptions that the command line prints as a sentence; all others are errors of a program, with a traceback."""
 
 WRAPPED = ("Does not validate", "Problem with given class_path", "Call to compute_fn of link")

@@ -33,7 +33,9 @@ class SampleStateCallback(L.Callback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save the values of all processes. A collective operation."""
-        write_synced_states(pl_module, checkpoint["state_dict"])
+        averaging = checkpoint.get("current_model_state")  # of WeightAveraging, which replaces the weights only
+        for state_dict in (checkpoint["state_dict"], *([] if averaging is None else [averaging])):
+            write_synced_states(pl_module, state_dict)
 
 
 def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:

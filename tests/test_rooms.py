@@ -15,7 +15,7 @@ ALLOWED = {
     "per_sample": {"per_sample", "random_streams"},
     "state_callback.py": {"per_sample"},
     "functional": {"functional"},
-    "sanm": {"functional", "models", "random_streams", "per_sample", "sanm", "state_callback"},
+    "sanm": {"compat", "functional", "models", "random_streams", "per_sample", "sanm", "state_callback"},
     "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
     "models": {"models", "safe_files"},
     "audit": {"audit", "csv_tables", "data", "functional", "models", "processing", "safe_files", "sanm"},

@@ -10,9 +10,11 @@ from sanm_lightning.methods.dividemix import DivideMix as DivideMix
 from sanm_lightning.methods.elr import ELR as ELR
 from sanm_lightning.methods.elr_plus import ELRPlus as ELRPlus
 from sanm_lightning.methods.gce import GCE as GCE
+from sanm_lightning.methods.schedules import Chained as Chained
 from sanm_lightning.methods.schedules import Cosine as Cosine
 from sanm_lightning.methods.schedules import LinearAfter as LinearAfter
 from sanm_lightning.methods.schedules import OneCycle as OneCycle
+from sanm_lightning.methods.schedules import Sequential as Sequential
 from sanm_lightning.methods.simclr import SimCLR as SimCLR
 from sanm_lightning.methods.ssr import SSR as SSR
 from sanm_lightning.methods.two_networks import TwoNetworks as TwoNetworks

@@ -7,10 +7,10 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, FiniteLoss, Stages
+from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, Finders, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
-from sanm_lightning.methods.checks import check_arguments, check_num_classes
+from sanm_lightning.methods.checks import check_arguments, check_callbacks, check_num_classes
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
@@ -45,7 +45,8 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         warmup_epochs: length of the method's warm-up stage, if it has one, and epochs before SANM's first mask.
         optimizer: function that creates the optimizer from the parameters.
         scheduler: function that creates the learning-rate schedule. A schedule with an argument ``total_steps``
-            receives the number of steps from the trainer and is stepped per batch, others are stepped per epoch. None
+            receives the number of steps from the trainer and is stepped per batch, as is ``CyclicLR``; others are
+            stepped per epoch. ``ReduceLROnPlateau`` monitors its ``monitor``, if it has one, or ``train/loss``. None
             keeps the rate constant.
         compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name
             of a backend. Weights, checkpoints and exports are those of the uncompiled network.
@@ -121,14 +122,19 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     def prepare_epoch(self) -> None:
         """Start the current epoch, unless it is started; called by the loader. A collective operation."""
         trainer: Any = self.trainer
-        for callback in trainer.callbacks:
-            if isinstance(callback, EpochStart):
-                callback.prepare(trainer, self)
+        starting = [callback for callback in trainer.callbacks if isinstance(callback, EpochStart)]
+        for callback in starting:
+            callback.prepare(trainer, self)
+        if not starting:  # Lightning's finders remove the callbacks in their trials
+            self.begin_epoch()
 
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()
+        check_callbacks(self)
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
-        return [EpochStart(stages), *super()._own_callbacks(), stages, ExactResume(), FiniteLoss(), *compiled]
+        # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
+        first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
+        return [*first, stages, FiniteLoss(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""

@@ -1,11 +1,12 @@
-"""Checks of the arguments common to all methods."""
+"""Checks common to all methods: arguments, and callbacks of the trainer."""
 
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
-__all__ = ["check_arguments", "check_num_classes"]
+__all__ = ["check_arguments", "check_callbacks", "check_num_classes"]
 
 
 def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
@@ -32,4 +33,15 @@ def check_num_classes(network: Any, num_classes: int) -> None:
         raise ValueError(
             f"expected a network with num_classes = {num_classes} logits, got {classes} from "
             f"{type(getattr(network, 'network', network)).__name__}; create it with num_classes={num_classes}"
+        )
+
+
+def check_callbacks(pl_module: Any) -> None:
+    """Raise ValueError if the trainer has a callback of Lightning that the method does not support."""
+    callbacks = [] if pl_module._trainer is None else pl_module._trainer.callbacks
+    has_backbone = isinstance(getattr(pl_module, "backbone", None), nn.Module)
+    if not has_backbone and any(isinstance(part, BackboneFinetuning) for part in callbacks):
+        raise ValueError(
+            f"expected a submodule 'backbone' for BackboneFinetuning, got none in {type(pl_module).__name__}; remove the "
+            "callback, or define stages() with Stage(frozen=...) in a subclass"
         )

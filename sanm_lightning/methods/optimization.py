@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
 from sanm_lightning.methods.hooks import MethodHooks
-from sanm_lightning.methods.schedules import same_rates, takes_total_steps
+from sanm_lightning.methods.schedules import same_rates, scheduler_config
 
 __all__ = ["Optimization", "sgd"]
 
@@ -23,6 +23,10 @@ class Optimization(MethodHooks):
 
     optimizer: OptimizerCallable
     scheduler: LRSchedulerCallable | None
+    lr: float | None = None
+    """Learning rate that overrides that of the optimizer; set by Lightning's ``LearningRateFinder``."""
+    finders_pending = False
+    """Whether Lightning's finders will run before the first step; set by :class:`~sanm_lightning.callbacks.Finders`."""
     schedule_steps: int | None = None
     """Length, in steps, of a learning-rate schedule that receives it from the trainer."""
     resumed_schedule: tuple[int, int] | None = None
@@ -53,15 +57,21 @@ class Optimization(MethodHooks):
             ValueError: if training is resumed with another length of the schedule, unless the learning rates of all steps
                 so far are the same for both lengths.
         """
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        optimizer = self._create_optimizer()
         if self.scheduler is None:
             return optimizer
-        if not takes_total_steps(self.scheduler):
-            return {"optimizer": optimizer, "lr_scheduler": self.scheduler(optimizer)}  # type: ignore[typeddict-item]
-        self.schedule_steps = int(self.trainer.estimated_stepping_batches)
-        schedule = self.scheduler(optimizer, total_steps=self.schedule_steps)  # type: ignore[call-arg]
-        self._require_same_length(schedule)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}  # type: ignore[typeddict-item]
+        config, self.schedule_steps = scheduler_config(self.scheduler, optimizer, self.trainer)
+        self._require_same_length(config["scheduler"])
+        if self.finders_pending:  # the trials of a finder would step the schedule
+            return self._create_optimizer()
+        return {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[return-value]
+
+    def _create_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+        return optimizer
 
     def _require_same_length(self, schedule: Any) -> None:
         """Raise ValueError if training is resumed with another length of a schedule, unless the rates so far are the same."""

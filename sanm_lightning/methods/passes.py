@@ -42,6 +42,7 @@ def predict_split(
         for item in data.pass_dataloader(split):
             item = move_data_to_device(item, module.device)
             batch = data.pass_batch(item, split, module.device, policy=view, generator=generator)
+            batch = module.trainer.precision_plugin.convert_input(batch)
             rows = [_quantities(net, batch.images, batch.labels, quantities) for net in networks]
             for name in quantities:
                 value = torch.stack([row[name] for row in rows])

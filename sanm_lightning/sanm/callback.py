@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from sanm_lightning.compat import set_up_again
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
 from sanm_lightning.sanm.foreign_batch import has_third_index, images_and_labels, probabilities, rebuilt, tensor_or_none
 from sanm_lightning.sanm.inference import inference_context
@@ -107,6 +108,7 @@ class SANMCallback(L.Callback):
             self._states.setup(trainer, pl_module, stage)
         if not self.wrap or not self.sanm.enabled:
             self._say_maps(pl_module)
+            self._renew_copies(trainer, pl_module)
             return
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -127,6 +129,10 @@ class SANMCallback(L.Callback):
         self._say_maps(pl_module)
         self._third_is_index = self.index
         self._wrap_step(pl_module, tap)
+        self._renew_copies(trainer, pl_module)
+
+    def _renew_copies(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        set_up_again(trainer, pl_module, {module for part in self._sanms(pl_module) for module in part.modules()})
 
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
         """Return the feature extractor of the given network, or of the first common name that is a classifier."""
@@ -161,7 +167,7 @@ class SANMCallback(L.Callback):
                 del state[key]
 
         def forgive(module: nn.Module, keys: Any) -> None:
-            keys.missing_keys[:] = [key for key in keys.missing_keys if not key.startswith(prefix)]
+            keys.missing_keys[:] = [key for key in keys.missing_keys if f".{prefix}" not in f".{key}"]  # also of copies
 
         pl_module.add_module(KEY, self.sanm)
         self._joined = True
