@@ -12,6 +12,7 @@ from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.methods.checks import check_arguments
 from sanm_lightning.methods.evaluation import EvaluationSteps
+from sanm_lightning.methods.first_batch import FirstBatch
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
@@ -122,7 +123,15 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
-        return [EpochStart(stages), *super()._own_callbacks(), stages, ExactResume(), FiniteLoss(), *compiled]
+        return [
+            EpochStart(stages),
+            *super()._own_callbacks(),
+            stages,
+            ExactResume(),
+            FiniteLoss(),
+            FirstBatch(),
+            *compiled,
+        ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sanm_lightning.sanm.activation import classifier_weight
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import inference_context, input_channels
 
 __all__ = ["FeatureExtractor", "FeatureTap", "shadow"]
 
@@ -41,7 +41,7 @@ class FeatureExtractor(nn.Module):
         timm_names = ("forward_features", "forward_head", "get_classifier", "num_features")
         self._timm = layer is None and all(hasattr(network, name) for name in timm_names)
         like = next(network.parameters(), torch.zeros(()))
-        images = torch.zeros(2, 3, *image_size, device=like.device, dtype=like.dtype)
+        images = torch.zeros(2, input_channels(network), *image_size, device=like.device, dtype=like.dtype)
         try:
             self._listen(layer)
             with inference_context(self, images):

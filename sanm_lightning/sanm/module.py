@@ -19,6 +19,7 @@ from sanm_lightning.sanm.masking import (
     masked_fraction,
     resolve_ratio,
 )
+from sanm_lightning.sanm.normalization import Normalization
 from sanm_lightning.sanm.options import check_ranges, found_by_path, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
@@ -134,6 +135,8 @@ class SANM(nn.Module):
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
+        self.normalization: Normalization | None = None
+        """Normalization of the images that :meth:`forward` and :meth:`reconstruction` receive; None for [0, 1]."""
         self.last: dict[str, Tensor] = {}
         """Metrics of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
@@ -186,6 +189,11 @@ class SANM(nn.Module):
         return self.quality == "estimated"
 
     @property
+    def softens_labels(self) -> bool:
+        """Whether labels are changed after the warm-up, without a look at their quality."""
+        return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
+
+    @property
     def enabled(self) -> bool:
         """Whether any of the three parts is enabled."""
         return self.mask or self.labels or self.reconstruct
@@ -212,7 +220,7 @@ class SANM(nn.Module):
             check_saliency(self.saliency, output)
         channels, *map_size = feature_map(output.features, network.num_features).shape[1:]
         if self.reconstruct and self.decoder is None:
-            self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
+            self._build_decoder(channels, (map_size[0], map_size[1]), image_size, output.images.shape[1])
         self.to(like.device, like.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
@@ -259,7 +267,7 @@ class SANM(nn.Module):
 
         Args:
             network: the trained network, with timm's interface.
-            images: shape (B, 3, H, W), floating, in [0, 1].
+            images: shape (B, C, H, W), floating, in [0, 1], or normalized by ``normalization``.
             targets: class probabilities, shape (B, C).
             quality: label quality G, shape (B,), in [0, 1]; or a function that computes it from the logits (B, C) of
                 the unmasked images; or None before the first mask.
@@ -277,7 +285,7 @@ class SANM(nn.Module):
         """
         if images.ndim != 4 or targets.ndim != 2 or len(images) != len(targets):
             raise ValueError(
-                "expected images (B, 3, H, W) and targets (B, C) as class probabilities, got "
+                "expected images (B, C, H, W) and targets (B, C) as class probabilities, got "
                 f"{tuple(images.shape)} and {tuple(targets.shape)}"
             )
         self._steps += 1
@@ -288,10 +296,10 @@ class SANM(nn.Module):
         if generator is None:
             generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
         output = self._run_unmasked(network, images, features, generator) if self.mask or callable(quality) else None
-        maps = None
+        maps, frozen = None, isinstance(self.saliency, FrozenNetwork)
         if self.mask and output is not None:
             with inference_context(network, images):
-                maps = self.saliency(output)
+                maps = self.saliency(output._replace(images=self._in_unit_range(images)) if frozen else output)
         with torch.no_grad():
             known = quality(output.logits) if callable(quality) and output is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
@@ -322,7 +330,7 @@ class SANM(nn.Module):
         Args:
             features: features of the views' images, from the training forward pass, shape (V, D, h, w), with gradient;
                 several masked copies of the batch may be concatenated.
-            images: the unmasked images, shape (B, 3, H, W).
+            images: the unmasked images, shape (B, C, H, W).
             views: output of :meth:`forward`; None uses that of its last call.
 
         Returns:
@@ -349,7 +357,8 @@ class SANM(nn.Module):
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0]))
-        loss = reconstruction_loss(painted, images.repeat(copies, 1, 1, 1) if copies > 1 else images)
+        target = self._in_unit_range(images)
+        loss = reconstruction_loss(painted, target.repeat(copies, 1, 1, 1) if copies > 1 else target)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
 
@@ -389,19 +398,30 @@ class SANM(nn.Module):
         extremes = [activation] if self.regions == "peak" else [activation, -activation]
         boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
         box, copied = torch.cat(boxes), images if len(boxes) == 1 else images.repeat(len(boxes), 1, 1, 1)
-        return apply_mask(copied, box, fill=self.fill, generator=generator), box
+        normalize = None if self.normalization is None else self.normalization.normalize
+        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=normalize), box
 
-    def _build_decoder(self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int]) -> None:
-        self.decoder = Decoder(channels, map_size, image_size, seed=named_seed("decoder", self.seed))
+    def _in_unit_range(self, images: Tensor) -> Tensor:
+        return images if self.normalization is None else self.normalization.denormalize(images)
+
+    def _build_decoder(
+        self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int], image_channels: int
+    ) -> None:
+        seed = named_seed("decoder", self.seed)
+        self.decoder = Decoder(channels, map_size, image_size, seed, image_channels)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return seed and step counter, which identify the random streams, and the shape of the decoder."""
-        decoder = None if self.decoder is None else [list(self.decoder.shape), list(self.decoder.image_size)]
+        made = self.decoder
+        decoder = None if made is None else [list(made.shape), list(made.image_size), made.image_channels]
         return {"seed": self.seed, "steps": self._steps, "decoder": decoder}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore a state; a missing decoder is created, and its weights are loaded afterwards."""
         self.seed, self._steps = state["seed"], state["steps"]
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
-            (channels, *map_size), image_size = state["decoder"]
-            self._build_decoder(channels, (map_size[0], map_size[1]), (image_size[0], image_size[1]))
+            (channels, *map_size), image_size, *image_channels = state[
+                "decoder"
+            ]  # without channels in earlier versions
+            size = (image_size[0], image_size[1])
+            self._build_decoder(channels, (map_size[0], map_size[1]), size, *(image_channels or [3]))

@@ -18,7 +18,7 @@ from sanm_lightning.sanm.activation import (
     feature_map,
     require_pooled_linear,
 )
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import inference_context, input_channels
 from sanm_lightning.sanm.options import made_from
 
 __all__ = [
@@ -110,7 +110,7 @@ def probe(network: Backbone, image_size: tuple[int, int], generator: torch.Gener
         ValueError: if such images do not fit in memory.
     """
     try:
-        images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
+        images = torch.rand(2, input_channels(network), *image_size, generator=generator).to(like.device, like.dtype)
     except (RuntimeError, MemoryError) as error:
         raise ValueError(
             f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}; use a smaller one"
