@@ -60,8 +60,8 @@ def require_probabilities(
         raise MisconfigurationException(
             f"expected a loss of {owner} with the same value for class indices and their one-hot rows (B, C), got "
             f"{_shown(found.indices)} and {_shown(found.rows)}, as with class weights; use F.cross_entropy(..., "
-            "reduction='sum') / len(y) with weights of mean 1, which is the same for both, or SANM(labels=False), which keeps the "
-            "labels unchanged"
+            "reduction='sum') / len(y) with weights of mean 1, which is the same for both, or SANM(labels=False), which keeps "
+            "the labels unchanged"
         )
     if found is not None:
         raise MisconfigurationException(
