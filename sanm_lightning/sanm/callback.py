@@ -103,8 +103,8 @@ class SANMCallback(L.Callback):
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
     ) -> None:
-        self.normalization = Normalization.from_arguments(mean, std)
         self.sanm = SANM() if sanm is None else sanm
+        self.sanm.normalization = Normalization.from_arguments(mean, std) or self.sanm.normalization
         self.index = index
         self.network, self.layer, self.image_size, self.wrap = network, layer, image_size, wrap
         self.tap: FeatureExtractor | None = None
@@ -154,8 +154,6 @@ class SANMCallback(L.Callback):
         if not any(module is self.sanm for module in pl_module.modules()):
             self._undo += add_hidden(pl_module, KEY, self.sanm)
             self._joined = True
-        if self.normalization is not None:
-            self.sanm.normalization = self.normalization
         self.sanm.to(next(pl_module.parameters()).device)
         try:
             self.sanm.build(tap, (height, width))

@@ -71,7 +71,7 @@ class SANMMixin:
             "network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size, "rehearse": sanm_rehearse,
             "index": sanm_index, "mean": sanm_mean, "std": sanm_std,
         }  # fmt: skip
-        Normalization.from_arguments(sanm_mean, sanm_std)  # raises an error for invalid statistics
+        self.sanm.normalization = Normalization.from_arguments(sanm_mean, sanm_std) or self.sanm.normalization
         self._sanm_is_default = sanm is None
         if self.wraps_training_step:
             self.register_load_state_dict_post_hook(functools.partial(forgive, "sanm."))  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """SANM as one module: hyper-parameters, decoder and label quality, with two calls per training step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -20,7 +20,7 @@ from sanm_lightning.sanm.masking import (
     resolve_ratio,
 )
 from sanm_lightning.sanm.normalization import Normalization
-from sanm_lightning.sanm.options import check_ranges, found_by_path, path_of, plain
+from sanm_lightning.sanm.options import check_ranges, path_of, plain, subclass_from
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
 from sanm_lightning.sanm.saliency import FrozenNetwork, NetworkOutput, Saliency, check_saliency, probe, resolve_saliency
@@ -157,13 +157,7 @@ class SANM(nn.Module):
         """
         if "class_path" not in options:
             return SANM(**options)
-        kind = found_by_path(options["class_path"])
-        if not (isinstance(kind, type) and issubclass(kind, SANM)):
-            raise ValueError(
-                f"expected the class path of a subclass of SANM, got {options['class_path']!r}; derive the class from "
-                "SANM"
-            )
-        return kind(**(options.get("init_args") or {}))
+        return cast(SANM, subclass_from(options, SANM))
 
     @property
     def saved_options(self) -> dict[str, Any]:
@@ -218,9 +212,9 @@ class SANM(nn.Module):
         output = probe(network, image_size, named_generator("probe", self.seed), like)
         if self.mask:
             check_saliency(self.saliency, output)
-        channels, *map_size = feature_map(output.features, network.num_features).shape[1:]
+        shape = feature_map(output.features, network.num_features).shape[1:]
         if self.reconstruct and self.decoder is None:
-            self._build_decoder(channels, (map_size[0], map_size[1]), image_size, output.images.shape[1])
+            self._create_decoder(shape, image_size, output.images.shape[1])
         self.to(like.device, like.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
@@ -299,7 +293,7 @@ class SANM(nn.Module):
         maps, frozen = None, isinstance(self.saliency, FrozenNetwork)
         if self.mask and output is not None:
             with inference_context(network, images):
-                maps = self.saliency(output._replace(images=self._in_unit_range(images)) if frozen else output)
+                maps = self.saliency(output._replace(images=self.in_unit_range(images)) if frozen else output)
         with torch.no_grad():
             known = quality(output.logits) if callable(quality) and output is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
@@ -357,7 +351,7 @@ class SANM(nn.Module):
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0]))
-        target = self._in_unit_range(images)
+        target = self.in_unit_range(images)
         loss = reconstruction_loss(painted, target.repeat(copies, 1, 1, 1) if copies > 1 else target)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
@@ -401,27 +395,21 @@ class SANM(nn.Module):
         normalize = None if self.normalization is None else self.normalization.normalize
         return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=normalize), box
 
-    def _in_unit_range(self, images: Tensor) -> Tensor:
+    def in_unit_range(self, images: Tensor) -> Tensor:
+        """Convert images of a batch (B, C, H, W) to [0, 1], if they are normalized."""
         return images if self.normalization is None else self.normalization.denormalize(images)
 
-    def _build_decoder(
-        self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int], image_channels: int
-    ) -> None:
-        seed = named_seed("decoder", self.seed)
-        self.decoder = Decoder(channels, map_size, image_size, seed, image_channels)
+    def _create_decoder(self, shape: Sequence[int], image_size: Sequence[int], image_channels: int = 3) -> None:
+        seed, map_size, size = named_seed("decoder", self.seed), (shape[1], shape[2]), (image_size[0], image_size[1])
+        self.decoder = Decoder(shape[0], map_size, size, seed, image_channels)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return seed and step counter, which identify the random streams, and the shape of the decoder."""
-        made = self.decoder
-        decoder = None if made is None else [list(made.shape), list(made.image_size), made.image_channels]
+        decoder = None if self.decoder is None else self.decoder.sizes
         return {"seed": self.seed, "steps": self._steps, "decoder": decoder}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore a state; a missing decoder is created, and its weights are loaded afterwards."""
         self.seed, self._steps = state["seed"], state["steps"]
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
-            (channels, *map_size), image_size, *image_channels = state[
-                "decoder"
-            ]  # without channels in earlier versions
-            size = (image_size[0], image_size[1])
-            self._build_decoder(channels, (map_size[0], map_size[1]), size, *(image_channels or [3]))
+            self._create_decoder(*state["decoder"])  # without image channels in earlier versions

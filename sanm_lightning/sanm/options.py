@@ -5,7 +5,7 @@ import pkgutil
 from functools import partial
 from typing import Any
 
-__all__ = ["bound_arguments", "check_ranges", "found_by_path", "made_from", "path_of", "plain"]
+__all__ = ["bound_arguments", "check_ranges", "found_by_path", "made_from", "path_of", "plain", "subclass_from"]
 
 
 def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
@@ -65,6 +65,21 @@ def made_from(option: dict[str, Any]) -> Any:
     if isinstance(found, type):
         return found(**arguments)
     return partial(found, **arguments) if arguments else found
+
+
+def subclass_from(option: dict[str, Any], base: type) -> Any:
+    """Create an object of a subclass of ``base`` from class path and arguments.
+
+    Raises:
+        ValueError: if the class path is not that of a subclass.
+    """
+    kind = found_by_path(option["class_path"])
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ValueError(
+            f"expected the class path of a subclass of {base.__name__}, got {option['class_path']!r}; derive the class from "
+            f"{base.__name__}"
+        )
+    return kind(**(option.get("init_args") or {}))
 
 
 def plain(value: Any) -> Any:

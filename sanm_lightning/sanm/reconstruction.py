@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,11 @@ class Decoder(nn.Module):
                 if doublings
                 else [nn.Conv2d(channels, image_channels, 3, padding=1)]
             )
+
+    @property
+    def sizes(self) -> list[Any]:
+        """Shape (D, h, w) of the feature map, (H, W) and C of the images, as built-in types."""
+        return [list(self.shape), list(self.image_size), self.image_channels]
 
     def forward(self, features: Tensor) -> Tensor:
         """Return reconstructed images (B, C, H, W), unbounded, of feature maps (B, D, h, w)."""

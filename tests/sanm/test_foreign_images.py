@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sanm_lightning.sanm import SANM
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.masking import apply_mask
+from sanm_lightning.sanm.module import FrozenNetwork
 from sanm_lightning.sanm.normalization import Normalization
 from tests.sanm.test_callback import SIZE, Mixed, Small, Stranger, assert_same, fit, pairs, served, weights
 
@@ -19,6 +20,18 @@ STATISTICS = Normalization(MEAN, STD)
 
 def batches(change: Any = lambda x: x) -> Any:
     return served([[change(x), y] for x, y in pairs()])
+
+
+class Recording(FrozenNetwork):
+    """A frozen network that notes its images."""
+
+    def __init__(self) -> None:
+        super().__init__("test_resnet", pretrained=False)
+        self.seen: list[Tensor] = []
+
+    def maps(self, images: Tensor) -> Tensor:
+        self.__dict__.setdefault("seen", []).append(images)
+        return torch.rand(len(images), 4, 4)
 
 
 class NormalizingSmall(Small):
@@ -76,6 +89,11 @@ class TestNormalized:
             torch.testing.assert_close(inside[2][name], outside[2][name], rtol=1e-4, atol=1e-5)
         one, other = weights(inside[0], inside[1].decoder), weights(outside[0], outside[1].decoder)
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+    def test_a_frozen_network_receives_images_in_0_1(self) -> None:
+        place = Recording()
+        run("callback", batches(STATISTICS.normalize), sanm={"place": place}, mean=MEAN, std=STD)
+        torch.testing.assert_close(place.seen[-1], list(pairs())[-1][0])
 
     def test_one_value_for_all_channels_is_enough(self) -> None:
         every = run("callback", batches(lambda x: 2 * x - 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
