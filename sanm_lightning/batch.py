@@ -52,13 +52,14 @@ class NoisyBatch(NamedTuple):
             need_labels: whether labels are required; without labels, ``labels`` is an empty tensor.
 
         Returns:
-            The batch as a :class:`NoisyBatch`.
+            The batch as a :class:`NoisyBatch`. Images in uint8 are converted to floating images in [0, 1], and labels of
+            any integer dtype to int64.
 
         Raises:
             ValueError: if the batch has no images, or no labels although they are required.
         """
         if isinstance(batch, NoisyBatch):
-            return batch
+            return batch._replace(images=_floating(batch.images), labels=_indices(batch.labels))
         parts: dict[str, Any] = {}
         if isinstance(batch, Tensor):
             parts["images"] = batch
@@ -81,7 +82,7 @@ class NoisyBatch(NamedTuple):
                     "loader"
                 )
             labels = torch.zeros(0, dtype=torch.int64, device=images.device)
-        return cls(images, labels, parts.get("index"), parts.get("true_labels"))
+        return cls(_floating(images), _indices(labels), parts.get("index"), parts.get("true_labels"))
 
     def take(self, rows: Any) -> "NoisyBatch":
         """Select samples of the batch by a slice or by positions (K,)."""
@@ -122,6 +123,15 @@ class EpochPlan(NamedTuple):
     rank: int
     world_size: int
     pool: Callable[[int], Tensor]
+
+
+def _floating(images: Tensor) -> Tensor:
+    """Convert uint8 to [0, 1], in the default dtype, which the trainer sets to its precision."""
+    return images.to(torch.get_default_dtype()) / 255 if images.dtype == torch.uint8 else images
+
+
+def _indices(labels: Tensor) -> Tensor:
+    return labels if labels.is_floating_point() else labels.long()
 
 
 def _form(batch: Any) -> str:

@@ -50,6 +50,7 @@ HELPERS = {
     "checks",
     "ema",
     "evaluation",
+    "first_batch",
     "hooks",
     "learned",
     "optimization",
@@ -91,7 +92,7 @@ def test_a_room_imports_what_it_may(room):
 
 def test_the_mathematics_knows_no_trainer():
     for path in [*files("sanm"), *files("functional")]:
-        if path.stem not in ("mixin", "callback", "foreign_batch", "rehearsal"):
+        if path.stem not in ("mixin", "callback", "checks", "foreign_batch", "rehearsal"):
             assert not any(name.startswith("lightning") for name in imported(path)), path
 
 

@@ -12,6 +12,7 @@ from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.methods.checks import check_arguments, check_callbacks, check_num_classes
 from sanm_lightning.methods.evaluation import EvaluationSteps
+from sanm_lightning.methods.first_batch import FirstBatch
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
@@ -134,7 +135,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
         first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
-        return [*first, stages, FiniteLoss(), *compiled]
+        return [*first, stages, FiniteLoss(), FirstBatch(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""

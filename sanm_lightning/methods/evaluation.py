@@ -66,7 +66,8 @@ class EvaluationSteps(L.LightningModule):
             if key not in self.accuracy:
                 self.accuracy[key] = MulticlassAccuracy(self.num_classes, average="micro").to(self.device)
             metric: Any = self.accuracy[key]
-            metric.update(logits, read.labels)
+            labels = read.labels.argmax(1) if read.labels.is_floating_point() else read.labels
+            metric.update(logits, labels)
             self.log(
                 f"{name}/{ending}", metric, on_epoch=True, add_dataloader_idx=False, prog_bar=True,
                 metric_attribute=f"accuracy.{key}", batch_size=len(read.images),

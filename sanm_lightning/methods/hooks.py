@@ -79,5 +79,5 @@ class MethodHooks(L.LightningModule):
         return locate(self.stages(), self.current_epoch)[1]
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Convert labels (B,) to one-hot targets (B, C), float32."""
-        return F.one_hot(labels, self.num_classes).float()
+        """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""
+        return labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()

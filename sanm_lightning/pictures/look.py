@@ -89,7 +89,8 @@ class Look(NamedTuple):
                 features = self.network.forward_features(masked)
                 rebuilt = sanm.decoder(feature_map(features, sanm.decoder.shape[0], masked.shape[2:]))
         texts = self._texts(targets.argmax(1), batch.true_labels, views.logits.argmax(1), known, views.ratio)
-        return SampleBlock(heading, images, views, rebuilt, texts)
+        views = views._replace(images=sanm.in_unit_range(views.images))
+        return SampleBlock(heading, sanm.in_unit_range(images), views, rebuilt, texts)
 
     def _targets(self, batch: NoisyBatch) -> Tensor:
         return probabilities(batch.labels, self.num_classes)

@@ -12,12 +12,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from sanm_lightning.compat import set_up_again
+from sanm_lightning.sanm.checks import (
+    LabelCheck,
+    check_images,
+    image_size_of,
+    is_reached,
+    require_whole_weights,
+    warn_of_long_warmup,
+)
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
-from sanm_lightning.sanm.foreign_batch import has_third_index, images_and_labels, probabilities, rebuilt, tensor_or_none
+from sanm_lightning.sanm.foreign_batch import (
+    has_third_index,
+    images_and_labels,
+    probabilities,
+    rebuilt,
+    tensor_or_none,
+)
+from sanm_lightning.sanm.foreign_checkpoint import (
+    add_hidden,
+    add_parameters,
+    add_to_optimizer_states,
+    split_from_optimizer_states,
+)
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.module import SANM
-from sanm_lightning.sanm.rehearsal import misread_labels, own_streams
+from sanm_lightning.sanm.normalization import Normalization
+from sanm_lightning.sanm.rehearsal import require_probabilities
 from sanm_lightning.sanm.saliency import cam
+from sanm_lightning.sanm.views import Views
 from sanm_lightning.state_callback import SampleStateCallback, size_states, write_synced_states
 
 __all__ = ["FeatureTap", "SANMCallback"]
@@ -25,20 +47,19 @@ __all__ = ["FeatureTap", "SANMCallback"]
 USUAL_NAMES = ("network", "model", "net", "backbone", "encoder", "classifier")
 KEY = "_sanm"
 WARMUP_EPOCHS = 1
-SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
-"""Strategies that shard weights, by name, because lightning and pytorch_lightning have separate classes."""
 
 
 class SANMCallback(L.Callback):
     """Apply SANM to a module with a standard ``training_step`` on ``(x, y)`` batches, without modifying the module.
 
-    The step receives masked images and regularized labels as class probabilities (B, C). The reconstruction term,
-    computed from the features of the last forward pass of the step, is added to its loss. The loss must accept
-    probabilities, as ``F.cross_entropy`` does; steps that use ``y`` as class indices are detected before the first
-    update by a run on a copy of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images should be in [0,
-    1] in the batch. Label quality is estimated by sample index if the data module has ``num_samples`` and the batch has
-    an index: ``batch.index``, or the third element of ``(x, y, index)`` (see ``index``). Otherwise it is estimated from a
-    window of recent losses. Further elements of a batch are passed on.
+    Before the first mask, the step receives its batches unchanged. Then it receives masked images and regularized labels
+    as class probabilities (B, C). The reconstruction term, computed from the features of the last forward pass of the
+    step, is added to its loss. The loss must accept probabilities, and have the same value for class indices and one-hot
+    rows, as ``F.cross_entropy`` without class weights does; other steps are detected before the first update by a run on a
+    copy of the module, and ``SANM(labels=False)`` keeps ``y`` unchanged. Images in the batch are in [0, 1], or normalized
+    by ``mean`` and ``std``, with any number of channels. Label quality is estimated by sample index if the data module has
+    ``num_samples`` and the batch has an index: ``batch.index``, or the third element of ``(x, y, index)`` (see ``index``).
+    Otherwise it is estimated from a window of recent losses. Further elements of a batch are passed on.
 
     It supports modules of ``lightning`` and ``pytorch_lightning``, with any optimizer and scheduler: decoder parameters
     that are missing in the optimizer are added to its first parameter group. The decoder is saved in the callback's
@@ -61,9 +82,13 @@ class SANMCallback(L.Callback):
         index: whether the third element of tuple batches is the position of each sample in the training set, 0 to N - 1;
             None determines it on the first batch (integers of shape (B,), B >= 4, all different and in range), and logs
             the result.
+        mean: mean of the normalization (x - mean) / std of the images in the batches, for each channel or for all; fill
+            and reconstruction are then made in [0, 1]. None for images in [0, 1].
+        std: standard deviation of the normalization, for each channel or for all.
 
     Raises:
-        MisconfigurationException: before the first update, if the module is not supported. Strategies that shard
+        ValueError: if only one of ``mean`` and ``std`` is given, or a value is out of its range.
+        MisconfigurationException: before the first update, if module, images or labels are not supported. Strategies that shard
             weights (FSDP, DeepSpeed, tensor parallelism) are not supported; DDP is.
     """
 
@@ -76,8 +101,11 @@ class SANMCallback(L.Callback):
         wrap: bool = True,
         rehearse: bool = True,
         index: bool | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
     ) -> None:
         self.sanm = SANM() if sanm is None else sanm
+        self.sanm.normalization = Normalization.from_arguments(mean, std) or self.sanm.normalization
         self.index = index
         self.network, self.layer, self.image_size, self.wrap = network, layer, image_size, wrap
         self.tap: FeatureExtractor | None = None
@@ -85,6 +113,8 @@ class SANMCallback(L.Callback):
         self._fitted = -1  # epoch of the last fit of label quality
         self._masked_steps: Tensor | None = None  # on the device, to avoid synchronization
         self._third_is_index: bool | None = None
+        self._label_check = LabelCheck()
+        self._resumed: dict[str, Any] | None = None  # checkpoint, until the optimizers are restored
         self._joined = False
         self._states: SampleStateCallback | None = None  # if the trainer has none
         self._undo: list[Callable[[], Any]] = []
@@ -95,7 +125,7 @@ class SANMCallback(L.Callback):
         """Wrap the step and create the decoder, before DDP and the optimizers are created."""
         if stage != "fit":
             return
-        _require_whole_weights(trainer, pl_module)
+        require_whole_weights(trainer, pl_module)
         self._unwrap()
         for part in self._sanms(pl_module):  # without seed_everything, the seeds of the processes differ
             part.seed = trainer.strategy.broadcast(part.seed)
@@ -115,11 +145,18 @@ class SANMCallback(L.Callback):
                 f"expected automatic optimization in {type(pl_module).__name__}, got manual optimization; call SANM in "
                 "the training step (see the two calls of SANM)"
             )
-        height, width = self.image_size or getattr(data, "image_size", None) or _size_of_a_batch(trainer)
+        size = self.image_size or getattr(data, "image_size", None) or image_size_of(trainer)
+        height, width = (size, size) if isinstance(size, int) else size
         tap = self.tap = self._find_network(pl_module, (height, width))
         self._undo.append(tap.remove)
+        if tap.num_classes < 2:
+            raise MisconfigurationException(
+                f"expected a network with a logit for each of C >= 2 classes for SANM, got one logit in "
+                f"{type(pl_module).__name__}; use two logits and F.cross_entropy"
+            )
         if not any(module is self.sanm for module in pl_module.modules()):
-            self._join(pl_module)
+            self._undo += add_hidden(pl_module, KEY, self.sanm)
+            self._joined = True
         self.sanm.to(next(pl_module.parameters()).device)
         try:
             self.sanm.build(tap, (height, width))
@@ -158,37 +195,19 @@ class SANMCallback(L.Callback):
         hint = "" if self.network else f"; set another submodule with network= (available: {children})"
         raise MisconfigurationException(f"{errors[0]} (in {owner}){hint}")
 
-    def _join(self, pl_module: L.LightningModule) -> None:
-        """Add SANM as a submodule, for device moves and DDP, and exclude it from the module's state dict."""
-        prefix = KEY + "."
-
-        def hide(module: nn.Module, state: dict[str, Any], at: str, metadata: Any) -> None:
-            for key in [key for key in state if key.startswith(at + prefix)]:
-                del state[key]
-
-        def forgive(module: nn.Module, keys: Any) -> None:
-            keys.missing_keys[:] = [key for key in keys.missing_keys if f".{prefix}" not in f".{key}"]  # also of copies
-
-        pl_module.add_module(KEY, self.sanm)
-        self._joined = True
-        self._undo += [
-            lambda: pl_module._modules.pop(KEY),
-            pl_module.register_state_dict_post_hook(hide).remove,
-            pl_module.register_load_state_dict_post_hook(forgive).remove,
-        ]
-
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the decoder to the optimizer, before the optimizer state is restored.
+        """Add the decoder to the optimizer, before the optimizer state is restored, and warn of a long warm-up."""
+        add_parameters(trainer.optimizers, self.sanm, KEY)
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None and self.tap is not None:
+            removed = resumed.get("callbacks", {}).get(self.state_key, {}).get("optimizer_states", [])
+            add_to_optimizer_states(resumed.get("optimizer_states", []), trainer.optimizers, self.sanm, removed)
+        if self.sanm.enabled:
+            warn_of_long_warmup(trainer, self._first_masked_epoch(pl_module))
 
-        The first group is extended, because a new group breaks schedulers that depend on the number of groups.
-        """
-        known = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
-        missing = [p for p in self.sanm.parameters() if id(p) not in known]
-        if missing and trainer.optimizers:
-            group = trainer.optimizers[0].param_groups[0]
-            group["params"].extend(missing)
-            if "param_names" in group:
-                group["param_names"].extend(f"{KEY}.{place}" for place in range(len(missing)))
+    def _first_masked_epoch(self, pl_module: L.LightningModule) -> int:
+        warmup = WARMUP_EPOCHS if self.wrap else getattr(pl_module, "warmup_epochs", 0)
+        return int(warmup if self.sanm.warmup_epochs is None else self.sanm.warmup_epochs)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the module."""
@@ -207,20 +226,19 @@ class SANMCallback(L.Callback):
 
     def _wrap_step(self, pl_module: L.LightningModule, tap: FeatureExtractor) -> None:
         step = pl_module.training_step
-        probed = not (self.sanm.labels and self.rehearse)
+        checked = False
 
         @functools.wraps(step)
         def training_step(batch: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal probed
-            if not probed:
-                probed = True
-                misread = misread_labels(pl_module, tap, step, batch, args, kwargs)
-                if misread:
-                    raise MisconfigurationException(
-                        f"expected a training step of {type(pl_module).__name__} that accepts class probabilities (B, "
-                        f"C), got one that reads its labels as class indices ({misread}); use y.argmax(1) for such "
-                        "metrics, or SANM(labels=False), which keeps the labels unchanged"
-                    )
+            nonlocal checked
+            if not checked:
+                checked = True
+                images, labels = images_and_labels(batch)
+                check_images(images, self.sanm)
+                self._label_check(probabilities(labels, tap.num_classes), labels, now=True)
+                reached = is_reached(pl_module.trainer, self._first_masked_epoch(pl_module))
+                if self.rehearse and self.sanm.softens_labels and reached:
+                    require_probabilities(pl_module, tap, step, batch, args, kwargs)
             return self._masked_step(pl_module, tap, step, batch, args, kwargs)
 
         training_step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]  # inspected by Lightning
@@ -238,15 +256,13 @@ class SANMCallback(L.Callback):
         images, labels = images_and_labels(batch)
         index, true_labels = self._sample_index(pl_module, batch), tensor_or_none(batch, "true_labels")
         targets = probabilities(labels, tap.num_classes)
+        self._label_check(targets, labels)
         quality = None
         if self.sanm.masking(pl_module.current_epoch, WARMUP_EPOCHS):
             quality = self.sanm.source_of_quality(targets, index, true_labels)
         views = self.sanm(tap, images, targets, quality)
-        # rows of the batch for each view
-        rows = torch.arange(len(views.images), device=images.device) % len(images)
-        given = views.targets if self.sanm.labels else labels[rows]
         tap.forget()
-        out = step(rebuilt(batch, views.images, given, rows), *args, **kwargs)
+        out = step(self._batch_of(views, batch) if views.masked else batch, *args, **kwargs)
         features, logits = tap.features, tap.logits
         tap.forget()
         if out is None:
@@ -264,6 +280,12 @@ class SANMCallback(L.Callback):
         self.sanm.label_quality.update(clean, targets, index, views.features)
         term = self.sanm.reconstruction(features, images, views)
         return {**out, "loss": out["loss"] + term} if isinstance(out, Mapping) else out + term
+
+    def _batch_of(self, views: Views, batch: Any) -> Any:
+        """Return the batch with the images of the views, and their labels if they are regularized."""
+        images, labels = images_and_labels(batch)
+        rows = torch.arange(len(views.images), device=images.device) % len(images)  # of the batch for each view
+        return rebuilt(batch, views.images, views.targets if self.sanm.softens_labels else labels[rows], rows)
 
     def _sample_index(self, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
         """Return the positions (B,) of the samples in the training set; None if unknown."""
@@ -340,14 +362,29 @@ class SANMCallback(L.Callback):
         return 0 if self._masked_steps is None else int(self._masked_steps)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Synchronize per-sample state, unless another callback does. A collective operation."""
+        """Check the labels, and synchronize per-sample state, unless another callback does. A collective operation."""
+        self._label_check.report(trainer.current_epoch)
         if self._states is not None:
             self._states.on_train_epoch_end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the per-sample state of all processes, unless another callback does. A collective operation."""
+        """Save the per-sample state of all processes, unless another callback does. A collective operation.
+
+        The optimizer states of the decoder are moved to the state of this callback, so that training can be continued
+        without SANM.
+        """
         if self._states is not None:
             self._states.on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.tap is not None and self.state_key in checkpoint.get("callbacks", {}):
+            states = checkpoint.get("optimizer_states", [])
+            removed = split_from_optimizer_states(states, trainer.optimizers, self.sanm)
+            checkpoint["callbacks"][self.state_key]["optimizer_states"] = removed
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the optimizer states until the optimizers exist, and restore the state of SANM saved by the mixin."""
+        self._resumed = checkpoint
+        if self._joined and "sanm" in checkpoint:
+            self.sanm.load_state_dict(checkpoint["sanm"]["state_dict"])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit label quality to the evidence of the last epoch.
@@ -374,29 +411,3 @@ class SANMCallback(L.Callback):
         self._masked_steps = torch.tensor(int(state_dict.get("masked_steps", 0)))
         if "sanm" in state_dict:
             self.sanm.load_state_dict(state_dict["sanm"])
-
-
-def _require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Raise an error for strategies that shard weights.
-
-    Activation maps read the classifier's weights outside of the wrapped forward, submodules run separately, and methods
-    rank or average single weights, which fails late or silently with sharded weights.
-    """
-    if SHARING & {kind.__name__ for kind in type(trainer.strategy).__mro__}:
-        raise MisconfigurationException(
-            f"expected a strategy without sharded weights for {type(pl_module).__name__}, got "
-            f"{type(trainer.strategy).__name__}; use --trainer.strategy ddp"
-        )
-
-
-def _size_of_a_batch(trainer: L.Trainer) -> Sequence[int]:
-    try:
-        with own_streams():  # loaders and data sets may use the global stream
-            batch = next(iter(trainer.fit_loop._data_source.dataloader()))
-    except Exception as error:
-        raise MisconfigurationException(
-            f"expected a batch before training to determine the image size for SANM, got {type(error).__name__}: "
-            f"{error}; pass image_size="
-        ) from error
-    size: Sequence[int] = images_and_labels(batch)[0].shape[-2:]
-    return size

@@ -6,23 +6,37 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["has_third_index", "images_and_labels", "probabilities", "rebuilt", "tensor_or_none"]
+__all__ = [
+    "has_third_index",
+    "images_and_labels",
+    "probabilities",
+    "rebuilt",
+    "tensor_or_none",
+]
 
 
 def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the first two elements of a batch.
+    """Return the first two elements of a batch, images (B, C, H, W) and labels.
 
     Raises:
-        MisconfigurationException: if they are not tensors.
+        MisconfigurationException: if they are not tensors, or the first one does not have four dimensions.
     """
-    if isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
-        return batch[0], batch[1]
-    raise MisconfigurationException(
-        f"expected batches (images, labels, ...) of tensors for SANM, got {type(batch).__name__}; for other batches, "
-        "call SANM in the training step"
-    )
+    if not (isinstance(batch, Sequence) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2])):
+        raise MisconfigurationException(
+            f"expected batches (images, labels, ...) of tensors for SANM, got {type(batch).__name__}; for other "
+            "batches, call SANM in the training step"
+        )
+    images, labels = batch[0], batch[1]
+    if images.ndim != 4:
+        shapes = ", ".join(
+            str(tuple(part.shape)) if isinstance(part, Tensor) else type(part).__name__ for part in batch
+        )
+        raise MisconfigurationException(
+            f"expected batches (images, labels, ...) with images (B, C, H, W) first for SANM, got elements {shapes}; "
+            "return (image, label, index) from the data set"
+        )
+    return images, labels
 
 
 def tensor_or_none(batch: Any, name: str) -> Tensor | None:
@@ -53,18 +67,20 @@ def has_third_index(batch: Any, num_samples: int) -> bool:
 
 
 def probabilities(labels: Tensor, num_classes: int) -> Tensor:
-    """Convert labels, indices (B,) or probabilities (B, C), to probabilities (B, C), floating.
+    """Convert labels, indices (B,) of any integer dtype or probabilities (B, C), to probabilities (B, C), floating.
+
+    Indices outside [0, C) become rows of zeros.
 
     Raises:
         MisconfigurationException: if the labels have another shape or dtype.
     """
-    if labels.ndim == 2 and labels.is_floating_point():
+    if labels.ndim == 2 and labels.is_floating_point() and labels.shape[1] == num_classes:
         return labels
     if labels.ndim == 1 and not labels.is_floating_point():
-        return F.one_hot(labels.long(), num_classes).float()
+        return (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
     raise MisconfigurationException(
-        "expected labels (B,) of class indices or (B, C) of class probabilities for SANM, got "
-        f"{tuple(labels.shape)} of {labels.dtype}"
+        f"expected labels (B,) of class indices or (B, C) of class probabilities for the C = {num_classes} logits of the "
+        f"network for SANM, got {tuple(labels.shape)} of {labels.dtype}; convert them in the data set"
     )
 
 

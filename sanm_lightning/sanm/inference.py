@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["inference_context"]
+__all__ = ["inference_context", "input_channels"]
+
+
+def input_channels(network: Any) -> int:
+    """Return the number of image channels of a network: that of its first convolution with at most 4; 3 without one."""
+    modules = network.modules() if isinstance(network, nn.Module) else []
+    convolutions = (module for module in modules if isinstance(module, nn.Conv2d))
+    return next((conv.in_channels for conv in convolutions if conv.in_channels <= 4), 3)
 
 
 @contextlib.contextmanager

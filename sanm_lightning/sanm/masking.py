@@ -231,17 +231,25 @@ def masked_fraction(box: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.float().mean(1) * columns.float().mean(1)
 
 
-def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: torch.Generator | None = None) -> Tensor:
+def apply_mask(
+    images: Tensor,
+    box: Tensor,
+    *,
+    fill: str = "pixel",
+    generator: torch.Generator | None = None,
+    normalize: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Fill each image's box with noise from U(0, 1).
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 5, for images in [0, 1]. The equation does not specify whether U(0, 1) is
     sampled per box or per pixel; the released code samples one constant per channel (and fills normalized images).
 
     Args:
-        images: shape (B, 3, H, W), floating, in [0, 1]. Not modified.
+        images: shape (B, C, H, W), floating, in [0, 1], or normalized by ``normalize``. Not modified.
         box: up, down, left, right in pixels, shape (B, 4).
         fill: ``"pixel"`` samples each pixel and channel, ``"channel"`` samples once per image and channel.
         generator: random generator of the fill, on the device of ``images``; None uses the global one.
+        normalize: normalization of the images, applied to the fill; None for images in [0, 1].
 
     Returns:
         New images of the same shape, dtype and device.
@@ -251,13 +259,14 @@ def apply_mask(images: Tensor, box: Tensor, *, fill: str = "pixel", generator: t
     """
     if images.ndim != 4 or not images.is_floating_point() or box.shape != (len(images), 4):
         raise ValueError(
-            f"expected floating images (B, 3, H, W) and box (B, 4), got {tuple(images.shape)} of {images.dtype} "
+            f"expected floating images (B, C, H, W) and box (B, 4), got {tuple(images.shape)} of {images.dtype} "
             f"and {tuple(box.shape)}"
         )
     if fill not in ("pixel", "channel"):
         raise ValueError(f"expected fill 'pixel' or 'channel', got {fill!r}")
     drawn = tuple(images.shape) if fill == "pixel" else (*images.shape[:2], 1, 1)
-    noise = _uniform(drawn, images.device, generator).to(images.dtype)
+    noise = _uniform(drawn, images.device, generator)
+    noise = (noise if normalize is None else normalize(noise)).to(images.dtype)
     return torch.where(inside_box(box, (images.shape[2], images.shape[3])), noise, images)
 
 

@@ -1,7 +1,7 @@
 """SANM as one module: hyper-parameters, decoder and label quality, with two calls per training step."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -18,6 +18,7 @@ from sanm_lightning.sanm.masking import (
     masked_fraction,
     resolve_ratio,
 )
+from sanm_lightning.sanm.normalization import Normalization
 from sanm_lightning.sanm.options import check_ranges, created_from, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
@@ -143,6 +144,8 @@ class SANM(nn.Module):
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
+        self.normalization: Normalization | None = None
+        """Normalization of the images that :meth:`forward` and :meth:`reconstruction` receive; None for [0, 1]."""
         self.last: dict[str, Tensor] = {}
         """Metrics of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
@@ -188,6 +191,11 @@ class SANM(nn.Module):
         return self.quality == "estimated"
 
     @property
+    def softens_labels(self) -> bool:
+        """Whether labels are changed after the warm-up, without a look at their quality."""
+        return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
+
+    @property
     def enabled(self) -> bool:
         """Whether any of the three parts is enabled."""
         return self.mask or self.labels or self.reconstruct
@@ -214,8 +222,7 @@ class SANM(nn.Module):
             return
         output = self.maps.build(network, image_size, named_generator("probe", self.seed))
         if self.reconstruct and self.decoder is None:
-            channels, *map_size = output.maps.shape[1:]
-            self._build_decoder(channels, (map_size[0], map_size[1]), image_size)
+            self._create_decoder(output.maps.shape[1:], image_size, output.images.shape[1])
         self.to(output.logits.device, output.logits.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
@@ -262,7 +269,7 @@ class SANM(nn.Module):
 
         Args:
             network: the trained network, with timm's interface.
-            images: shape (B, 3, H, W), floating, in [0, 1].
+            images: shape (B, C, H, W), floating, in [0, 1], or normalized by ``normalization``.
             targets: class probabilities, shape (B, C).
             quality: label quality G, shape (B,), in [0, 1]; or a function that computes it from the logits (B, C) of
                 the unmasked images; or None before the first mask.
@@ -280,7 +287,7 @@ class SANM(nn.Module):
         """
         if images.ndim != 4 or targets.ndim != 2 or len(images) != len(targets):
             raise ValueError(
-                "expected images (B, 3, H, W) and targets (B, C) as class probabilities, got "
+                "expected images (B, C, H, W) and targets (B, C) as class probabilities, got "
                 f"{tuple(images.shape)} and {tuple(targets.shape)}"
             )
         self._steps += 1
@@ -292,7 +299,7 @@ class SANM(nn.Module):
             generator = named_generator("mask", self.seed, process_rank(), self._steps, device=images.device)
         output, maps = None, None
         if self.mask or callable(quality):
-            output, maps = self.maps(network, images, features, generator, self.batch_statistics)
+            output, maps = self.maps(network, images, features, generator, self.batch_statistics, self.in_unit_range)
         with torch.no_grad():
             known = quality(output.logits) if callable(quality) and output is not None else cast(Tensor, quality)
             if known.shape != images.shape[:1]:
@@ -323,7 +330,7 @@ class SANM(nn.Module):
         Args:
             features: features of the views' images, from the training forward pass, shape (V, D, h, w), with gradient;
                 several masked copies of the batch may be concatenated.
-            images: the unmasked images, shape (B, 3, H, W).
+            images: the unmasked images, shape (B, C, H, W).
             views: output of :meth:`forward`; None uses that of its last call.
 
         Returns:
@@ -350,7 +357,8 @@ class SANM(nn.Module):
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0], images.shape[2:]))
-        loss = reconstruction_loss(painted, images.repeat(copies, 1, 1, 1) if copies > 1 else images)
+        target = self.in_unit_range(images)
+        loss = reconstruction_loss(painted, target.repeat(copies, 1, 1, 1) if copies > 1 else target)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
 
@@ -383,19 +391,24 @@ class SANM(nn.Module):
         extremes = [activation] if self.regions == "peak" else [activation, -activation]
         boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
         box, copied = torch.cat(boxes), images if len(boxes) == 1 else images.repeat(len(boxes), 1, 1, 1)
-        return apply_mask(copied, box, fill=self.fill, generator=generator), box
+        normalize = None if self.normalization is None else self.normalization.normalize
+        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=normalize), box
 
-    def _build_decoder(self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int]) -> None:
-        self.decoder = Decoder(channels, map_size, image_size, seed=named_seed("decoder", self.seed))
+    def in_unit_range(self, images: Tensor) -> Tensor:
+        """Convert images of a batch (B, C, H, W) to [0, 1], if they are normalized."""
+        return images if self.normalization is None else self.normalization.denormalize(images)
+
+    def _create_decoder(self, shape: Sequence[int], image_size: Sequence[int], image_channels: int = 3) -> None:
+        seed, map_size, size = named_seed("decoder", self.seed), (shape[1], shape[2]), (image_size[0], image_size[1])
+        self.decoder = Decoder(shape[0], map_size, size, seed, image_channels)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return seed and step counter, which identify the random streams, and the shape of the decoder."""
-        decoder = None if self.decoder is None else [list(self.decoder.shape), list(self.decoder.image_size)]
+        decoder = None if self.decoder is None else self.decoder.sizes
         return {"seed": self.seed, "steps": self._steps, "decoder": decoder}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore a state; a missing decoder is created, and its weights are loaded afterwards."""
         self.seed, self._steps = state["seed"], state["steps"]
         if state["decoder"] is not None and self.decoder is None and self.reconstruct:
-            (channels, *map_size), image_size = state["decoder"]
-            self._build_decoder(channels, (map_size[0], map_size[1]), (image_size[0], image_size[1]))
+            self._create_decoder(*state["decoder"])  # without image channels in earlier versions

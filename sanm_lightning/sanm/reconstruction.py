@@ -2,6 +2,7 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     weight beta does not depend on the image size.
 
     Args:
-        reconstruction: shape (B, 3, H, W).
+        reconstruction: shape (B, C, H, W).
         images: the unmasked images, same shape.
 
     Returns:
@@ -50,30 +51,48 @@ class Decoder(nn.Module):
         image_size: H, W of the images in pixels.
         seed: seed of the initial weights, which use a separate stream: the weights of networks created afterwards do
             not depend on the decoder.
+        image_channels: C, number of channels of the images.
 
     Raises:
         ValueError: if a size is not positive.
     """
 
-    def __init__(self, channels: int, map_size: tuple[int, int], image_size: tuple[int, int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        map_size: tuple[int, int],
+        image_size: tuple[int, int],
+        seed: int = 0,
+        image_channels: int = 3,
+    ) -> None:
         super().__init__()
-        if min(channels, *map_size, *image_size) < 1:
+        if min(channels, *map_size, *image_size, image_channels) < 1:
             raise ValueError(f"expected positive sizes, got channels {channels}, map {map_size}, image {image_size}")
         self.image_size = (int(image_size[0]), int(image_size[1]))
+        self.image_channels = image_channels
         self.shape = (channels, int(map_size[0]), int(map_size[1]))
         growth = max(image_size[0] / map_size[0], image_size[1] / map_size[1])
         doublings = max(0, math.ceil(math.log2(growth)))
-        widths = [channels, *(max(16, min(channels // 2, 256) >> stage) for stage in range(doublings - 1)), 3]
+        widths = [
+            channels,
+            *(max(16, min(channels // 2, 256) >> stage) for stage in range(doublings - 1)),
+            image_channels,
+        ]
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the accelerators, permanently
             self.layers = nn.Sequential(
                 *(nn.ConvTranspose2d(i, o, 4, stride=2, padding=1) for i, o in pairwise(widths))
                 if doublings
-                else [nn.Conv2d(channels, 3, 3, padding=1)]
+                else [nn.Conv2d(channels, image_channels, 3, padding=1)]
             )
 
+    @property
+    def sizes(self) -> list[Any]:
+        """Shape (D, h, w) of the feature map, (H, W) and C of the images, as built-in types."""
+        return [list(self.shape), list(self.image_size), self.image_channels]
+
     def forward(self, features: Tensor) -> Tensor:
-        """Return reconstructed images (B, 3, H, W), unbounded, of feature maps (B, D, h, w)."""
+        """Return reconstructed images (B, C, H, W), unbounded, of feature maps (B, D, h, w)."""
         image: Tensor = self.layers(features)
         if image.shape[2:] != self.image_size:
             image = image.to(torch.promote_types(image.dtype, torch.float32))

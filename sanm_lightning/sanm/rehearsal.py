@@ -1,15 +1,17 @@
-"""Run the training step of a third-party module on a copy, to detect steps that use labels as class indices."""
+"""Run the training step of a third-party module on a copy, to detect steps that do not accept class probabilities."""
 
 import contextlib
 import copy
 import types
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +20,7 @@ from torchmetrics import Metric
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor
 from sanm_lightning.sanm.foreign_batch import images_and_labels, rebuilt
 
-__all__ = ["misread_labels", "own_streams"]
+__all__ = ["misread_labels", "own_streams", "require_probabilities"]
 
 
 @contextlib.contextmanager
@@ -44,15 +46,54 @@ class _QuietTrainer:
         return getattr(self._real, name)
 
 
+def require_probabilities(
+    pl_module: L.LightningModule, tap: FeatureExtractor, step: Any, batch: Any, args: Any, kwargs: Any
+) -> None:
+    """Check that a training step means the same by class indices and by one-hot rows.
+
+    Raises:
+        MisconfigurationException: if its loss, logged values or metrics differ.
+    """
+    owner = type(pl_module).__name__
+    found = misread_labels(pl_module, tap, step, batch, args, kwargs)
+    if isinstance(found, Difference) and found.name == LOSS:
+        raise MisconfigurationException(
+            f"expected a loss of {owner} with the same value for class indices and their one-hot rows (B, C), got "
+            f"{_shown(found.indices)} and {_shown(found.rows)}, as with class weights; use F.cross_entropy(..., "
+            "reduction='sum') / len(y) with weights of mean 1, which is the same for both, or SANM(labels=False), which keeps "
+            "the labels unchanged"
+        )
+    if found is not None:
+        raise MisconfigurationException(
+            f"expected a training step of {owner} that accepts class probabilities (B, C), got one that reads its labels as "
+            f"class indices ({found}); use 'y if y.ndim == 1 else y.argmax(1)' as indices, or SANM(labels=False), which keeps "
+            "the labels unchanged"
+        )
+
+
+class Difference(NamedTuple):
+    """A value that differs between class indices and one-hot rows."""
+
+    name: str
+    indices: Tensor
+    rows: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.name} is {_shown(self.rows)} instead of {_shown(self.indices)}"
+
+
+LOSS = "loss of the step"
+
+
 def misread_labels(
     pl_module: L.LightningModule, tap: FeatureExtractor, step: Any, batch: Any, args: Any, kwargs: Any
-) -> str | None:
-    """Describe the difference of a training step with one-hot rows instead of class indices; None if there is none.
+) -> Difference | str | None:
+    """Find a difference of a training step with one-hot rows instead of class indices, or the error of rows; or None.
 
-    The step runs on copies of the module, with the predicted labels (so that no accuracy is zero by chance) and a batch
-    size that is neither 1 nor the number of classes (so that wrong broadcasts raise an error). Logged values and
-    metrics must be the same with indices and with rows. Values that change with the loss (cross-entropy with class
-    weights normalizes rows differently), or between two runs (times), are ignored.
+    The step runs on copies of the module, with a batch size that is neither 1 nor the number of classes (so that wrong
+    broadcasts raise an error). Losses are compared with labels of all classes (so that class weights show), logged
+    values and metrics with the predicted labels (so that no accuracy is zero by chance). Values that change between two
+    runs (times) are ignored.
     """
     images, labels = images_and_labels(batch)
     if labels.ndim != 1 or getattr(step, "__self__", None) is not pl_module:
@@ -69,7 +110,7 @@ def misread_labels(
         for name, metric in _metrics(twin):
             if metric.update_called:
                 _note(figures, name, metric.compute())
-        _note(figures, "loss", out.get("loss") if isinstance(out, Mapping) else out)
+        _note(figures, LOSS, out.get("loss") if isinstance(out, Mapping) else out)
         return figures, twin_tap.logits
 
     def quietly(given: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -81,21 +122,36 @@ def misread_labels(
             warnings.simplefilter("ignore")
             return rehearse(given)
 
+    def one_hot(given: Tensor) -> Tensor:
+        return F.one_hot(given.long(), tap.num_classes).float()
+
+    every_class = (torch.arange(len(rows), device=labels.device) % tap.num_classes).to(labels.dtype)
     try:
-        _, logits = quietly(labels[rows])
-        predicted = logits.argmax(1) if logits is not None and logits.shape[:1] == rows.shape else labels[rows]
-        plain, again = quietly(predicted)[0], quietly(predicted)[0]
-    except Exception:  # index labels fail as well, or the module cannot be copied: training raises the error
+        copy.deepcopy((pl_module, tap))
+    except Exception as error:
+        rank_zero_warn(
+            f"expected {type(pl_module).__name__} to be copyable, to check its training step with class probabilities, got "
+            f"{type(error).__name__}: {error}; check that the loss is the same for class indices and one-hot rows"
+        )
         return None
     try:
-        soft = quietly(F.one_hot(predicted, tap.num_classes).float())[0]
+        each, logits = quietly(every_class)
+        predicted = logits.argmax(1) if logits is not None and logits.shape[:1] == rows.shape else every_class
+        predicted = predicted.to(labels.dtype)
+        plain, again = quietly(predicted)[0], quietly(predicted)[0]
+    except Exception:  # index labels fail as well: training raises the error
+        return None
+    try:
+        soft, each_soft = quietly(one_hot(predicted))[0], quietly(one_hot(every_class))[0]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    loss_change = soft["loss"] / plain["loss"] if {"loss"} <= plain.keys() & soft.keys() else torch.ones(1)
-    for name in plain.keys() & again.keys() & soft.keys():
-        before, after = plain[name], soft[name]
-        if _close(before, again[name]) and not _close(before, after) and not _close(before * loss_change, after):
-            return f"{name} is {_shown(after)} instead of {_shown(before)}"
+    steady = {name for name in plain.keys() & again.keys() if _close(plain[name], again[name])}
+    compared = [(name, plain, soft) for name in sorted(steady)]
+    if LOSS in steady:
+        compared.insert(0, (LOSS, each, each_soft))
+    for name, before, after in compared:
+        if name in before and name in after and not _close(before[name], after[name]):
+            return Difference(name, before[name], after[name])
     return None
 
 

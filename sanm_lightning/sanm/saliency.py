@@ -20,7 +20,7 @@ from sanm_lightning.sanm.activation import (
     is_pooled_linear,
 )
 from sanm_lightning.sanm.feature_extractor import with_feature_map
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import inference_context, input_channels
 from sanm_lightning.sanm.last_map import depends, nonzero_classifier
 from sanm_lightning.sanm.options import made_from
 
@@ -211,7 +211,9 @@ class ActivationMaps:
         """
         like = next(network.parameters(), torch.zeros(())) if isinstance(network, nn.Module) else torch.zeros(())
         try:
-            images = torch.rand(2, 3, *image_size, generator=generator).to(like.device, like.dtype)
+            images = torch.rand(2, input_channels(network), *image_size, generator=generator).to(
+                like.device, like.dtype
+            )
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}; use a smaller one"
@@ -231,6 +233,7 @@ class ActivationMaps:
         features: Tensor | None,
         generator: torch.Generator,
         batch_statistics: bool,
+        in_unit_range: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[NetworkOutput, Tensor | None]:
         """Return the network's output for images (B, 3, H, W), without gradient, and activation maps (B, h, w).
 
@@ -240,6 +243,7 @@ class ActivationMaps:
             features: features of the images, if available.
             generator: random generator, on the device of the images.
             batch_statistics: whether batch norm uses the statistics of the batch.
+            in_unit_range: function that converts the images to [0, 1] for a :class:`FrozenNetwork`; None for such images.
         """
         gradient = self.chosen is grad_cam or (self.chosen is None and self.saliency is not None)
         with inference_context(network, images, batch_statistics):
@@ -249,6 +253,8 @@ class ActivationMaps:
         if self.chosen is None:
             return output, None
         with inference_context(network, images):
+            if in_unit_range is not None and isinstance(self.chosen, FrozenNetwork):
+                output = output._replace(images=in_unit_range(images))
             maps = self.chosen(output)
         return output.detach(), maps
 

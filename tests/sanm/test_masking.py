@@ -392,7 +392,7 @@ class TestApplyMask:
         ],
     )
     def test_refuses_shapes_that_do_not_fit(self, images: Tensor, box: Tensor) -> None:
-        with pytest.raises(ValueError, match=r"expected floating images \(B, 3, H, W\) and box \(B, 4\), got \("):
+        with pytest.raises(ValueError, match=r"expected floating images \(B, C, H, W\) and box \(B, 4\), got \("):
             apply_mask(images, box)
 
     def test_refuses_another_fill(self) -> None:

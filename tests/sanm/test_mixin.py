@@ -74,7 +74,7 @@ def test_the_module_owns_the_decoder_and_a_plain_strict_load_brings_it_back(tmp_
     module = Mine(5, sanm=SANM(mu=0.4, ratio="fixed"))
     fit(module, ModelCheckpoint(tmp_path, "last"))
     state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    assert any(name.startswith("sanm.decoder.") for name in state["state_dict"])
+    assert any(name.startswith("decoder.") for name in state["sanm"]["state_dict"])
     assert "sanm" not in state["callbacks"]["SANMCallback"]
     loaded = Mine.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert (loaded.sanm.mu, loaded.sanm.ratio, loaded.hparams["width"]) == (0.4, "fixed", 5)

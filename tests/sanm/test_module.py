@@ -669,7 +669,7 @@ class TestWrongInput:
     )
     def test_shapes_that_do_not_fit(self, images: tuple[int, ...], targets: tuple[int, ...]) -> None:
         sanm, net = built()
-        with pytest.raises(ValueError, match=r"expected images \(B, 3, H, W\) and targets \(B, C\).*got \("):
+        with pytest.raises(ValueError, match=r"expected images \(B, C, H, W\) and targets \(B, C\).*got \("):
             sanm(net, torch.ones(images), torch.ones(targets), None)
 
     @pytest.mark.parametrize("shape", [(5,), (6, 1), ()])

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from sanm_lightning import SANMCallback, SANMMixin
-from sanm_lightning.sanm.callback import _require_whole_weights
+from sanm_lightning.sanm.checks import require_whole_weights
 from tests.methods.toy import data, method, trainer
 
 
@@ -57,6 +57,6 @@ def test_every_strategy_of_that_kind_is_refused_and_ddp_is_not(kind):
         strategy = kind.__new__(kind)
 
     with pytest.raises(MisconfigurationException, match=kind.__name__):
-        _require_whole_weights(Run(), Step())
+        require_whole_weights(Run(), Step())
     Run.strategy = DDPStrategy()
-    _require_whole_weights(Run(), Step())
+    require_whole_weights(Run(), Step())
