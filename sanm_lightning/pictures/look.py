@@ -12,7 +12,6 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.pictures.masks import SampleBlock
 from sanm_lightning.pictures.style import short
 from sanm_lightning.random_streams import named_generator
-from sanm_lightning.sanm.activation import feature_map
 from sanm_lightning.sanm.foreign_batch import probabilities
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.module import SANM
@@ -87,7 +86,7 @@ class Look(NamedTuple):
             masked = views.images[-copies * len(images) :][: len(images)]
             with inference_context(self.network, masked):
                 features = self.network.forward_features(masked)
-                rebuilt = sanm.decoder(feature_map(features, sanm.decoder.shape[0], masked.shape[2:]))
+                rebuilt = sanm.rebuild(features, masked.shape[2:])
         texts = self._texts(targets.argmax(1), batch.true_labels, views.logits.argmax(1), known, views.ratio)
         views = views._replace(images=sanm.in_unit_range(views.images))
         return SampleBlock(heading, sanm.in_unit_range(images), views, rebuilt, texts)

@@ -15,6 +15,7 @@ __all__ = [
     "feature_map",
     "gradient_activation_map",
     "is_pooled_linear",
+    "quantize",
     "upsample",
 ]
 
@@ -143,6 +144,15 @@ def upsample(activation: Tensor, size: tuple[int, int]) -> Tensor:
         parts = activation.index_select(dim, low), activation.index_select(dim, high)
         activation = torch.lerp(*parts, weight if dim == 2 else weight.unsqueeze(1))
     return activation
+
+
+def quantize(activation: Tensor, levels: int) -> Tensor:
+    """Scale each activation map (B, h, w) to 0 to ``levels`` - 1, and round down. A constant map becomes 0.
+
+    Source: the released code of SANM, with 256 levels, the values of a gray image.
+    """
+    low, high = activation.amin((1, 2), keepdim=True), activation.amax((1, 2), keepdim=True)
+    return ((activation - low) / torch.where(high > low, high - low, 1) * (levels - 1)).floor()
 
 
 def _between(cells: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

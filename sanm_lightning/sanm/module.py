@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sanm_lightning.random_streams import named_generator, named_seed, process_rank
-from sanm_lightning.sanm.activation import Backbone, feature_map, upsample
+from sanm_lightning.sanm.activation import Backbone, feature_map, quantize, upsample
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
     RATIO_RANGES,
@@ -21,6 +21,7 @@ from sanm_lightning.sanm.masking import (
 from sanm_lightning.sanm.normalization import Normalization
 from sanm_lightning.sanm.options import check_ranges, created_from, path_of, plain
 from sanm_lightning.sanm.quality import LabelQuality, QualityEstimator, resolve_quality
+from sanm_lightning.sanm.quality_source import QualitySource
 from sanm_lightning.sanm.reconstruction import Decoder, reconstruction_loss
 from sanm_lightning.sanm.saliency import (
     ActivationMaps,
@@ -36,7 +37,7 @@ from sanm_lightning.sanm.views import Quality, Views
 __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
 
 
-class SANM(nn.Module):
+class SANM(QualitySource):
     """Self-supervised Adversarial Noisy Masking, for use with any method for learning with noisy labels.
 
     Source: SANM (Tu et al., CVPR 2023), Algorithm 1. Two calls in a training step::
@@ -77,6 +78,11 @@ class SANM(nn.Module):
         area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code:
             1/2.
         spread: classes that receive the label's probability: ``"all"`` (Eq. 7) or ``"others"`` (released code).
+        scale: scale of fill and reconstruction: ``"unit"``, images in [0, 1], or ``"normalized"``, images as the network
+            receives them (released code), in which the reconstruction loss is larger by 1 / std^2 and the fill U(0, 1) is
+            brighter than the mean of the images.
+        map_levels: number of levels to which an activation map is quantized before its extremes are found, the first of
+            ties; None uses the map as it is. Released code: 256.
         batch_statistics: whether batch norm uses batch statistics in the pass over the unmasked images, as in the
             released code, whose network is in training mode; False uses running statistics, which are those of masked
             images and lag behind: on digits with half of the labels wrong, the test accuracy in mid-training of a first
@@ -111,6 +117,8 @@ class SANM(nn.Module):
         regions: Literal["peak", "peak_and_trough"] = "peak",
         area: float = 1.0,
         spread: Literal["all", "others"] = "all",
+        scale: Literal["unit", "normalized"] = "unit",
+        map_levels: int | None = None,
         batch_statistics: bool = True,
         keep_unmasked: bool = False,
         warmup_epochs: int | None = None,
@@ -128,7 +136,8 @@ class SANM(nn.Module):
             "place": plain(self.place), "ratio": plain(ratio), "evidence": evidence, "history": history,
             "ratio_range": None if ratio_range is None else [low, high], "fill": fill, "anchor": anchor,
             "quality": (quality or "estimated") if estimator is None else estimator.options, "regions": regions,
-            "area": area, "spread": spread, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
+            "area": area, "spread": spread, "scale": scale,
+            "map_levels": map_levels, "batch_statistics": batch_statistics, "keep_unmasked": keep_unmasked,
             "warmup_epochs": warmup_epochs, "seed": seed,
         }  # fmt: skip
         """The arguments as built-in types, for checkpoints; subclasses add theirs."""
@@ -141,16 +150,18 @@ class SANM(nn.Module):
         self.fill, self.keep_unmasked, self.warmup_epochs = fill, keep_unmasked, warmup_epochs
         self.batch_statistics = batch_statistics
         self.anchor, self.regions, self.area, self.spread = anchor, regions, area, spread
+        self.scale, self.map_levels = scale, map_levels
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
         self.normalization: Normalization | None = None
         """Normalization of the images that :meth:`forward` and :meth:`reconstruction` receive; None for [0, 1]."""
+        self.network_normalization: Normalization | None = None
+        """Normalization in the network, for images in [0, 1] and the scale "normalized"; set by :meth:`build`."""
         self.last: dict[str, Tensor] = {}
         """Metrics of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
         self._views: Views | None = None  # of the last call, for `reconstruction` without views
-        self._out_of_range: Tensor | None = None  # whether a quality outside [0, 1] was used since the last fit
 
     @classmethod
     def off(cls) -> "SANM":
@@ -186,11 +197,6 @@ class SANM(nn.Module):
         return twin
 
     @property
-    def prefers_method_quality(self) -> bool:
-        """Whether a method's estimate of label quality replaces that of SANM."""
-        return self.quality == "estimated"
-
-    @property
     def softens_labels(self) -> bool:
         """Whether labels are changed after the warm-up, without a look at their quality."""
         return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
@@ -223,36 +229,13 @@ class SANM(nn.Module):
         output = self.maps.build(network, image_size, named_generator("probe", self.seed))
         if self.reconstruct and self.decoder is None:
             self._create_decoder(output.maps.shape[1:], image_size, output.images.shape[1])
+        if self.scale == "normalized" and self.normalization is None:
+            self.network_normalization = Normalization.of_network(network)
         self.to(output.logits.device, output.logits.dtype)
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
         """Return whether images are masked in ``epoch``, given the method's number of warm-up epochs."""
         return self.enabled and epoch >= (method_warmup if self.warmup_epochs is None else self.warmup_epochs)
-
-    def source_of_quality(
-        self, targets: Tensor, index: Tensor | None = None, true_labels: Tensor | None = None
-    ) -> Quality:
-        """Return the ``quality`` argument of :meth:`forward`: the estimate, or the oracle quality if configured.
-
-        Args:
-            targets: given labels as class probabilities, shape (B, C).
-            index: positions in the training set, shape (B,), or None.
-            true_labels: true class indices, shape (B,), or None; used by the oracle only.
-
-        Returns:
-            Quality, shape (B,), or a function of the logits.
-
-        Raises:
-            ValueError: if the oracle is configured and the batch has no true labels.
-        """
-        if self.quality == "oracle":
-            if true_labels is None:
-                raise ValueError(
-                    "expected batches with true_labels for quality: oracle, got none; use quality: estimated, or data "
-                    "with known true labels"
-                )
-            return (targets.argmax(1) == true_labels).float()
-        return lambda logits: self.label_quality(logits, targets, index)
 
     def forward(
         self,
@@ -310,6 +293,8 @@ class SANM(nn.Module):
             masked, box, activation = images, None, None
             if maps is not None:
                 activation = upsample(maps, (images.shape[2], images.shape[3]))
+                if self.map_levels is not None:
+                    activation = quantize(activation, self.map_levels)
                 masked, box = self._masked(images, activation, ratio, generator)
                 softened = softened.repeat(len(masked) // len(images), 1)
                 self.last["masked_fraction"] = masked_fraction(box, (images.shape[2], images.shape[3])).mean()
@@ -324,8 +309,7 @@ class SANM(nn.Module):
         """Return beta times the reconstruction loss of the images from the features of their masked views.
 
         Source: SANM, Eq. 9 and 10, Algorithm 1, steps 9 and 10. Before the first mask, the decoder is used with weight
-            0,
-        because DistributedDataParallel does not support unused parameters.
+        0, because DistributedDataParallel does not support unused parameters.
 
         Args:
             features: features of the views' images, from the training forward pass, shape (V, D, h, w), with gradient;
@@ -357,30 +341,10 @@ class SANM(nn.Module):
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0], images.shape[2:]))
-        target = self.in_unit_range(images)
+        target = self._target(images)
         loss = reconstruction_loss(painted, target.repeat(copies, 1, 1, 1) if copies > 1 else target)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
-
-    def fit_quality(self, module: Any = None) -> None:
-        """Fit the estimator of label quality; call it once per epoch, in every process.
-
-        Raises:
-            ValueError: if a quality outside [0, 1] was used since the last call.
-        """
-        wrong, self._out_of_range = self._out_of_range, None
-        if wrong is not None and bool(wrong):
-            raise ValueError(
-                "expected label quality in [0, 1], got values outside of it (or NaN) in the last epoch; return the "
-                "probability that the given label is correct"
-            )
-        self.label_quality.fit(module)
-
-    def _check_later(self, quality: Tensor) -> None:
-        """Record on the device whether a quality (B,) is outside [0, 1]; on the CPU, its users raise immediately."""
-        if quality.device.type != "cpu":
-            bad = ~((quality >= 0) & (quality <= 1)).all()
-            self._out_of_range = bad if self._out_of_range is None else self._out_of_range | bad
 
     def _masked(
         self, images: Tensor, activation: Tensor, ratio: Tensor, generator: torch.Generator
@@ -391,12 +355,30 @@ class SANM(nn.Module):
         extremes = [activation] if self.regions == "peak" else [activation, -activation]
         boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
         box, copied = torch.cat(boxes), images if len(boxes) == 1 else images.repeat(len(boxes), 1, 1, 1)
-        normalize = None if self.normalization is None else self.normalization.normalize
-        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=normalize), box
+        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=self._fill), box
+
+    def _fill(self, noise: Tensor) -> Tensor:
+        """Convert the fill U(0, 1) to the scale of the images of a batch."""
+        if self.scale == "unit":
+            return noise if self.normalization is None else self.normalization.normalize(noise)
+        return noise if self.network_normalization is None else self.network_normalization.denormalize(noise)
+
+    def _target(self, images: Tensor) -> Tensor:
+        """Return the images of a batch (B, C, H, W) in the scale of the reconstruction."""
+        if self.scale == "unit":
+            return self.in_unit_range(images)
+        return images if self.network_normalization is None else self.network_normalization.normalize(images)
 
     def in_unit_range(self, images: Tensor) -> Tensor:
         """Convert images of a batch (B, C, H, W) to [0, 1], if they are normalized."""
         return images if self.normalization is None else self.normalization.denormalize(images)
+
+    def rebuild(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
+        """Return the decoder's images (B, C, H, W) in [0, 1] from features of masked images of a size, for pictures."""
+        assert self.decoder is not None
+        painted: Tensor = self.decoder(feature_map(features, self.decoder.shape[0], image_size))
+        normalized = self.network_normalization or self.normalization if self.scale == "normalized" else None
+        return painted if normalized is None else normalized.denormalize(painted)
 
     def _create_decoder(self, shape: Sequence[int], image_size: Sequence[int], image_channels: int = 3) -> None:
         seed, map_size, size = named_seed("decoder", self.seed), (shape[1], shape[2]), (image_size[0], image_size[1])

@@ -53,6 +53,21 @@ class Normalization(nn.Module):
             )
         return cls(mean, std)
 
+    @classmethod
+    def of_network(cls, network: Any) -> "Normalization":
+        """Return the normalization that a network applies to images in [0, 1], its ``mean`` and ``std``.
+
+        Raises:
+            ValueError: if the network does not normalize.
+        """
+        mean, std = (getattr(network, name, None) for name in ("mean", "std"))
+        if not (isinstance(mean, Tensor) and isinstance(std, Tensor)):
+            raise ValueError(
+                f"expected a network with mean and std for scale: normalized, got {type(network).__name__} without them; "
+                "use scale: unit, or networks by name"
+            )
+        return cls(mean.flatten().tolist(), std.flatten().tolist())
+
     @property
     def is_identity(self) -> bool:
         """Whether images are left unchanged. It synchronizes with the device."""

@@ -31,9 +31,12 @@ def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
         "anchor": ("center", "corner"),
         "regions": ("peak", "peak_and_trough"),
         "spread": ("all", "others"),
+        "scale": ("unit", "normalized"),
     }
     for name, (one, other) in words.items():
         _require(options[name] in (one, other), f"{name} {one!r} or {other!r}", options[name])
+    levels = options["map_levels"]
+    _require(levels is None or (isinstance(levels, int) and levels >= 2), "map_levels >= 2 or null", levels)
     warmup = options["warmup_epochs"]
     _require(warmup is None or warmup >= 0, "warmup_epochs >= 0 or null", warmup)
 

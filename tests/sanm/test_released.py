@@ -1,21 +1,27 @@
 """The switches of SANM's released code: corner boxes, two copies, half the area, another spread. Defaults are the paper's."""
 
 import math
+from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.models import create_network
 from sanm_lightning.sanm import SANM, apply_mask, mask_box, reconstruction_loss, regularize_labels
+from sanm_lightning.sanm.activation import quantize
 from sanm_lightning.sanm.masking import inside_box, masked_fraction
+from sanm_lightning.sanm.normalization import Normalization
 from tests.methods.toy import data, method, trainer
 from tests.sanm.test_module import batch, built
 
 RELEASED = {
     "mu": 0.03, "beta": 0.04, "place": "energy", "ratio": "affine", "ratio_range": (0.02, 0.07), "fill": "channel",
-    "anchor": "corner", "regions": "peak_and_trough", "area": 0.5, "spread": "others",
+    "anchor": "corner", "regions": "peak_and_trough", "area": 0.5, "spread": "others", "map_levels": 256,
 }  # fmt: skip
 
 
@@ -145,9 +151,93 @@ class TestTwoCopies:
         assert 0 < run.callback_metrics["train/masked_fraction"] < 0.1
 
 
+class TestNormalizedScale:
+    """Fill and reconstruction are made in the scale of the images that the network receives."""
+
+    MEAN, STD = (0.3, 0.5, 0.6), (0.2, 0.25, 0.1)
+
+    def views(self, fill: str = "pixel") -> tuple[SANM, Any, Tensor, Any]:
+        torch.manual_seed(0)
+        network = create_network("small_cnn", 4, self.MEAN, self.STD, width=4).eval()
+        sanm = SANM(mu=0.6, ratio="fixed", beta=0.5, fill=fill, scale="normalized", seed=0)
+        images = torch.rand(8, 3, 32, 32)
+        sanm.build(network, (32, 32))
+        return sanm, network, images, sanm(network, images, torch.eye(4).repeat(2, 1), torch.zeros(8))
+
+    def test_the_fill_is_uniform_in_normalized_units(self):
+        """As if U(0, 1) were written into the normalized images: its mean is mean + std / 2 for images in [0, 1]."""
+        _, _, images, views = self.views()
+        hidden = inside_box(views.box, (32, 32)).expand_as(images)
+        for channel, (mean, std) in enumerate(zip(self.MEAN, self.STD, strict=True)):
+            inside = (views.images[:, channel][hidden[:, channel]] - mean) / std
+            assert float(inside.min()) >= 0
+            assert float(inside.max()) <= 1
+            assert float(inside.mean()) == pytest.approx(0.5, abs=0.02)
+        assert torch.equal(views.images[~hidden], images[~hidden])
+
+    def test_the_reconstruction_is_that_of_normalized_images(self):
+        sanm, network, images, views = self.views()
+        features = network.forward_features(views.images)
+        mean, std = (torch.tensor(part).view(3, 1, 1) for part in (self.MEAN, self.STD))
+        expected = 0.5 * (sanm.decoder(features) - (images - mean) / std).square().mean()
+        torch.testing.assert_close(sanm.reconstruction(features, images, views), expected)
+        torch.testing.assert_close(sanm.rebuild(features, (32, 32)), sanm.decoder(features) * std + mean)
+
+    def test_of_images_that_the_data_normalize_nothing_is_converted(self):
+        """A module with normalized images: U(0, 1) is written into them, and they are the target as they are."""
+        net = built(seed=0)[1]
+        images, targets, quality = batch()
+        sanm = SANM(mu=0.6, ratio="fixed", scale="normalized", seed=0)
+        sanm.normalization = Normalization(self.MEAN, self.STD)
+        sanm.build(net, tuple(images.shape[2:]))
+        images = sanm.normalization.normalize(images)
+        views = sanm(net, images, targets, quality)
+        hidden = inside_box(views.box, tuple(images.shape[2:])).expand_as(images)
+        assert 0 <= float(views.images[hidden].min()) <= float(views.images[hidden].max()) <= 1
+        features = net.forward_features(views.images)
+        expected = sanm.beta * reconstruction_loss(sanm.decoder(features), images)
+        torch.testing.assert_close(sanm.reconstruction(features, images, views), expected)
+
+    def test_a_network_without_statistics_is_refused(self):
+        network = timm.create_model("small_cnn", num_classes=4, width=4)
+        with pytest.raises(
+            ValueError, match="network with mean and std for scale: normalized, got SmallCNN without them"
+        ):
+            SANM(scale="normalized").build(network, (32, 32))
+
+
+class TestMapLevels:
+    @given(st.integers(0, 2**32), st.sampled_from([2, 16, 256]))
+    def test_against_a_loop(self, seed, levels):
+        maps = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(seed)).double()
+        for one, found in zip(maps, quantize(maps, levels), strict=True):
+            low, high = float(one.min()), float(one.max())
+            for value, level in zip(one.flatten().tolist(), found.flatten().tolist(), strict=True):
+                assert level == math.floor((value - low) / (high - low) * (levels - 1))
+
+    def test_a_constant_map_is_the_lowest_level(self):
+        assert torch.equal(quantize(torch.full((2, 3, 3), 7.0), 256), torch.zeros(2, 3, 3))
+
+    def test_the_first_of_the_tied_extremes_is_masked(self):
+        """With two levels nearly all pixels are tied at the minimum: its box has its corner at the first one."""
+        sanm, net = built(**{**RELEASED, "map_levels": 2, "ratio": "fixed", "mu": 0.2, "ratio_range": None}, seed=0)
+        images, targets, quality = batch()
+        views = sanm(net, images, targets, quality)
+        fine, _ = built(**{**RELEASED, "map_levels": None, "ratio": "fixed", "mu": 0.2, "ratio_range": None}, seed=0)
+        whole = fine(net, images, targets, quality).activation
+        for i in range(6):
+            levels = quantize(whole[i][None], 2)[0].flatten().tolist()
+            height, width = images.shape[2:]
+            for number, value in ((0, 1.0), (1, 0.0)):
+                row, column = divmod(levels.index(value), width)
+                up, down, left, right = views.box[6 * number + i].tolist()
+                assert abs(up - min(row, height - (down - up))) <= 0.5, "moved inside at the border"
+                assert abs(left - min(column, width - (right - left))) <= 0.5
+
+
 def test_the_defaults_are_the_papers():
     sanm, net = built(seed=0)
-    other, _ = built(seed=0, anchor="center", regions="peak", area=1.0, spread="all")
+    other, _ = built(seed=0, anchor="center", regions="peak", area=1.0, spread="all", scale="unit", map_levels=None)
     images, targets, quality = batch()
     for one, two in zip(sanm(net, images, targets, quality), other(net, images, targets, quality), strict=True):
         assert torch.equal(one, two)
@@ -161,6 +251,8 @@ def test_the_defaults_are_the_papers():
         ({"regions": "all"}, "regions 'peak' or 'peak_and_trough'"),
         ({"area": 0.0}, r"area in \(0, 1\], got 0.0"),
         ({"spread": "none"}, "spread 'all' or 'others'"),
+        ({"scale": "bytes"}, "scale 'unit' or 'normalized', got 'bytes'"),
+        ({"map_levels": 1}, "map_levels >= 2 or null, got 1"),
     ],
 )
 def test_wrong_arguments(option, message):
