@@ -81,7 +81,7 @@ class TestPreActResNet18:
                 assert torch.equal(block(x), torch.relu(block.norm1(x)))
 
     def test_both_forms_have_the_same_parameters_and_other_logits(self) -> None:
-        torch.manual_seed(0)
+        torch.manual_seed(4)
         plain, released = (timm.create_model(f"preact_resnet18{form}", width=4).eval() for form in ("", "_dividemix"))
         released.load_state_dict(plain.state_dict())
         images = torch.rand(2, 3, 32, 32)
