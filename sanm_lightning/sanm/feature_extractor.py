@@ -103,8 +103,13 @@ class FeatureExtractor(nn.Module):
 
     def _attach(self, images: Tensor, other: Tensor, layer: str | None, need_classifier: bool, need_map: bool) -> None:
         name = type(self.network).__name__
-        if layer is not None and layer not in dict(self.network.named_modules()):
-            raise ValueError(f"expected a layer {layer!r} in {name}, got no such submodule; check layer=")
+        if layer is not None:
+            try:
+                self.network.get_submodule(layer)
+            except AttributeError:
+                raise ValueError(
+                    f"expected a layer {layer!r} in {name}, got no such submodule; check layer= (sanm_layer= of the mixin)"
+                ) from None
         seen = trace(self.network, images)
         if not (isinstance(seen.logits, Tensor) and seen.logits.ndim == 2):
             got = f"shape {tuple(seen.logits.shape)}" if isinstance(seen.logits, Tensor) else type(seen.logits).__name__
@@ -139,10 +144,11 @@ class FeatureExtractor(nn.Module):
         self._plain_features = inner.forward_features
         release = shadow(inner, "forward_features", self._features_of)
         self._undo.append(release)
-        if self._leads_to_logits(images, None):
-            logits = self.forward_head(self.features)
-            if _distance(logits_of(self.network(images)), logits) <= 1e-4 * float(logits.abs().max()):
-                return True
+        with contextlib.suppress(ValueError):  # no map and no tokens
+            if self._leads_to_logits(images, None):
+                logits = self.forward_head(self.features)
+                if _distance(logits_of(self.network(images)), logits) <= 1e-4 * float(logits.abs().max()):
+                    return True
         self._undo.remove(release)
         release()
         return False

@@ -165,7 +165,7 @@ def activation_of(saliency: Saliency, network: Backbone, output: NetworkOutput) 
     """
     if saliency not in (cam, energy):
         return saliency
-    name, (height, width) = type(network).__name__, output.images.shape[2:]
+    name, (height, width) = _kind(network), output.images.shape[2:]
     maps = output.maps.detach()
     if maps.shape[2] * maps.shape[3] == 1:
         raise ValueError(
@@ -181,6 +181,11 @@ def activation_of(saliency: Saliency, network: Backbone, output: NetworkOutput) 
             "earlier layer, or place: random (--model.sanm.place random)"
         )
     return grad_cam if saliency is cam else energy
+
+
+def _kind(network: Any) -> str:
+    """Return the class name of a network, without wrappers."""
+    return type(getattr(network, "network", network)).__name__
 
 
 class ActivationMaps:
@@ -263,7 +268,7 @@ class ActivationMaps:
             return
         self.chosen = activation_of(self.saliency, network, output)
         if self.saliency is cam:
-            name = type(getattr(network, "network", network)).__name__
+            name = _kind(network)
             place = getattr(network, "map_place", "the output of forward_features")
             kind, why = "class activation map", "its head is one linear layer after global average pooling"
             if self.chosen is grad_cam:
