@@ -204,7 +204,7 @@ MEANS = {
 MEAN_CASES = [(name, under) for name in MEANS for under in ("alone", "sanm") if (name, under) != ("SimCLR", "sanm")]
 
 
-def negative(images, box, fill, generator):
+def negative(images, box, fill, generator, normalize):
     """A fill that is a function of the image, in place of random numbers."""
     inside = sanm_lightning.sanm.masking.inside_box(box, images.shape[-2:])
     return torch.where(inside, 1 - images, images)
