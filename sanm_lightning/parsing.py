@@ -111,7 +111,7 @@ def parser_sentence(message: str, parser: Any) -> str:
         parser: the parser that the message is about, which has the known options.
     """
     places = list(_places(message))
-    for find in (_unknown_option, _unknown_class, _wrong_value):
+    for find in (_unknown_option, _unknown_class, _wrong_value, _invalid_part):
         for place in places:
             sentence = find(place, parser)
             if sentence:
@@ -203,6 +203,18 @@ def _wrong_value(place: _Place, parser: Any) -> str | None:
             f"near: {', '.join(near)}" if near else "choose one of these"
         )
     return f"expected {place.key} of type {types}, got {value!r}; use a value of this type"
+
+
+def _invalid_part(place: _Place, parser: Any) -> str | None:
+    """Return a sentence for any other message about a part of the configuration, which names the part."""
+    frame = ("Parser key", "Problem with", "Does not validate", "Subtypes:", "Errors:", "Expected a", "Given value")
+    if not place.key or place.text.startswith(frame):
+        return None
+    reason = re.sub(r"^Type .* expects a function or a callable class: |\. Got value: .*$", "", place.text)
+    number = re.fullmatch(r"'(\w+)' object has no attribute 'keys'", reason)
+    if number:
+        return f"expected options by name in init_args of {place.key}, got a value of type {number[1]}; use a mapping"
+    return f"expected valid options of {place.key}, got {reason!r}; see '{_command(parser)} --help'"
 
 
 def _of_argparse(message: str, parser: Any) -> str:

@@ -63,9 +63,10 @@ class TestParser:
             ("trainer: {max_epoch: 3}", "expected an option of sanm fit, got 'trainer.max_epoch'; near: trainer.max_epochs"),
             ("model: {class_path: ELR, init_args: {sanm: {class_path: SANM, init_args: {muu: 1}}}}", "expected an option of S"),
             ("data: {class_path: Toy, init_args: {noise: {knd: pair}}}", "expected an option of Toy, got 'data.noise.knd'; n"),
+            ("data: {class_path: Toy, init_args: 3}", "expected options by name in init_args of data, got a value of type int"),
             ("model: [", "expected configs in valid YAML, got a file that cannot be parsed (while parsing"),
         ],
-        ids=["section", "trainer", "nested", "group", "not YAML"],
+        ids=["section", "trainer", "nested", "group", "number", "not YAML"],
     )  # fmt: skip
     def test_says_it_of_configs_too(self, monkeypatch, capsys, config, expected):
         Path("mine.yaml").write_text(config)
