@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["batch_number", "limit_batch_size", "resume_evaluation", "set_up_again", "sets_rate"]
+__all__ = ["batch_number", "limit_batch_size", "restore_loader", "resume_evaluation", "set_up_again", "sets_rate"]
 
 COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 """Callbacks that copy the module in ``setup``, by name, because lightning and pytorch_lightning have separate classes."""
@@ -34,6 +34,15 @@ def resume_evaluation(loops: dict[str, Any]) -> None:
     evaluation["total"].update(ready=1, started=1, processed=0, completed=0)
     evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
     evaluation["is_last_batch"] = False
+
+
+def restore_loader(trainer: Any) -> None:
+    """Restore the position of the training loader, unless it is restored.
+
+    Lightning restores it when it creates the loader. A schedule over the whole training needs the loader earlier, before
+    the checkpoint's loops are restored.
+    """
+    trainer.fit_loop._load_combined_loader_states()
 
 
 def set_up_again(trainer: Any, pl_module: Any, own: Collection[Any]) -> None:

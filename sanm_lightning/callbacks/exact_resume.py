@@ -8,7 +8,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
-from sanm_lightning.compat import resume_evaluation
+from sanm_lightning.compat import restore_loader, resume_evaluation
 from sanm_lightning.random_streams import process_rank, several_processes
 
 __all__ = ["ExactResume", "require_same_method"]
@@ -53,7 +53,8 @@ class ExactResume(L.Callback):
         self._stream = None if streams is None else streams[process_rank() % len(streams)].clone()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Restore the stream that dropout uses."""
+        """Restore the stream that dropout uses, and the position of the loader."""
+        restore_loader(trainer)
         if self._stream is not None:
             torch.set_rng_state(self._stream)
             self._stream = None

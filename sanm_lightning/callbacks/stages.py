@@ -1,6 +1,5 @@
 """Training stages, such as warm-up, with separate length, learning rate, and reset or frozen parameters."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -107,10 +106,8 @@ class Stages(L.Callback):
                     f"expected max_epochs that reach the stage {name!r} of {type(pl_module).__name__}, got {epochs}; "
                     "results.json lists the stage with 0 epochs"
                 )
-        if (
-            any(stage.factor and stage.epochs is None for stage in stages)
-            and trainer.estimated_stepping_batches == math.inf
-        ):
+        endless = trainer.max_epochs == trainer.max_steps == -1
+        if endless and any(stage.factor and stage.epochs is None for stage in stages):
             raise ValueError(
                 "expected max_epochs or max_steps for a stage with a factor and without a length, got neither; set one of "
                 "them, or the epochs of the stage"
@@ -139,12 +136,8 @@ class Stages(L.Callback):
         _, stage, first = locate(pl_module.stages(), trainer.current_epoch)
         self._before = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
         per_epoch = max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
-        rest = (
-            int(trainer.max_epochs or 1) - first
-            if trainer.max_epochs != -1
-            else -(-trainer.max_steps // per_epoch) - first
-        )
-        steps = per_epoch * int(stage.epochs or max(1, rest))
+        epochs = -(-trainer.max_steps // per_epoch) if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
+        steps = per_epoch * int(stage.epochs or max(1, epochs - first))
         factor = stage.factor(trainer.global_step - first * per_epoch, steps) if stage.factor else 1.0
         for group in optimizer.param_groups:
             group["lr"] = (group["lr"] if stage.lr is None else stage.lr) * factor

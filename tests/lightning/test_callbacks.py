@@ -147,7 +147,8 @@ class TestBatchSizeFinder:
         assert found >= SAMPLES
         assert equal(weights(run), weights(fit(kind, made={"batch_size": found})))
 
-    @pytest.mark.parametrize("kind", FOREIGN if FULL else ("mixin",))
+    @pytest.mark.skipif(not FULL, reason="in make test-all")
+    @pytest.mark.parametrize("kind", FOREIGN)
     def test_it_finds_the_same_size_as_without_sanm(self, kind):
         finder, plain = size_finder(), size_finder()
         fit(kind, finder)
@@ -173,7 +174,7 @@ def fit_without(module: Any, data: Any, *listed: L.Callback) -> L.Trainer:
 
 
 class TestLearningRateFinder:
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", KINDS if FULL else ("callback-before", "method"))
     def test_the_run_equals_one_with_the_rate_that_was_found(self, kind):
         run = fit(kind, finder := callbacks.LearningRateFinder(num_training_steps=20), epochs=6)
         found = finder.optimal_lr.suggestion()

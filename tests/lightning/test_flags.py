@@ -150,7 +150,7 @@ def test_every_precision_of_lightning_is_classified():
     assert {*PRECISIONS, *NOT_INSTALLED} == set(typing.get_args(_PRECISION_INPUT_STR))
 
 
-@pytest.mark.parametrize("kind", KINDS if FULL else ("mixin", "method"))
+@pytest.mark.parametrize("kind", TESTED)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_first_epoch_is_close_to_single_precision_and_the_others_are_finite(precision, kind):
     found, single = Recorder(), Recorder()
@@ -163,7 +163,7 @@ def test_the_first_epoch_is_close_to_single_precision_and_the_others_are_finite(
     assert all(bool(value.isfinite().all()) for value in found.batches[-1].values())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS if FULL else ("bf16-true", "64-true"))
 def test_a_pass_over_the_training_set_is_close_to_single_precision(precision):
     def logits(precision: str) -> torch.Tensor:
         found = []

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import cli as lightning_cli
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.optim import lr_scheduler
 
 from sanm_lightning.cli import entry_point, main
-from sanm_lightning.methods import Chained, Sequential
+from sanm_lightning.methods import Chained, OneCycle, Sequential
 from tests.full import FULL
-from tests.lightning.kinds import EPOCHS, RATE, STEPS, Recorder, fit
+from tests.lightning.kinds import EPOCHS, RATE, STEPS, Recorder, equal, fit, weights
 
 
 def halve(epoch: int) -> float:
@@ -220,3 +221,20 @@ class TestLength:
         fit("method", recorder, made=made)
         expected = by_hand(lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=20), True)
         assert recorder.rates == pytest.approx(expected)
+
+    @pytest.mark.parametrize(
+        "create",
+        [
+            lambda optimizer, total_steps: OneCycle(optimizer, 0.1, total_steps),
+            lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=TOTAL),
+        ],
+        ids=["of the training", "given"],
+    )
+    def test_a_run_resumes_from_the_middle_of_an_epoch(self, create):
+        def save(trainer: Any, *args: Any) -> None:
+            if trainer.global_step == STEPS + 1:
+                trainer.save_checkpoint("middle.ckpt")
+
+        whole = fit("method", LambdaCallback(on_train_batch_end=save), made={"scheduler": create})
+        resumed = fit("method", ckpt_path="middle.ckpt", made={"scheduler": create})
+        assert equal(weights(whole), weights(resumed))
