@@ -74,6 +74,7 @@ class Finders(L.Callback):
             elif finder.optimal_lr is not None and sets_rate(finder):
                 _require_losses(finder.optimal_lr.results["loss"])
         pl_module.finders_pending = False
+        pl_module.resumed_schedule = None  # of the checkpoint of a finder
         trainer.strategy.setup_optimizers(trainer)
 
 

@@ -22,7 +22,7 @@ from sanm_lightning.sanm.checks import (
 )
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
 from sanm_lightning.sanm.foreign_batch import (
-    has_third_index,
+    SampleIndex,
     images_and_labels,
     probabilities,
     rebuilt,
@@ -112,7 +112,7 @@ class SANMCallback(L.Callback):
         self.rehearse = rehearse
         self._fitted = -1  # epoch of the last fit of label quality
         self._masked_steps: Tensor | None = None  # on the device, to avoid synchronization
-        self._third_is_index: bool | None = None
+        self._index = SampleIndex(index)
         self._label_check = LabelCheck()
         self._resumed: dict[str, Any] | None = None  # checkpoint, until the optimizers are restored
         self._joined = False
@@ -164,7 +164,7 @@ class SANMCallback(L.Callback):
             message = str(error).replace(type(tap).__name__, type(tap.network).__name__)
             raise MisconfigurationException(f"{message} (in {type(pl_module).__name__})") from error
         self._say_maps(pl_module)
-        self._third_is_index = self.index
+        self._index = SampleIndex(self.index)
         self._wrap_step(pl_module, tap)
         self._renew_copies(trainer, pl_module)
 
@@ -199,11 +199,16 @@ class SANMCallback(L.Callback):
         """Add the decoder to the optimizer, before the optimizer state is restored, and warn of a long warm-up."""
         add_parameters(trainer.optimizers, self.sanm, KEY)
         resumed, self._resumed = self._resumed, None
-        if resumed is not None and self.tap is not None:
-            removed = resumed.get("callbacks", {}).get(self.state_key, {}).get("optimizer_states", [])
-            add_to_optimizer_states(resumed.get("optimizer_states", []), trainer.optimizers, self.sanm, removed)
+        if resumed is not None:
+            self._add_to_states(trainer, resumed)
         if self.sanm.enabled:
             warn_of_long_warmup(trainer, self._first_masked_epoch(pl_module))
+
+    def _add_to_states(self, trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+        """Add the decoder to the optimizer states of a checkpoint, unless they contain it."""
+        if self.tap is not None:
+            removed = checkpoint.get("callbacks", {}).get(self.state_key, {}).get("optimizer_states", [])
+            add_to_optimizer_states(checkpoint.get("optimizer_states", []), trainer.optimizers, self.sanm, removed)
 
     def _first_masked_epoch(self, pl_module: L.LightningModule) -> int:
         warmup = WARMUP_EPOCHS if self.wrap else getattr(pl_module, "warmup_epochs", 0)
@@ -254,7 +259,7 @@ class SANMCallback(L.Callback):
         kwargs: Any,
     ) -> Any:
         images, labels = images_and_labels(batch)
-        index, true_labels = self._sample_index(pl_module, batch), tensor_or_none(batch, "true_labels")
+        index, true_labels = self._index(batch, pl_module.trainer), tensor_or_none(batch, "true_labels")
         targets = probabilities(labels, tap.num_classes)
         self._label_check(targets, labels)
         quality = None
@@ -286,25 +291,6 @@ class SANMCallback(L.Callback):
         images, labels = images_and_labels(batch)
         rows = torch.arange(len(views.images), device=images.device) % len(images)  # of the batch for each view
         return rebuilt(batch, views.images, views.targets if self.sanm.softens_labels else labels[rows], rows)
-
-    def _sample_index(self, pl_module: L.LightningModule, batch: Any) -> Tensor | None:
-        """Return the positions (B,) of the samples in the training set; None if unknown."""
-        named = tensor_or_none(batch, "index")
-        num_samples = getattr(getattr(pl_module.trainer, "datamodule", None), "num_samples", None)
-        if named is not None or not isinstance(num_samples, int):
-            return named
-        if self._third_is_index is None:
-            self._third_is_index = has_third_index(batch, num_samples)
-            found = "the third element of the batches" if self._third_is_index else "none"
-            rank_zero_info(f"SANM: index of the samples in the batches: {found} (index= of the callback overrides it)")
-        if not self._third_is_index:
-            return None
-        if len(batch) < 3:
-            raise MisconfigurationException(
-                f"expected batches (images, labels, index) for SANM with index=True, got {len(batch)} elements; add the "
-                "index to the data set, or omit index="
-            )
-        return cast(Tensor, batch[2])
 
     def _say_maps(self, pl_module: L.LightningModule) -> None:
         """Log the activation maps that were chosen, once for networks of the same kind."""
@@ -383,6 +369,7 @@ class SANMCallback(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the optimizer states until the optimizers exist, and restore the state of SANM saved by the mixin."""
         self._resumed = checkpoint
+        self._add_to_states(trainer, checkpoint)  # a finder restores a checkpoint when the optimizers exist
         if self._joined and "sanm" in checkpoint:
             self.sanm.load_state_dict(checkpoint["sanm"]["state_dict"])
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 __all__ = [
+    "SampleIndex",
     "has_third_index",
     "images_and_labels",
     "probabilities",
@@ -90,3 +92,38 @@ def rebuilt(batch: Any, images: Tensor, labels: Tensor, rows: Tensor) -> Any:
     rest = [part[rows] if isinstance(part, Tensor) and part.ndim and len(part) == size else part for part in batch[2:]]
     parts = [images, labels, *rest]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+
+
+class SampleIndex:
+    """Find the position of each sample in the training set in batches of third-party loaders.
+
+    Args:
+        third: whether it is the third element of tuple batches; None determines it on the first batch and logs the result.
+    """
+
+    def __init__(self, third: bool | None = None) -> None:
+        self.third = third
+
+    def __call__(self, batch: Any, trainer: Any) -> Tensor | None:
+        """Return the positions (B,); None if unknown, or without ``num_samples`` of the data module.
+
+        Raises:
+            MisconfigurationException: if a batch has no third element, but must have one.
+        """
+        named = tensor_or_none(batch, "index")
+        num_samples = getattr(getattr(trainer, "datamodule", None), "num_samples", None)
+        if named is not None or not isinstance(num_samples, int):
+            return named
+        if self.third is None:
+            self.third = has_third_index(batch, num_samples)
+            found = "the third element of the batches" if self.third else "none"
+            rank_zero_info(f"SANM: index of the samples in the batches: {found} (index= of the callback overrides it)")
+        if not self.third:
+            return None
+        if len(batch) < 3:
+            raise MisconfigurationException(
+                f"expected batches (images, labels, index) for SANM with index=True, got {len(batch)} elements; add the "
+                "index to the data set, or omit index="
+            )
+        third: Tensor = batch[2]
+        return third
