@@ -38,9 +38,9 @@ UNKNOWN_OPTIONS = (
 NO_CLASS = re.compile(r"Expected a dot import path string: (?P<name>.+)")
 NOT_IMPORTED = re.compile(r"(?P<reason>No module named .+|module .+ has no attribute .+)")
 OTHER_CLASS = re.compile(r"Import path does not correspond to a subclass of (?P<base>\w+)")
-VALUE = re.compile(r"Expected a (?P<type>.+)\. Got value: (?P<value>.*)")
+VALUE = re.compile(r"Expected a (?P<type>.+?)\. Got value: (?P<value>.*?)(?:\. Got value: .*)?$")
 UNION = re.compile(r"Subtypes: \[(?P<type>.+)\]")
-GIVEN = re.compile(r"Given value: (?P<value>.*)")
+GIVEN = re.compile(r"Given value: (?P<value>.*?)(?:\. Got value: .*)?$")
 
 
 class ShortHelp(DefaultHelpFormatter):
@@ -111,7 +111,7 @@ def parser_sentence(message: str, parser: Any) -> str:
         parser: the parser that the message is about, which has the known options.
     """
     places = list(_places(message))
-    for find in (_unknown_option, _unknown_class, _wrong_value, _invalid_part):
+    for find in (_unknown_option, _unknown_class, _wrong_value, _no_import_path, _invalid_part):
         for place in places:
             sentence = find(place, parser)
             if sentence:
@@ -162,13 +162,12 @@ def _unknown_class(place: _Place, parser: Any) -> str | None:
     helped = re.match(r"(?:--)?(\S+)\.help: ", place.text)
     part = ".".join(filter(None, (place.key, helped and helped[1])))
     base = BASES.get(part.rpartition(".")[2])
-    found = NO_CLASS.search(place.text)
-    if found:
+    found = NO_CLASS.search(place.text) if base else None
+    if found and base:
         name = found["name"].strip()
-        near = near_names(name, _classes(base), cutoff=0.6) if base else []
-        known = _classes(base, public=True) if base else []
-        remedy = f"near: {', '.join(near)}" if near else f"choose one of {', '.join(known)}, or an import path"
-        remedy = remedy if near or known else "use an import path such as package.module.Class"
+        near, known = near_names(name, _classes(base), cutoff=0.6), _classes(base, public=True)
+        others = f"choose one of {', '.join(known)}, or an import path" if known else "use an import path"
+        remedy = f"near: {', '.join(near)}" if near else others
         return f"expected the name of a class for {part}, got {name!r}; {remedy}"
     found = NOT_IMPORTED.fullmatch(place.text)
     if found:
@@ -180,6 +179,14 @@ def _unknown_class(place: _Place, parser: Any) -> str | None:
         given = next((match["value"] for line in place.after if (match := GIVEN.search(line))), "another class")
         return f"expected a subclass of {found['base']} for {part}, got {given!r}; use another class"
     return None
+
+
+def _no_import_path(place: _Place, parser: Any) -> str | None:
+    found = NO_CLASS.search(place.text)
+    if found is None:
+        return None
+    part = place.key or "the option"
+    return f"expected the import path of a class for {part}, got {found['name'].strip()!r}; use package.module.Class"
 
 
 def _wrong_value(place: _Place, parser: Any) -> str | None:

@@ -89,6 +89,11 @@ class TestParser:
     def test_says_it_of_every_command(self, monkeypatch, capsys, words, expected):
         assert said(monkeypatch, capsys, *words.split()).startswith(expected)
 
+    def test_says_the_value_alone_for_an_option_of_a_function(self, monkeypatch, capsys):
+        words = ["--model.optimizer", "SGD", "--model.optimizer.lr", "x"]
+        expected = "expected model.optimizer.lr of type float or Tensor, got 'x'; use a value of this type"
+        assert said(monkeypatch, capsys, *FIT, *words) == expected
+
     def test_lets_the_sentence_of_a_data_module_through_a_link(self, monkeypatch, capsys):
         assert said(monkeypatch, capsys, "fit", *SMALL, "--data", "ImageFolder", "--data.root", "nowhere").startswith(
             "expected a folder of class folders in 'nowhere', got no such folder; "
