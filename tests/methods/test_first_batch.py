@@ -71,6 +71,12 @@ class TestConverted:
         rows = F.one_hot(LABELS, 4).float()
         assert same(fitted(loader(labels=rows), loader(labels=rows), kind=kind), fitted(loader(), loader(), kind=kind))
 
+    def test_accuracy_on_rows_is_that_on_class_indices(self):
+        made, rows = module(), F.one_hot(LABELS, 4).float()
+        one, other = (trainer().validate(made, loader(labels=y), verbose=False) for y in (rows, LABELS))
+        assert one == other
+        assert one[0]["val/acc"] == pytest.approx((made.eval()(FLOATING).argmax(1) == LABELS).float().mean().item())
+
     def test_soft_rows_are_the_targets(self):
         rows = torch.full((12, 4), 0.1) + 0.6 * F.one_hot(LABELS, 4)
         made = module(sanm=False)

@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.pictures.look import Look
 from sanm_lightning.sanm import SANM
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.masking import apply_mask
@@ -94,6 +96,16 @@ class TestNormalized:
         place = Recording()
         run("callback", batches(STATISTICS.normalize), sanm={"place": place}, mean=MEAN, std=STD)
         torch.testing.assert_close(place.seen[-1], list(pairs())[-1][0])
+
+    def test_pictures_show_images_in_0_1(self) -> None:
+        images, labels = next(iter(pairs()))
+        sanm, network = SANM(seed=0), Small()
+        sanm.build(network, (SIZE, SIZE))
+        sanm.normalization = STATISTICS
+        look = Look(network, sanm, 3, ["a", "b", "c"])
+        block = look.block("", NoisyBatch(STATISTICS.normalize(images), labels), torch.zeros(6))
+        torch.testing.assert_close(block.images, images)
+        assert -1e-5 <= block.views.images.min() <= block.views.images.max() <= 1 + 1e-5
 
     def test_one_value_for_all_channels_is_enough(self) -> None:
         every = run("callback", batches(lambda x: 2 * x - 1), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
