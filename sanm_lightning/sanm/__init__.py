@@ -2,6 +2,7 @@
 
 from sanm_lightning.functional import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.sanm.activation import class_activation_map, energy_map
+from sanm_lightning.sanm.feature_extractor import FeatureExtractor
 from sanm_lightning.sanm.feature_quality import AuditQuality, CombinedQuality, FeatureQuality
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import apply_mask, mask_box, mask_ratio, masked_fraction
@@ -14,6 +15,7 @@ __all__ = [
     "AuditQuality",
     "CombinedQuality",
     "Decoder",
+    "FeatureExtractor",
     "FeatureQuality",
     "FrozenNetwork",
     "LabelQuality",

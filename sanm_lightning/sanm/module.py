@@ -175,8 +175,7 @@ class SANM(QualitySource):
         Raises:
             ValueError: if the class path is not that of a subclass of SANM.
         """
-        sanm: SANM = created_from(SANM, options)
-        return sanm
+        return cast("SANM", created_from(SANM, options))
 
     @property
     def saved_options(self) -> dict[str, Any]:

@@ -245,8 +245,8 @@ class TestWrongInput:
                 "more than one position, got 1 x 1",
             ),
             (
-                {"num_classes": 4, "network": "vgg11", "sanm": SANM()},
-                "one linear classifier on the 512 pooled features",
+                {"num_classes": 4, "network": "xcit_nano_12_p16_224", "image_size": (64, 64), "sanm": SANM()},
+                "expected logits of Xcit that depend on the feature map",
             ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",

@@ -21,7 +21,7 @@ from sanm_lightning.sanm.feature_extractor import FeatureExtractor
 from sanm_lightning.sanm.last_map import Place
 from sanm_lightning.sanm.saliency import grad_cam
 from tests.full import FULL
-from tests.sanm.families import ALL, CLASSES, TIMM, TORCHVISION, Family
+from tests.sanm.families import ALL, CLASSES, SWIN, TIMM, TORCHVISION, Family
 
 FEW = ["timm MobileNetV3", "timm ViT, class token", "torchvision ResNet", "torchvision ViT, class token"]
 """One network of each way to the map: head of timm, blocks of timm, exact map by hooks, tokens by hooks."""
@@ -365,11 +365,20 @@ class TestMethods:
         plain = timm.create_model("test_vit", num_classes=CLASSES, img_size=64)
         assert {key.removeprefix("network.") for key in network.state_dict()} == {*plain.state_dict(), "mean", "std"}
 
-    @pytest.mark.parametrize("given", [{}, {"img_size": 32}, {"dynamic_img_size": True}])
-    def test_create_a_vision_transformer_for_the_size_of_the_images(self, given: dict[str, Any], tmp_path: Any) -> None:
-        module = CrossEntropy(CLASSES, (32, 32), network="test_vit", network_args=given, sanm=fixed())
+    @pytest.mark.parametrize(
+        ("name", "given", "shape"),
+        [
+            ("swin_tiny_patch4_window7_224", {key: SWIN[key] for key in SWIN if key != "img_size"}, (32, 4, 4)),
+            ("swin_tiny_patch4_window7_224", SWIN, (32, 4, 4)),
+            ("test_vit", {"dynamic_img_size": True}, (64, 2, 2)),
+        ],
+    )
+    def test_create_a_network_of_a_fixed_input_size_for_the_size_of_the_images(
+        self, name: str, given: dict[str, Any], shape: tuple[int, ...], tmp_path: Any
+    ) -> None:
+        module = CrossEntropy(CLASSES, (32, 32), network=name, network_args=given, sanm=fixed())
         assert module.sanm.decoder is not None
-        assert module.sanm.decoder.shape == (64, 2, 2)
+        assert module.sanm.decoder.shape == shape
         trainer = fit(module, TIMM["ViT, class token"]._replace(size=32))
         trainer.save_checkpoint(tmp_path / "c.ckpt")
         again = CrossEntropy.load_from_checkpoint(tmp_path / "c.ckpt", weights_only=True)
