@@ -15,7 +15,7 @@ from torch import nn
 from sanm_lightning.cli import entry_point
 from sanm_lightning.methods import ELR, CrossEntropy, OneCycle, Stage
 from tests.full import FULL
-from tests.lightning.kinds import (
+from tests.trainer.kinds import (
     BATCH,
     CLASSES,
     EPOCHS,
