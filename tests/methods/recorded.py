@@ -97,7 +97,7 @@ def trainer(epoch: int) -> Any:
     return types.SimpleNamespace(
         current_epoch=epoch, global_step=5 * epoch, num_training_batches=4, world_size=1, global_rank=0, strategy=same,
         datamodule=Data(), fit_loop=types.SimpleNamespace(batch_idx=1), callbacks=[],
-        precision_plugin=types.SimpleNamespace(forward_context=contextlib.nullcontext),
+        precision_plugin=types.SimpleNamespace(forward_context=contextlib.nullcontext, convert_input=lambda batch: batch),
     )  # fmt: skip
 
 

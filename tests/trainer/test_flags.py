@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import SimpleProfiler
 
 from sanm_lightning.methods import CrossEntropy, OneCycle, Stage
 from tests.full import FULL
-from tests.lightning.kinds import BATCH, EPOCHS, KINDS, RATE, SAMPLES, STEPS, Recorder, equal, fit, weights
+from tests.trainer.kinds import BATCH, EPOCHS, KINDS, RATE, SAMPLES, STEPS, Recorder, equal, fit, weights
 
 TESTED = KINDS if FULL else ("method",)
 BAREBONES = {

@@ -15,7 +15,8 @@ from torch import nn
 from sanm_lightning.cli import entry_point
 from sanm_lightning.methods import ELR, CrossEntropy, OneCycle, Stage
 from tests.full import FULL
-from tests.lightning.kinds import (
+from tests.methods.toy import trainer
+from tests.trainer.kinds import (
     BATCH,
     CLASSES,
     EPOCHS,
@@ -31,7 +32,6 @@ from tests.lightning.kinds import (
     trained,
     weights,
 )
-from tests.methods.toy import trainer
 
 BASES = {"BaseFinetuning", "BasePredictionWriter", "Callback", "Checkpoint", "ProgressBar"}
 """Classes to derive from; BackboneFinetuning, a writer, ModelCheckpoint and the bars are derived from them."""

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 from sanm_lightning.cli import entry_point, main
 from sanm_lightning.methods import Chained, OneCycle, Sequential
 from tests.full import FULL
-from tests.lightning.kinds import EPOCHS, RATE, STEPS, Recorder, equal, fit, weights
+from tests.trainer.kinds import EPOCHS, RATE, STEPS, Recorder, equal, fit, weights
 
 
 def halve(epoch: int) -> float:
@@ -69,7 +69,7 @@ def run(scheduler: str, options: dict[str, Any], *more: str) -> Recorder:
             "--model.optimizer.momentum", "0.9", "--trainer.accelerator", "cpu", "--trainer.logger", "false",
             "--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false",
             "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", str(EPOCHS),
-            "--trainer.callbacks+=tests.lightning.kinds.Recorder", "--model.scheduler", scheduler, *words(options), *more,
+            "--trainer.callbacks+=tests.trainer.kinds.Recorder", "--model.scheduler", scheduler, *words(options), *more,
         ]
     )  # fmt: skip
     recorder = next(part for part in fitted.trainer.callbacks if isinstance(part, Recorder))
