@@ -75,7 +75,7 @@ def test_every_stream_is_drawn_by_name_and_no_two_purposes_share_a_kind():
             if isinstance(kind, ast.Constant):
                 found.setdefault(kind.value, []).append(path.stem)
             else:
-                assert path.stem == "base", f"{path}: a stream without a literal kind"
+                assert path.stem == "learned", f"{path}: a stream without a literal kind"
     assert {"mask", "mixup", "draw", "dropout", "order", "augment"} <= found.keys()
     shared = {kind: rooms for kind, rooms in found.items() if len(set(rooms)) > 1}
     # one purpose in several places: SANM over a plain loop and over a method; mixup and draws of different methods

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.activation import feature_map, is_pooled_linear
 from sanm_lightning.sanm.inference import inference_context, input_channels
 from sanm_lightning.sanm.last_map import (
@@ -72,9 +73,8 @@ class FeatureExtractor(nn.Module):
         self._recording = False  # whether the current pass records the gradient of the feature map
         self._timm = layer is None and all(hasattr(network, name) for name in TIMM_INTERFACE)
         like = next(network.parameters(), torch.zeros(()))
-        images = torch.rand(2, 4, input_channels(network), *image_size, generator=torch.Generator().manual_seed(0)).to(
-            like
-        )
+        shape = (2, 4, input_channels(network), *image_size)
+        images = torch.rand(shape, generator=named_generator("feature map", 0)).to(like)
         self._image_shape = tuple(images.shape[2:])
         try:
             with torch.compiler.set_stance("force_eager"), inference_context(self, images, batch_statistics=True):
