@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.random_streams import named_generator
+
 __all__ = ["Place", "channels_of", "classifier_name", "depends", "logits_of", "nonzero_classifier", "trace"]
 
 MAX_CANDIDATES = 64
@@ -119,7 +121,7 @@ def nonzero_classifier(classifier: Any) -> Iterator[None]:
     if not isinstance(weight, Tensor) or bool(weight.any()):
         yield
         return
-    drawn = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(weight.shape, generator=named_generator("classifier of zeros", 0))
     try:
         weight.data.copy_(drawn)
         yield

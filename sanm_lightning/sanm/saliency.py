@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sanm_lightning.models import load_pretrained
+from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.activation import (
     Backbone,
     class_activation_map,
@@ -309,7 +310,7 @@ class FrozenNetwork:
         self.std = torch.tensor(config["std"]).view(3, 1, 1)
         self._backbone = with_feature_map(self.network, self.size)
         self._maps = ActivationMaps(cam)
-        self._maps.build(self._backbone, self.size, torch.Generator().manual_seed(0))
+        self._maps.build(self._backbone, self.size, named_generator("frozen network", 0))
 
     def __call__(self, output: NetworkOutput | Tensor) -> Tensor:
         """Return the activation maps (B, h, w) of the classes that the frozen network predicts."""
