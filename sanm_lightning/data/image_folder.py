@@ -25,6 +25,9 @@ __all__ = ["ImageFiles", "ImageFolder", "read_image", "unreadable_reason"]
 MAX_PIXELS = 2**26
 """Largest number of pixels of a decoded image, because a small file can declare any size (decompression bombs)."""
 
+MAX_ASPECT = 16
+"""Largest ratio of the sides of an image before it is resized; the ends of longer images are not part of the square."""
+
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 """Exceptions raised by Pillow; the last one if warnings are errors."""
 
@@ -234,7 +237,7 @@ def read_image(
             f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace "
             "or remove the file"
         ) from error
-    resized = TF.resize(rgb, [side], interpolation=interpolation, antialias=True)
+    resized = TF.resize(_without_far_ends(rgb), [side], interpolation=interpolation, antialias=True)
     square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
@@ -259,6 +262,16 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         ground = Image.new("RGBA", layer.size, "white")
         return Image.alpha_composite(ground, layer).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    """Crop images of an aspect ratio above ``MAX_ASPECT`` at both ends, whose resized size has no bound otherwise."""
+    short = min(image.size)
+    width, height = (min(length, MAX_ASPECT * short) for length in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -144,6 +144,26 @@ class TestReadImage:
             read_image(path, SIDE)
         assert "\n" not in str(error.value)
 
+    @pytest.mark.parametrize("size", [(2, 300), (300, 3), (1, 17), (40, 641)])
+    def test_the_ends_of_a_thin_image_are_cropped_before_it_is_resized(self, tmp_path: Path, monkeypatch, size) -> None:  # type: ignore[no-untyped-def]
+        """The square is that of the whole image to the pixel of the source, and the size of the resized image is bounded."""
+        values = np.random.default_rng(0).integers(0, 256, (size[1] // 8 + 1, size[0] // 8 + 1, 3), dtype=np.uint8)
+        Image.fromarray(values).resize(size, Image.Resampling.BILINEAR).save(tmp_path / "a.png")
+        sides: list[int] = []
+        resize = TF.resize
+
+        def watched(image: Image.Image, *arguments: object, **options: object) -> Image.Image:
+            out = resize(image, *arguments, **options)
+            sides.append(max(out.size))
+            return out
+
+        monkeypatch.setattr(TF, "resize", watched)
+        found = read_image(tmp_path / "a.png", SIDE)
+        assert sides[-1] <= 16 * SIDE
+        whole = TF.center_crop(resize(Image.open(tmp_path / "a.png"), [SIDE], antialias=True), [SIDE, SIDE])
+        expected = torch.from_numpy(np.array(whole)).permute(2, 0, 1)
+        assert float((found.float() - expected.float()).abs().mean()) < 12, "at most half a pixel of the source away"
+
     def test_decodes_up_to_that_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sanm_lightning.data.image_folder.MAX_PIXELS", 16 * 16)
         flat("RGB", (9, 9, 9), (16, 16)).save(tmp_path / "a.png")
