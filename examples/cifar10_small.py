@@ -4,9 +4,9 @@
     python examples/cifar10_small.py --root DIR --seeds 1 2 3 [--arms cross_entropy sanm ...]
     python examples/cifar10_small.py --table
 
-DIR has ``train/<class>/`` and ``test/<class>/``. Each run is a command line of ``sanm fit`` with its own folder in ``--runs``,
-which is not run again once it is finished; several processes may share the runs. Results are written to
-results/cifar10_small_quality.json, and ``--table`` prints them in Markdown.
+DIR has ``train/<class>/`` and ``test/<class>/``. Each run is a command line of ``sanm fit`` with its own folder in ``--runs``;
+several processes may share the runs. Results are added to results/cifar10_small_quality.json; a run whose results are there is
+not run again. ``--table`` prints them in Markdown.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def audit(root: str, seed: int, runs: Path) -> str:
 def fit(root: str, arm: str, seed: int, runs: Path) -> None:
     """Train one row with one seed, unless it is done or another process does it."""
     folder = runs / f"{arm}_{seed}"
-    if finished(folder) or (runs / f"{folder.name}.lock").exists():
+    if str(seed) in recorded().get(arm, {}) or finished(folder) or (runs / f"{folder.name}.lock").exists():
         return
     lock = runs / f"{folder.name}.lock"
     lock.touch()
@@ -94,14 +94,28 @@ def finished(folder: Path) -> dict | None:
     return None
 
 
-def collect(runs: Path) -> dict:
-    """Return the results of all finished runs by row and seed."""
+def recorded() -> dict:
+    """Return the runs of the results file by row and seed."""
+    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
+
+
+def commit() -> str:
+    """Return the commit of the code."""
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def collect(runs: Path, code: str) -> dict:
+    """Return the results of the results file and of all finished runs, by row and seed; ``code`` is the commit of new ones."""
     kept = ("test_accuracy_best", "test_accuracy_last", "quality_auc", "seconds", "label_issues")
-    found: dict = {}
+    found = recorded()
     for arm in ARMS:
         for folder in sorted(runs.glob(f"{arm}_[0-9]*")):
             if folder.is_dir() and (result := finished(folder)):
-                found.setdefault(arm, {})[folder.name.removeprefix(f"{arm}_")] = {key: result[key] for key in kept}
+                seed = folder.name.removeprefix(f"{arm}_")
+                if seed not in found.setdefault(arm, {}):
+                    found[arm][seed] = {"commit": code, **{key: result[key] for key in kept}}
     return found
 
 
@@ -151,7 +165,7 @@ def main() -> None:
                 "command": "python examples/cifar10_small.py --root DIR --seeds 1 2 3",
                 "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per run",
                 "versions": {name: version(name) for name in ("torch", "torchvision", "lightning", "timm")},
-                "runs": collect(options.runs),
+                "runs": collect(options.runs, commit()),
             }
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
             print(table(results), flush=True)
