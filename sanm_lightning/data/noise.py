@@ -190,10 +190,12 @@ class Noise:
 
     Args:
         kind: ``none``; ``symmetric`` (uniform over all classes, may keep the label); ``symmetric_exclusive`` (always
-            another class); ``asymmetric`` (class map); ``pair`` (next class); ``file`` (labels read from a file for the
+            another class); ``asymmetric`` (class map); ``asymmetric_sequential``
+            (class map, class by class in place); ``pair`` (next class); ``file`` (labels read from a file for the
             whole original training set).
         rate: fraction of the training samples that is selected, in [0, 1]; not used by ``none`` and ``file``.
-        mapping: for ``asymmetric``: ``cifar10``, ``cifar100_superclass`` or a map from class index to class index.
+        mapping: for both asymmetric kinds: ``cifar10``, ``cifar100_superclass``, ``cifar100_blocks_of_five``, or a map from
+            class index to class index.
         path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_label_file` and `read_labels`.
         key: for ``file``: name of the array or column, if there are several.
         seed: seed of the noise; default: the seed of the data module.

@@ -131,7 +131,7 @@ def _search(
         lowest = min(losses.values(), default=math.inf)
         probs = regressions.fit(decay).probs()
         losses[decay] = log_loss(probs[learn], labels[learn])
-        if not losses[decay] >= lowest:
+        if not losses[decay] >= lowest:  # also for NaN
             best, weights = ProbeResult(probs, decay, losses), regressions.unrotated()
         elif min(list(losses.values())[-patience:]) > lowest:
             break

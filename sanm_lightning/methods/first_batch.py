@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.models.normalized import Normalized
-from sanm_lightning.sanm.checks import check_range
+from sanm_lightning.sanm.checks import check_range, check_rows
 
 __all__ = ["FirstBatch"]
 
@@ -97,13 +97,7 @@ def _check_labels(module: Any, labels: Tensor) -> None:
     """Check class indices (B,) or probabilities (B, C)."""
     name, classes = type(module).__name__, module.num_classes
     if labels.ndim == 2 and labels.shape[1] == classes and labels.is_floating_point():
-        sums = labels.float().sum(1)
-        low, high = float(sums.min()), float(sums.max())
-        if not 0.98 <= low <= high <= 1.02:
-            raise MisconfigurationException(
-                f"expected class probabilities (B, C) whose rows sum to 1 for {name}, got sums of {low:.3g} to {high:.3g}; use "
-                "data with one class per image"
-            )
+        check_rows(labels, name)
     elif labels.ndim == 1 and not labels.is_floating_point():
         if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise MisconfigurationException(

@@ -1,6 +1,6 @@
 """Post-activation ResNets for small images: timm's ResNets with a 3 x 3 stem of stride 1 and no pooling after it."""
 
-from typing import Any
+from typing import Any, cast
 
 from timm.models import register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -31,8 +31,7 @@ def _resnet_cifar(
     for layer in network.modules():  # the released codes use the initialization of PyTorch
         if isinstance(layer, nn.Conv2d):
             layer.reset_parameters()
-    built: ResNet = network
-    return built
+    return cast(ResNet, network)
 
 
 @register_model

@@ -14,6 +14,7 @@ __all__ = [
     "LabelCheck",
     "check_images",
     "check_range",
+    "check_rows",
     "image_size_of",
     "is_reached",
     "require_whole_weights",
@@ -24,6 +25,8 @@ SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 """Strategies that shard weights, by name, because lightning and pytorch_lightning have separate classes."""
 TOLERANCE = 0.1
 """Distance of pixel values from [0, 1] that resampling and color changes may cause."""
+ROWS = 0.02
+"""Distance from 1 of the sum of class probabilities; rows in bf16 sum to 1 up to 0.01."""
 STATISTICS = (
     "pass the mean= and std= of their normalization to SANMCallback (sanm_mean= and sanm_std= to SANMMixin), so that masks and "
     "reconstruction are made in [0, 1], or mean=0 and std=1 for images that are not normalized"
@@ -99,6 +102,25 @@ def _in_unit_range(low: float, high: float) -> bool:
     return not (low < -TOLERANCE or high > 1 + TOLERANCE)
 
 
+def check_rows(labels: Tensor, owner: str) -> None:
+    """Check that rows are class probabilities. It synchronizes with the device.
+
+    Args:
+        labels: shape (B, C), floating.
+        owner: name for the error message.
+
+    Raises:
+        MisconfigurationException: if a row does not sum to 1, such as those of several classes per image.
+    """
+    sums = labels.float().sum(1)
+    low, high = float(sums.min()), float(sums.max())
+    if not 1 - ROWS <= low <= high <= 1 + ROWS:
+        raise MisconfigurationException(
+            f"expected class probabilities (B, C) whose rows sum to 1 for {owner}, got sums of {low:.3g} to {high:.3g}; use "
+            "data with one class per image"
+        )
+
+
 class LabelCheck:
     """Check that targets are class probabilities, without synchronization except on the first batch."""
 
@@ -111,7 +133,7 @@ class LabelCheck:
         Raises:
             MisconfigurationException: if a row does not sum to 1; on other devices than the CPU with ``now`` only.
         """
-        bad = ((targets.float().sum(1) - 1).abs() > 0.02).any()  # rows in bf16 sum to 1 up to 0.01
+        bad = ((targets.float().sum(1) - 1).abs() > ROWS).any()
         if not now and bad.device.type != "cpu":
             self._bad = bad if self._bad is None else self._bad | bad
         elif bool(bad) and labels.ndim == 1:
@@ -120,11 +142,7 @@ class LabelCheck:
                 f"{int(labels.min())} to {int(labels.max())}; remove samples without a class from the training set"
             )
         elif bool(bad):
-            sums = labels.float().sum(1)
-            raise MisconfigurationException(
-                "expected class probabilities (B, C) whose rows sum to 1 for SANM, got sums of "
-                f"{float(sums.min()):.3g} to {float(sums.max()):.3g}; use data with one class per image"
-            )
+            check_rows(labels, "SANM")
 
     def report(self, epoch: int) -> None:
         """Raise MisconfigurationException if a check on a device failed since the last report. It synchronizes."""
