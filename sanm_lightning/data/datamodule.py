@@ -391,7 +391,7 @@ class NoisyDataModule(Splits):
             rank=0 if self.trainer is None else self.trainer.global_rank,
             world_size=1 if self.trainer is None else self.trainer.world_size,
             store=store if store.resident is None or training else None,
-            decode=lambda: store.resident is None or any(map(any, self._transforms())),
+            decode=lambda: store.resident is None or any(map(any, self._worker_policies(streamed=False))),
             pool=pool,
             request=self._request if split == "train" and pool == self.epoch_pool else None,
             **options,

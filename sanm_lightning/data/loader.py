@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.data.image_store import ImageStore, Row, RowRequest
+from sanm_lightning.data.image_store import ImageStore
+from sanm_lightning.data.rows import Row, RowRequest
 from sanm_lightning.random_streams import named_generator
 
 __all__ = ["IndexLoader"]

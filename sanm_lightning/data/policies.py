@@ -1,10 +1,8 @@
 """Augmentation policies by name: parameters are sampled per image on the CPU and applied to the batch on its device."""
 
-import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +28,6 @@ __all__ = [
     "draw_color_jitter",
     "draw_rand_augment",
     "draw_resized_crop",
-    "takes_batches",
 ]
 
 
@@ -234,11 +231,3 @@ def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Crop images (B, 3, H, W) to ``size`` (h, w) at the center."""
     top, left = (rest // 2 for rest in _rest(images, size))
     return images[:, :, top : top + size[0], left : left + size[1]]
-
-
-def takes_batches(policy: Callable[..., Any]) -> bool:
-    """Return whether a policy takes (uint8 images, generator); others transform one image, as in torchvision."""
-    try:
-        return "generator" in inspect.signature(policy).parameters
-    except (TypeError, ValueError):
-        return False

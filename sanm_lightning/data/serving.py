@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
-from sanm_lightning.data.image_store import ImageStore, Row, RowRequest, Transform
+from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.loader import IndexLoader
-from sanm_lightning.data.policies import POLICIES, augment, center_crop, takes_batches
+from sanm_lightning.data.policies import POLICIES, augment, center_crop
+from sanm_lightning.data.rows import Policy, Row, RowRequest, takes_batches
 from sanm_lightning.data.views import select_rows
 from sanm_lightning.random_streams import named_generator
 
@@ -94,21 +96,39 @@ class ServedBatches(L.LightningDataModule):
             raise ValueError(f"expected a view among {known}, got {name!r}; choose one, or add it to data.policies")
         return self.policies.get(name) or POLICIES[name]
 
+    def _is_built_in(self, name: str) -> bool:
+        return name in POLICIES and name not in self.policies
+
     def _takes_batches(self, name: str) -> bool:
         """Return whether a policy takes batches; those of this package do, which spares a look at the signature."""
-        return (name in POLICIES and name not in self.policies) or takes_batches(self._policy(name))
+        return self._is_built_in(name) or takes_batches(self._policy(name))
 
-    def _transforms(self) -> tuple[tuple[Transform | None, ...], ...]:
-        """Return, for each view, the transforms of its blocks; None for policies applied on the device."""
+    def _worker_policies(self, streamed: bool) -> tuple[tuple[Policy | None, ...], ...]:
+        """Return, for each view, the policies of its blocks that workers apply; None for blocks made on the device.
+
+        Workers apply transforms of one image. Policies of batches are applied on the device, except where workers decode
+        the images anyway and the device is the CPU, so that views, too, are made in parallel to the training step.
+        """
+        on_cpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cpu"
         found = []
         for view in self._views():
-            policies = [self._policy(name) for name in ((view,) if isinstance(view, str) else view)]
-            found.append(tuple(None if takes_batches(policy) else policy for policy in policies))
+            names = (view,) if isinstance(view, str) else view
+            batched = [name for name in names if self._takes_batches(name)]
+            # a policy of the user may need the device, and the blocks of a view share one random stream
+            here = streamed and on_cpu and all(map(self._is_built_in, batched))
+            batch_policy = self._built_in if here else lambda name: None
+            found.append(tuple(batch_policy(name) if name in batched else self._policy(name) for name in names))
         return tuple(found)
+
+    def _built_in(self, name: str) -> Policy:
+        if name == "none":
+            return partial(augment, policy=name, size=self.image_size)
+        return partial(augment, policy=name, padding=self.crop_padding, flip=self.flip, size=self.image_size)
 
     def _request(self, epoch: int, step: int, index: Tensor) -> RowRequest:
         rank = 0 if self._train_loader is None else self._train_loader.rank
-        return RowRequest(index, self._transforms(), (self.seed, rank, epoch, step))
+        streamed = self.store("train").resident is None
+        return RowRequest(index, self._worker_policies(streamed), (self.seed, rank, epoch, step))
 
     # Batches -------------------------------------------------------------------------------------------------------
 
@@ -123,17 +143,17 @@ class ServedBatches(L.LightningDataModule):
     def _training_batch(self, item: Tensor | Row) -> NoisyBatch:
         loader = cast(IndexLoader, self._train_loader)
         epoch, step = loader.position
-        index, images, ready = self._images(item, "train")
+        index = item if isinstance(item, Tensor) else item.indices
+        wanted = [(view,) if isinstance(view, str) else view for view in self._views()]
+        ready = item.views if isinstance(item, Row) and item.views else [[None] * len(names) for names in wanted]
+        images = self._images(item, "train") if any(None in blocks for blocks in ready) else None
         views = []
-        for number, view in enumerate(self._views()):
-            names = (view,) if isinstance(view, str) else view
-            made = iter(
-                ready[number].split(len(index) // len(names)) if len(ready) > number and len(ready[number]) else ()
-            )
+        for number, names in enumerate(wanted):
             generator = named_generator("augment", self.seed, loader.rank, epoch, step, number)
+            size = len(index) // len(names)
             blocks = [
-                self._augmented(block, name, generator) if self._takes_batches(name) else next(made)
-                for block, name in zip(images.split(len(images) // len(names)), names, strict=True)
+                self._augmented(cast(Tensor, images)[first : first + size], name, generator) if made is None else made
+                for first, name, made in zip(range(0, len(index), size), names, ready[number], strict=True)
             ]
             views.append(_unit(blocks[0] if len(blocks) == 1 else torch.cat(blocks)))
         labels, true_labels = self._labels("train", index)
@@ -159,7 +179,8 @@ class ServedBatches(L.LightningDataModule):
         Returns:
             The batch.
         """
-        index, images, _ = self._images(item, split)
+        index = item if isinstance(item, Tensor) else item.indices
+        images = self._images(item, split)
         if device is not None:
             index, images = index.to(device), images.to(device)
         viewed = self._augmented(images, policy, generator)
@@ -213,13 +234,11 @@ class ServedBatches(L.LightningDataModule):
             )
         return cast(Tensor, policy(images, generator=generator))
 
-    def _images(self, item: Tensor | Row, split: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return index, images of the row as bytes, and the views computed by workers."""
+    def _images(self, item: Tensor | Row, split: str) -> Tensor:
+        """Return the images of a row, as bytes."""
         if isinstance(item, Tensor):
-            return item, self.store(split).look_up(item), []
-        index, images, place, views = item
-        whole = images if len(images) == len(place) else select_rows(images, place)
-        return index, whole, views
+            return self.store(split).look_up(item)
+        return item.images if len(item.images) == len(item.place) else select_rows(item.images, item.place)
 
     def _labels(self, split: str, index: Tensor) -> tuple[Tensor, Tensor | None]:
         key = (split, index.device)

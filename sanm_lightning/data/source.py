@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sanm_lightning.data.image_store import ImageDataset
+from sanm_lightning.data.rows import ImageDataset
 
 __all__ = ["Source", "check_source"]
 

@@ -13,6 +13,9 @@ from sanm_lightning.data.views import select_rows
 
 __all__ = ["NAMES", "NUMBER", "Stage", "apply_stage", "coin"]
 
+CACHED = 2**20
+"""Bytes of images that an operation processes at once on the CPU; two to six times faster at 224 pixels than a batch."""
+
 NAMES = list(OPERATIONS)
 NUMBER = {name: number for number, name in enumerate(NAMES)}
 
@@ -50,23 +53,37 @@ def apply_stage(images: Tensor, stage: Stage, fill: int = 0) -> Tensor:
     table_rows, move_rows = [], []
     for name, count in zip(NAMES, counts, strict=True):
         rows = slice(first, first := first + count)
-        if count and name in TABLES:
-            tables.append(TABLES[name](ordered[rows], amount[rows]))
-            table_rows.append(rows)
-        elif count and name in MOVES:
+        if not count or name == "identity":
+            continue
+        if name in MOVES:
             moves.append(MOVES[name](sampled[rows], size))  # on the CPU, in float64
             move_rows.append(rows)
-        elif count and name in SHEARS:
-            ordered[rows] = SHEARS[name](ordered[rows], amount[rows], fill)
-        elif count and name in NEIGHBORS:
-            ordered[rows] = NEIGHBORS[name](ordered[rows], amount[rows])
-    if tables:
-        rows = slice(table_rows[0].start, table_rows[-1].stop)  # contiguous: operations of one kind are adjacent
-        ordered[rows] = look_up(ordered[rows], torch.cat(tables))
+            continue
+        for part in _parts(ordered, rows):
+            if name in TABLES:
+                tables.append(TABLES[name](ordered[part], amount[part]))
+                table_rows.append(part)
+            elif name in SHEARS:
+                ordered[part] = SHEARS[name](ordered[part], amount[part], fill)
+            else:
+                ordered[part] = NEIGHBORS[name](ordered[part], amount[part])
+    if tables:  # contiguous: operations of one kind are adjacent
+        rows, table = slice(table_rows[0].start, table_rows[-1].stop), torch.cat(tables)
+        for part in _parts(ordered, rows):
+            ordered[part] = look_up(ordered[part], table[part.start - rows.start : part.stop - rows.start])
     if moves:
-        rows = slice(move_rows[0].start, move_rows[-1].stop)
-        ordered[rows] = resample(ordered[rows], torch.cat(moves), fill=fill)
+        rows, matrix = slice(move_rows[0].start, move_rows[-1].stop), torch.cat(moves)
+        for part in _parts(ordered, rows):
+            ordered[part] = resample(ordered[part], matrix[part.start - rows.start : part.stop - rows.start], fill=fill)
     return select_rows(ordered, back)
+
+
+def _parts(images: Tensor, rows: slice) -> list[slice]:
+    """Split rows of images on the CPU into parts whose intermediate results stay in its cache; equal results."""
+    if images.device.type != "cpu":
+        return [rows]
+    count = max(1, CACHED // images[0].numel())
+    return [slice(first, min(first + count, rows.stop)) for first in range(rows.start, rows.stop, count)]
 
 
 def coin(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

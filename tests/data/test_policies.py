@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sanm_lightning.data import stages
 from sanm_lightning.data.operations import OPERATIONS
 from sanm_lightning.data.policies import (
     NAMES,
@@ -62,7 +63,9 @@ def test_an_unknown_policy_is_refused():
         augment(images(), "strong", stream())
 
 
-def test_a_stage_is_its_operations_one_image_after_the_other():
+@pytest.mark.parametrize("cached", [1, 3 * 3 * 32 * 32, stages.CACHED])
+def test_a_stage_is_its_operations_one_image_after_the_other(cached, monkeypatch):
+    monkeypatch.setattr(stages, "CACHED", cached)  # parts of one image, of three images, and whole batches
     generator = stream(1)
     stage = Stage(torch.randint(len(NAMES), (40,), generator=generator), torch.rand(40, generator=generator))
     given = images(40)

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from sanm_lightning import CrossEntropy, ImageFolder, methods
 from sanm_lightning.data import Toy
 from sanm_lightning.data.datamodule import Source
+from sanm_lightning.data.policies import POLICIES
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed, encoder  # noqa: F401
 from tests.methods.toy import same, trainer
 
@@ -133,6 +134,72 @@ def test_a_transform_of_one_image_is_drawn_for_each_place_of_its_block(workers, 
         assert second.shape == plain.shape
     assert len({tuple(row) for row in rows.index}) == len(rows.index)
     assert state.shape == torch.get_rng_state().shape
+
+
+class Views(CrossEntropy):
+    """Rows with duplicates, and every view of this package, in blocks and alone."""
+
+    def views(self):
+        return (("rand_augment", "weak"), ("none", "auto_augment_ssr"), *POLICIES)
+
+    def epoch_batches(self, plan):
+        row = torch.tensor([3, 3, 1, 3, 0, 1, 7, 9])
+        return torch.stack([(row + step) % plan.num_samples for step in range(plan.steps)])
+
+
+class Watched(Streamed):
+    """Note the policies that are applied in this process, outside of the requests for rows."""
+
+    augmented: tuple[str, ...] = ()
+
+    def _augmented(self, images, name, generator):
+        self.augmented += (name,)
+        return super()._augmented(images, name, generator)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("decode_size", [16, 24])
+def test_workers_make_the_views_of_a_streamed_set_on_the_cpu_equal_to_those_of_a_resident_one(
+    workers, decode_size, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Streamed, "decode_size", (decode_size, decode_size))
+    monkeypatch.setattr(Streamed, "image_size", (16, 16))
+    found = {}
+    for resident in (False, True):
+        source, rows = Watched(tmp_path / "log", num_workers=workers, image_size=decode_size), Rows()
+        source.resident_bytes = 2**31 if resident else 0
+        trainer(1, callbacks=[rows], limit_train_batches=2).fit(Views(**SMALL), source)
+        found[resident] = rows
+        assert bool(source.augmented) == resident
+    assert found[False].index == found[True].index
+    for ours, theirs in zip(found[False].views, found[True].views, strict=True):
+        assert len(ours) == 2 + len(POLICIES)
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def brighter(images, *, generator):
+    """A policy of batches that draws."""
+    return (images * torch.rand((len(images), 1, 1, 1), generator=generator)).to(torch.uint8)
+
+
+class Mixed(Views):
+    """Views with policies of the user in some of their blocks."""
+
+    def views(self):
+        return (("weak", "batch", "rand_augment", "mine"), "batch", ("mine", "rand_augment"))
+
+
+def test_views_with_policies_of_the_user_are_equal_for_streamed_and_resident_sets(tmp_path):
+    found = {}
+    for resident in (False, True):
+        source = Watched(tmp_path / "log", num_workers=2, policies={"batch": brighter, "mine": jitter})
+        source.resident_bytes, rows = 2**31 if resident else 0, Rows()
+        trainer(1, callbacks=[rows], limit_train_batches=2).fit(Mixed(**SMALL), source)
+        found[resident] = rows.views
+        applied = ("weak", "batch", "rand_augment", "batch", *(("rand_augment",) if resident else ()))
+        assert source.augmented == applied * 2
+    for ours, theirs in zip(found[False], found[True], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
 def test_transforms_are_the_same_with_and_without_workers_and_after_a_resume(tmp_path):
