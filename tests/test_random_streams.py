@@ -90,7 +90,7 @@ def test_the_global_generators_are_seeded_nowhere_else():
             assert path.stem in (
                 "digits",
                 "random_streams",
-                "image_store",
+                "rows",
                 "stages",
                 "epoch_start",
                 "reconstruction",

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from sanm_lightning.data.views import select_rows
 from sanm_lightning.random_streams import named_generator, named_seed
 
-__all__ = ["ImageDataset", "Policy", "Row", "RowRequest", "Rows", "seeded", "takes_batches"]
+__all__ = ["ImageDataset", "Policy", "Row", "RowRequest", "Rows", "seeded", "takes_batches", "view_generator"]
 
 Policy = Callable[..., Any]
 """One of two kinds: a policy (images, *, generator) of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, h, w), or a
@@ -77,10 +77,15 @@ class Rows(Dataset[Row]):
         return Row(request.indices, decoded.new_zeros((0, *decoded.shape[1:])) if complete else decoded, place, views)
 
 
+def view_generator(name: tuple[int, ...], number: int) -> torch.Generator:
+    """Return the random stream of a view: ``name`` of its :class:`RowRequest`, and its number among the views."""
+    return named_generator("augment", *name, number)
+
+
 def _blocks(number: int, request: RowRequest, decoded: Tensor, place: Tensor) -> list[Tensor | None]:
     """Return the blocks of a view; None for those without a policy."""
     policies = request.policies[number]
-    generator = named_generator("augment", *request.name, number)
+    generator = view_generator(request.name, number)
     size = len(place) // len(policies)
     made: list[Tensor | None] = []
     for first, policy in zip(range(0, len(place), size), policies, strict=True):

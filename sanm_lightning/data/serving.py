@@ -14,9 +14,8 @@ from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.policies import POLICIES, augment, center_crop
-from sanm_lightning.data.rows import Policy, Row, RowRequest, takes_batches
+from sanm_lightning.data.rows import Policy, Row, RowRequest, takes_batches, view_generator
 from sanm_lightning.data.views import select_rows
-from sanm_lightning.random_streams import named_generator
 
 __all__ = ["ServedBatches"]
 
@@ -149,7 +148,7 @@ class ServedBatches(L.LightningDataModule):
         images = self._images(item, "train") if any(None in blocks for blocks in ready) else None
         views = []
         for number, names in enumerate(wanted):
-            generator = named_generator("augment", self.seed, loader.rank, epoch, step, number)
+            generator = view_generator((self.seed, loader.rank, epoch, step), number)
             size = len(index) // len(names)
             blocks = [
                 self._augmented(cast(Tensor, images)[first : first + size], name, generator) if made is None else made
