@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, Finders, FiniteLoss, Stages
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
-from sanm_lightning.methods.checks import check_arguments, check_callbacks, check_num_classes
+from sanm_lightning.methods import checks
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.first_batch import FirstBatch
 from sanm_lightning.methods.learned import TrainingPass
@@ -34,7 +34,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
 
     Args:
         num_classes: C, number of classes; linked to the data module on the command line.
-        image_size: H, W of the images in pixels; linked to the data module on the command line.
+        image_size: H, W of the images in pixels, or one number; linked to the data module on the command line.
         network: timm model name, or a classifier of images in [0, 1] as a module. A module without timm's interface
             (torchvision) is wrapped in a :class:`~sanm_lightning.sanm.FeatureExtractor`.
         network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``. Models of a fixed input
@@ -66,7 +66,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     def __init__(
         self,
         num_classes: int,
-        image_size: tuple[int, int] | None = (32, 32),
+        image_size: int | tuple[int, int] | None = (32, 32),
         network: str | nn.Module = "preact_resnet18",
         network_args: dict[str, Any] | None = None,
         mean: tuple[float, float, float] | None = None,
@@ -78,13 +78,13 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compile_network: bool | str = False,
     ) -> None:
         backend = "inductor" if compile_network is True else compile_network or None
-        check_arguments(num_classes, image_size, network, warmup_epochs, backend)
+        checks.check_arguments(num_classes, network, warmup_epochs, backend)
+        image_size = checks.size_pair(image_size)  # also in the hyper-parameters
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
         live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
         self.save_hyperparameters(ignore=live)  # the others are built-in types, which load safely from a checkpoint
-        assert image_size is not None
-        self.num_classes, self.image_size = num_classes, (int(image_size[0]), int(image_size[1]))
-        self.warmup_epochs, self.optimizer, self.scheduler = warmup_epochs, optimizer, scheduler
+        self.num_classes, self.image_size, self.warmup_epochs = num_classes, image_size, warmup_epochs
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.compile_backend: str | None = backend
         self._create: Callable[[], Any] | None = None
         if isinstance(network, str):
@@ -98,7 +98,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
                 self.hparams.update(network_args=dict(options))
         else:
             self.network = with_feature_map(network, self.image_size, self.sanm.needs_map)
-            check_num_classes(self.network, num_classes)
+            checks.check_num_classes(self.network, num_classes)
         if self.num_networks == 2:
             self.sanm2 = self.sanm.peer_copy(named_seed("peer", self.sanm.seed))
         self.sanm.build(self.network, self.image_size)
@@ -131,7 +131,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
 
     def _own_callbacks(self) -> list[Any]:
         stages = Stages()
-        check_callbacks(self)
+        checks.check_callbacks(self)
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
         first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
@@ -148,12 +148,5 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         Raises:
             ValueError: if they belong to another method or network.
         """
-        try:
+        with checks.refuse_other_weights(self):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as error:
-            reasons = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            raise ValueError(
-                f"expected the weights of {type(self).__name__} as configured, got other weights: "
-                f"{reasons[0][:200]}{more}; use the method, the network and the SANM options of the checkpoint"
-            ) from error

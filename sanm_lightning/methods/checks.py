@@ -1,20 +1,26 @@
 """Checks common to all methods: arguments, and callbacks of the trainer."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
-__all__ = ["check_arguments", "check_callbacks", "check_num_classes"]
+__all__ = [
+    "check_arguments",
+    "check_callbacks",
+    "check_num_classes",
+    "refuse_other_weights",
+    "size_pair",
+]
 
 
-def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
+def check_arguments(num_classes: Any, network: Any, warmup_epochs: int, backend: Any) -> None:
     """Raise ValueError if an argument of :class:`~sanm_lightning.methods.NoisyLabelModule` is out of its range."""
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"expected num_classes >= 2, got {num_classes}; use the num_classes of the data module")
-    if image_size is None:
-        raise ValueError("expected image_size (H, W) in pixels, got None; use the image_size of the data module")
     if not isinstance(network, (str, nn.Module)):
         raise ValueError(f"expected a network as the name of a timm model or as a module, got {network!r}")
     if warmup_epochs < 0:
@@ -24,6 +30,38 @@ def check_arguments(num_classes: Any, image_size: Any, network: Any, warmup_epoc
             f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got "
             f"{backend!r}"
         )
+
+
+def size_pair(image_size: Any) -> tuple[int, int]:
+    """Return H, W in pixels of an argument ``image_size``; a number stands for a square.
+
+    Raises:
+        ValueError: if it is not one or two positive numbers.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if not isinstance(size, (tuple, list)) or len(size) != 2 or not all(int(side) >= 1 for side in size):
+        raise ValueError(
+            f"expected image_size (H, W) in pixels, got {image_size!r}; use the image_size of the data module"
+        )
+    return int(size[0]), int(size[1])
+
+
+@contextmanager
+def refuse_other_weights(pl_module: Any) -> Iterator[None]:
+    """Context manager that replaces torch's error on loading weights of another module by a sentence.
+
+    Raises:
+        ValueError: if the weights belong to another method or network.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:] if line.strip()] or [str(error)]
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise ValueError(
+            f"expected the weights of {type(pl_module).__name__} as configured, got other weights: "
+            f"{reasons[0][:200]}{more}; use the method, the network and the SANM options of the checkpoint"
+        ) from error
 
 
 def check_num_classes(network: Any, num_classes: int) -> None:

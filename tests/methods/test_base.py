@@ -97,3 +97,12 @@ class TestTwoNetworks:
             both.append(module)
         assert same(both[0].network, both[1].network)
         assert not same(both[0].network2, both[1].network2)
+
+
+def test_one_number_is_the_side_of_a_square_and_other_sizes_are_refused_in_a_sentence():
+    module = CrossEntropy(**{**SMALL, "image_size": 16})
+    assert module.image_size == (16, 16)
+    assert module.hparams["image_size"] == (16, 16)
+    for size in (None, (16,), (0, 16), "16"):
+        with pytest.raises(ValueError, match=r"^expected image_size \(H, W\) in pixels, got .*; use the image_size of"):
+            CrossEntropy(**{**SMALL, "image_size": size})
