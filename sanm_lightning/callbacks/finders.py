@@ -15,6 +15,10 @@ SKIPPED = 10, 1
 """Losses at the beginning and at the end that ``LearningRateFinder`` ignores."""
 
 
+DIVERGED = 4.0
+"""Ratio to the lowest loss above which a loss has diverged: Lightning's default ``early_stop_threshold``."""
+
+
 class Finders(L.Callback):
     """Create optimizer and schedule again, with the batch size and the learning rate that Lightning's finders have found.
 
@@ -64,7 +68,8 @@ class Finders(L.Callback):
         """Reduce the batch size to the number of samples, and create optimizer and schedule again.
 
         Raises:
-            ValueError: if ``LearningRateFinder`` has too few losses for a suggestion.
+            ValueError: if ``LearningRateFinder`` has too few losses for a suggestion, or suggests a rate at which the loss
+                has diverged.
         """
         if not pl_module.finders_pending:
             return
@@ -73,6 +78,7 @@ class Finders(L.Callback):
                 _limit_found(finder, trainer.datamodule)
             elif finder.optimal_lr is not None and sets_rate(finder):
                 _require_losses(finder.optimal_lr.results["loss"])
+                _require_convergence(finder.optimal_lr)
         pl_module.finders_pending = False
         pl_module.resumed_schedule = None  # of the checkpoint of a finder
         trainer.strategy.setup_optimizers(trainer)
@@ -91,6 +97,17 @@ def _require_losses(losses: list[float]) -> None:
         raise ValueError(
             f"expected at least {sum(SKIPPED) + 2} steps of LearningRateFinder with finite losses, got {len(losses)} steps; "
             "raise max_epochs or early_stop_threshold, or lower max_lr"
+        )
+
+
+def _require_convergence(found: Any) -> None:
+    """Raise if the loss diverged before the suggestion, which happens only without ``early_stop_threshold``."""
+    suggested = found.suggestion(*SKIPPED)
+    losses = found.results["loss"][: found.results["lr"].index(suggested) + 1]
+    if any(not loss <= DIVERGED * min(losses[: step + 1]) for step, loss in enumerate(losses)):
+        raise ValueError(
+            f"expected a suggestion of LearningRateFinder below the rate at which the loss diverges, got {suggested:.3g}; "
+            "set early_stop_threshold, or lower max_lr"
         )
 
 

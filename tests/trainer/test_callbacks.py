@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torch import nn
 
 from sanm_lightning.cli import entry_point
@@ -197,6 +199,23 @@ class TestLearningRateFinder:
         run = fit("method", finder, epochs=6)
         assert not all(math.isfinite(loss) for loss in finder.optimal_lr.results["loss"])
         assert equal(weights(run), weights(fit("method", epochs=6)))
+
+    @pytest.mark.parametrize("peak", [2.0, 1000.0])
+    def test_a_suggestion_is_refused_if_the_loss_diverges_at_a_smaller_rate(self, peak):
+        losses = iter([*[1.0] * 14, *[peak] * 10, *[0.0] * 16])
+
+        class Scripted(CrossEntropy):
+            def training_step(self, batch, batch_idx):
+                loss = super().training_step(batch, batch_idx)
+                return loss if self.trainer.callbacks[0].__class__ is not _LRCallback else loss * 0 + next(losses)
+
+        finder = callbacks.LearningRateFinder(num_training_steps=40, early_stop_threshold=None)
+        refused = pytest.raises(
+            ValueError, match=r"below the rate at which the loss diverges, got .*; set early_stop_thr"
+        )
+        with refused if peak > 4 else nullcontext():
+            fit("method", finder, epochs=12, made={"method": Scripted})
+        assert finder.optimal_lr._optimal_idx >= 24  # where the loss falls
 
     def test_a_method_begins_each_epoch_of_the_trials(self):
         class Counting(CrossEntropy):
