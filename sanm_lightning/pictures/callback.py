@@ -138,7 +138,7 @@ class SANMPictures(L.Callback):
     # Drawing
 
     def on_fit_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Run a pass over the training set, and draw if SANM's callbacks have processed the last epoch. Collective operation."""
+        """Run a pass over the training set; draw if SANM's callbacks have processed the last epoch. A collective operation."""
         if self.predict and not trainer.fast_dev_run:
             self._pass = pass_over(trainer, pl_module)
         later = trainer.callbacks[trainer.callbacks.index(self) :]
