@@ -53,11 +53,15 @@ class TestNormalized:
         assert torch.equal(images, before)
 
     @pytest.mark.parametrize(
-        ("mean", "std"), [((0.5,), (0.5,)), (MEAN, (0.5, 0.5)), (MEAN, (0.5, 0.0, 0.5)), (MEAN, (0.5, -1.0, 0.5))]
+        ("mean", "std"), [((), ()), (MEAN, (0.5, 0.5)), (MEAN, (0.5, 0.0, 0.5)), (MEAN, (0.5, -1.0, 0.5))]
     )
     def test_refuses_statistics_that_do_not_normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        with pytest.raises(ValueError, match="expected three means and three positive standard deviations, got"):
+        with pytest.raises(ValueError, match="expected a mean and a positive standard deviation for each channel, got"):
             Normalized(small(), mean, std)
+
+    def test_refuses_images_of_another_number_of_channels(self) -> None:
+        with pytest.raises(ValueError, match=r"expected images of 3 channels, the in_chans of the network, got 1; set"):
+            Normalized(small(), MEAN, STD)(torch.rand(2, 1, 16, 16))
 
 
 class TestCreateNetwork:
