@@ -87,7 +87,8 @@ class CSVImages(ImageFiles):
         if not rows:
             fault = ValueError(f"expected rows of the {split} split in {self.file!r}, got none; add rows")
             faults.append(Fault(self.file, f"no rows of the {split} split", fault))
-        label_of = {name: label for label, name in enumerate(self._names())}
+        names = self._names()
+        label_of = {name: label for label, name in enumerate(names)}
         other = [row for row in rows if row.label not in label_of]
         if other:
             unknown = ValueError(
@@ -98,7 +99,7 @@ class CSVImages(ImageFiles):
             faults += [Fault(row.path, f"label {row.label!r} unknown in training", unknown) for row in other]
         rows = [row for row in rows if row.label in label_of]
         files = [Path(self.root) / row.path for row in rows]
-        return Listing(files, [label_of[row.label] for row in rows], [row.path for row in rows], {}, faults)
+        return Listing(files, [label_of[row.label] for row in rows], names, [row.path for row in rows], {}, faults)
 
     def _names(self) -> list[str]:
         if self._class_names is None:

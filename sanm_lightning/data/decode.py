@@ -1,5 +1,6 @@
 """Decode image files and images in memory to squares of bytes."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,10 +103,11 @@ def read_image(
             image.load()  # orientation metadata may follow the pixel data
             return square_image(image, side, interpolation, channels, resize)
     except UNREADABLE as error:
+        cause = ValueError("the file is empty") if _is_empty(path) else error
         raise ValueError(
-            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace "
+            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(cause).rstrip('.')}); replace "
             "or remove the file"
-        ) from error
+        ) from cause
 
 
 def square_image(
@@ -152,6 +154,10 @@ def unreadable_reason(error: ValueError) -> str:
     text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
     text = re.sub(r" (<_io\.BytesIO object at \w+>|'[^']*'|\"[^\"]*\")$", "", text)  # Pillow repeats the file
     return text.rstrip(".") or type(cause).__name__
+
+
+def _is_empty(path: str | Path | BinaryIO) -> bool:
+    return isinstance(path, (str, Path)) and os.path.isfile(path) and os.path.getsize(path) == 0
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

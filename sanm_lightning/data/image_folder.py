@@ -44,6 +44,7 @@ class Listing(NamedTuple):
     Attributes:
         files: N paths.
         labels: N class indices.
+        class_names: names of the C training classes.
         paths: N paths relative to the root of the data set, with ``/``.
         passed_over: skipped files by reason.
         faults: faults of the split.
@@ -51,6 +52,7 @@ class Listing(NamedTuple):
 
     files: list[Path]
     labels: list[int]
+    class_names: list[str]
     paths: list[str]
     passed_over: PassedOver
     faults: list[Fault]
@@ -159,7 +161,7 @@ class ImageFolder(ImageFiles):
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        found = Listing([], [], [], {}, [])
+        found = Listing([], [], self.class_names, [], {}, [])
         if split == "train" and self._found is not None:
             add_passed_over(found.passed_over, self._found[1])
         for base in self._folders()[split]:
