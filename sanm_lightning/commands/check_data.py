@@ -1,6 +1,6 @@
 """``sanm check-data``: decode every image once, and list what would stop or distort a training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sanm_lightning.csv_tables import write_csv
-from sanm_lightning.data import ImageFolder, NoisyDataModule
+from sanm_lightning.data import CSVImages, FromDataset, ImageFolder, NoisyDataModule
 from sanm_lightning.data.decode import ImageFileList
 from sanm_lightning.data.image_files import count_passed_over, name_passed_over, same_but_for_case
-from sanm_lightning.data.image_folder import ImageFiles
 from sanm_lightning.data.left_out import BAD_FILES_HEADER, decode_errors
-from sanm_lightning.data.square_images import SquareImages
 from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
 from sanm_lightning.safe_files import require_folder
@@ -29,7 +27,7 @@ class _Split(NamedTuple):
     """What is checked of one split."""
 
     images: Any
-    names: list[str]
+    names: Sequence[str]
     labels: list[int]
     class_names: list[str]
     faults: list[tuple[str, str]]
@@ -106,9 +104,8 @@ def check_data(
 
 def _listed(data: Any, split: str) -> _Split:
     """List the images of a split, with the faults that a listing shows."""
-    if not isinstance(data, ImageFiles):
-        load = {"train": data.load_train, "val": data.load_val, "test": data.load_test}[split]
-        source = data.complete_source(split) if isinstance(data, SquareImages) else load()
+    if not isinstance(data, (ImageFolder, CSVImages)):
+        source = data.complete_source(split) if isinstance(data, FromDataset) else getattr(data, f"load_{split}")()
         names = source.paths or [f"{split} {row}" for row in range(len(source.labels))]
         return _Split(source.images, names, source.labels.tolist(), data.class_names, [], [])
     found = data.listing(split)

@@ -49,7 +49,7 @@ class ImageFileList:
         resize: how other aspects become squares.
     """
 
-    def __init__(self, paths: Sequence[Path], side: int, channels: int = 3, resize: Resize = "crop") -> None:
+    def __init__(self, paths: Sequence[str | Path], side: int, channels: int = 3, resize: Resize = "crop") -> None:
         self.paths, self.side, self.channels, self.resize = paths, side, channels, resize
 
     def __len__(self) -> int:

@@ -168,6 +168,8 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
     """Blend bytes (B, C, H, W) with their luma: ``factor`` (B,), 0 gives a gray image, 1 the original."""
+    if images.shape[1] == 1:
+        return images
     return _blend(images, _gray(images), factor)
 
 

@@ -1,5 +1,6 @@
 """Original data sets, before subset, noise and splits."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Source(NamedTuple):
 
     labels: Tensor
     images: Tensor | ImageDataset
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None
     true_labels: Tensor | None = None
     left_out: tuple[str, ...] = ()
 

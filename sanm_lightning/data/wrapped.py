@@ -98,7 +98,8 @@ class WrappedSet:
 
     def _keys(self, image_key: str | None, label_key: str | None) -> tuple[Any, Any]:
         """Return the keys of image and label in a row: names of columns, or 0 and 1."""
-        first = self.dataset[0]
+        with seeded(0):  # a random transform would use the global streams
+            first = self.dataset[0]
         if not isinstance(first, Mapping):
             if not isinstance(first, (tuple, list)) or len(first) < 2:
                 raise ValueError(
