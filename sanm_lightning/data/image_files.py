@@ -27,6 +27,7 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 """Splits by name of a folder or cell, in lower case."""
 
 SPLITS = ("train", "val", "test")
+ABOVE = "link to a folder above"
 NAMED = 10
 """Maximum number of skipped files in a log line."""
 LAYOUT = "use the layout ROOT/<class>/, or ROOT/train/<class>/ with optional ROOT/val/<class>/ and ROOT/test/<class>/"
@@ -69,7 +70,8 @@ class ImageListing(NamedTuple):
 def list_class_folder(folder: str | Path) -> ClassFolder:
     """List the image files of a folder recursively.
 
-    Links to files and folders are followed; a folder that is reached a second time is not listed again. Skipped are
+    Links to files and folders are followed; a folder that is reached a second time is not listed again, nor one that
+    contains a folder already entered, which would add the images of other classes. Skipped are
     files with extensions that Pillow cannot open, files without an extension, hidden files and the content of hidden
     folders, broken links, and special files.
 
@@ -96,10 +98,13 @@ def _walk(
         reason = _reason(entry, endings)
         if reason == "folder":
             try:
-                if os.path.realpath(entry) not in seen:
+                if os.path.realpath(entry) in seen:
+                    reason = "folder listed before"
+                elif _contains(entry, folder):
+                    reason = ABOVE
+                else:
                     _walk(entry.path, covered, files, passed_over, seen, endings)
                     continue
-                reason = "folder listed before"
             except OSError:
                 reason = "folder that cannot be read"
         elif covered:
@@ -136,7 +141,7 @@ def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
     return None if ending in endings else f"extension {ending} unknown to Pillow"
 
 
-def _contains(entry: os.DirEntry[str], folder: Path) -> bool:
+def _contains(entry: os.DirEntry[str], folder: str | Path) -> bool:
     """Return whether an entry of a folder is a link to that folder, or to one that contains it."""
     return entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve())
 
@@ -197,7 +202,7 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
     for entry in _entries(folder):
         reason = "hidden" if entry.name.startswith(".") else _reason(entry, endings)
         if reason == "folder" and _contains(entry, folder):
-            reason = "link to a folder above"
+            reason = ABOVE
         if reason == "folder":
             names.append(entry.name)
         else:
