@@ -44,10 +44,12 @@ GIVEN = re.compile(r"Given value: (?P<value>.*?)(?:\. Got value: .*)?$")
 
 
 class ShortHelp(DefaultHelpFormatter):
-    """Help without the subclasses of ``torch.nn.Module``, of which there are more than a thousand."""
+    """Help without the subclasses of ``torch.nn.Module`` and of torch's ``Dataset``, of which there are many."""
 
     def _get_help_string(self, action: Any) -> str:
-        return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._get_help_string(action))
+        return re.sub(
+            r", known subclasses: torch\.(nn\.Module|utils\.data\.Dataset),[^)]*", "", super()._get_help_string(action)
+        )
 
 
 class CommandParser(ArgumentParser):
