@@ -143,3 +143,10 @@ class TestHelp:
         assert "torch.nn." not in shown
         assert "OneCycle" in shown, "classes for other options are listed"
         assert shown.count("\n") < 150
+
+    def test_of_a_data_module_is_without_the_data_sets_of_torch(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["sanm"])
+        with pytest.raises(SystemExit):
+            main(["fit", "--data.help", "FromDataset"])
+        shown = capsys.readouterr().out
+        assert "--data.train " in shown and "torch.utils.data" not in shown
