@@ -20,6 +20,14 @@ class _Row(NamedTuple):
     split: str
 
 
+class _Rule(NamedTuple):
+    """What is refused in a row: its name, the test, and the error for the paths of all such rows."""
+
+    reason: str
+    wrong: Callable[[_Row], bool]
+    error: Callable[[list[str]], ValueError | OSError]
+
+
 class CSVImages(ImageFiles):
     """Images whose paths and labels are columns of a CSV file with a header; one row per image.
 
@@ -153,46 +161,46 @@ class CSVImages(ImageFiles):
         """Return the rows without faults, with normalized split names, and the faults."""
         faults: list[Fault] = []
         place = {id(row): f"row {number}" for number, row in enumerate(rows, 1)}
-
-        def remove(
-            reason: str, wrong: Callable[[_Row], bool], error: Callable[[list[str]], ValueError | OSError]
-        ) -> None:
-            nonlocal rows
+        for reason, wrong, error in self._rules(rows):
             names = [row.path or place[id(row)] for row in rows if wrong(row)]
             if names:
                 raised = error(names)
-                faults.extend(Fault(name, reason, raised) for name in names)
+                faults += [Fault(name, reason, raised) for name in names]
                 rows = [row for row in rows if not wrong(row)]
-
-        remove("no path", lambda row: not row.path, self._error("a path in every row"))
-        remove(
-            "no label",
-            lambda row: not row.label,
-            self._error(f"a label in every row, in the column {self.label_column!r}"),
-        )
-        remove("unknown split", lambda row: row.split.lower() not in SPLIT_NAMES, self._split_error(rows))
-        if self._root_is_given:
-            relative = "paths that are relative to the root"
-            remove(
-                "absolute path", lambda row: Path(row.path).is_absolute(),
-                self._error(relative, "absolute ones", "omit root, or use relative paths"),
-            )  # fmt: skip
-            remove(
-                "path outside of the root", lambda row: row.path.split("/")[0] == "..",
-                self._error("paths inside of the root", "that leave it", "choose another root, or correct these rows"),
-            )  # fmt: skip
-        repeated = {path for path, count in Counter(row.path for row in rows).items() if count > 1}
-        first = {path: id(row) for row in reversed(rows) if (path := row.path) in repeated}
-        remove(
-            "repeated path", lambda row: row.path in repeated and first[row.path] != id(row),
-            self._error("one row per image", "repeated ones", "keep one row per path"),
-        )  # fmt: skip
-        total = len(rows)
-        remove("missing file", lambda row: not (Path(self.root) / row.path).is_file(), lambda missing: FileNotFoundError(
-            f"expected files for the {total} images listed in {self.file!r}, got {len(missing)} missing files (first: "
-            f"{missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
-        ))  # fmt: skip
         return [row._replace(split=SPLIT_NAMES[row.split.lower()]) for row in rows], faults
+
+    def _rules(self, rows: list[_Row]) -> list[_Rule]:
+        """Return what is refused, in order."""
+        repeated = {path for path, count in Counter(row.path for row in rows).items() if count > 1}
+        first = {row.path: id(row) for row in reversed(rows) if row.path in repeated}
+        relative, inside = "paths that are relative to the root", "paths inside of the root"
+        return [
+            _Rule("no path", lambda row: not row.path, self._error("a path in every row")),
+            _Rule(
+                "no label", lambda row: not row.label,
+                self._error(f"a label in every row, in the column {self.label_column!r}"),
+            ),
+            _Rule("unknown split", lambda row: row.split.lower() not in SPLIT_NAMES, self._split_error(rows)),
+            _Rule(
+                "absolute path", lambda row: self._root_is_given and Path(row.path).is_absolute(),
+                self._error(relative, "absolute ones", "omit root, or use relative paths"),
+            ),
+            _Rule(
+                "path outside of the root", lambda row: self._root_is_given and row.path.split("/")[0] == "..",
+                self._error(inside, "that leave it", "choose another root, or correct these rows"),
+            ),
+            _Rule(
+                "repeated path", lambda row: first.get(row.path, id(row)) != id(row),
+                self._error("one row per image", "repeated ones", "keep one row per path"),
+            ),
+            _Rule(
+                "missing file", lambda row: not (Path(self.root) / row.path).is_file(),
+                lambda missing: FileNotFoundError(
+                    f"expected files for the {len(rows)} images listed in {self.file!r}, got {len(missing)} missing files "
+                    f"(first: {missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
+                ),
+            ),
+        ]  # fmt: skip
 
     def _error(
         self, what: str, got: str = "without", advice: str = "correct these rows"

@@ -290,7 +290,6 @@ class NoisyDataModule(Splits):
             labels = self._source(split).labels
             true = labels if split == "val" and self.curated else None
             self._tables[split] = LabelTable(labels, true, torch.arange(len(labels)))
-            self._name_missing_classes(split)
             return self._tables[split]
         if self.val_fraction > 0 and "val" in self.own_splits:
             raise ValueError(
@@ -315,8 +314,8 @@ class NoisyDataModule(Splits):
                 f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; "
                 "their labels are as noisy as the training labels"
             )
-        if self.held_out_fraction > 0:
-            self._name_missing_classes("val")
+        if self.held_out_fraction > 0 and (empty := self.classes_without(self._tables["val"].labels)):
+            self._say(f"held-out split 'val': no samples of {empty}, which have too few training samples")
         return self._tables[split]
 
     def sample_paths(self, split: str = "train") -> list[str] | None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
@@ -86,21 +86,11 @@ class Splits(ServedBatches):
             self._said.add(line)
             rank_zero_info(line)
 
-    def _name_missing_classes(self, split: str) -> None:
-        """Name the classes without samples in an evaluation split: with a warning if the split is one of the data."""
-        labels = self._tables[split].labels
+    def classes_without(self, labels: Tensor) -> str:
+        """Return the names of the classes that do not occur in labels, for messages; empty if all occur."""
         empty = (labels.bincount(minlength=self.num_classes) == 0).nonzero().flatten().tolist()
-        if not empty:
-            return
         named = ", ".join(repr(self.class_names[label]) for label in empty[:NAMED])
-        named += f" and {len(empty) - NAMED} more" if len(empty) > NAMED else ""
-        if split in self.own_splits:
-            rank_zero_warn(
-                f"expected samples of all {self.num_classes} classes in the {split} split, got none of {named}; its accuracy "
-                "is that of the other classes"
-            )
-        else:
-            self._say(f"held-out split 'val': no samples of {named}, which have too few training samples")
+        return named + (f" and {len(empty) - NAMED} more" if len(empty) > NAMED else "")
 
     def state_dict(self) -> dict[str, Any]:
         """Return seed, class names, a checksum of the training labels, which a resumed run compares, and image sizes."""

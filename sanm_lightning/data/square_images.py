@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from sanm_lightning.data.datamodule import NoisyDataModule
 from sanm_lightning.data.decode import Resize, check_decoding
 from sanm_lightning.data.left_out import leave_out, unreadable_rows
@@ -89,12 +91,18 @@ class SquareImages(NoisyDataModule):
         return {}
 
     def source(self, split: str) -> Source:
-        """Return the images of ``train``, ``val`` or ``test``, without those that are left out as bad."""
+        """Return the images of ``train``, ``val`` or ``test``, without those that are left out as bad; name absent classes."""
         source = self.complete_source(split)
         bad = self.known_bad(source)
         if self.on_error == "skip":
             bad |= unreadable_rows(source.images, self.num_workers, known=bad)
-        return leave_out(source, bad, self.class_names, split, self._say)
+        source = leave_out(source, bad, self.class_names, split, self._say)
+        if split != "train" and (empty := self.classes_without(source.labels)):
+            rank_zero_warn(
+                f"expected samples of all {self.num_classes} classes in the {split} split, got none of {empty}; its accuracy "
+                "is that of the other classes"
+            )
+        return source
 
     def load_train(self) -> Source:
         """Return the training images."""
