@@ -2,7 +2,7 @@
 
 from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.data import CIFAR10, CIFAR100, CSVImages, Digits, ImageFolder, Noise, NoisyDataModule
+from sanm_lightning.data import CIFAR10, CIFAR100, CSVImages, Digits, FromDataset, ImageFolder, Noise, NoisyDataModule
 from sanm_lightning.methods import (
     C2D,
     CDR,
@@ -33,6 +33,7 @@ __all__ = [
     "Digits",
     "DivideMix",
     "ELRPlus",
+    "FromDataset",
     "ImageFolder",
     "Noise",
     "NoisyBatch",

@@ -111,6 +111,7 @@ class SANMCLI(LightningCLI):
         for name in ("trainer", "model", "data"):
             if isinstance(part.get(name), (list, str, int, float)):
                 raise ValueError(f"expected options under {name!r}, got {part.get(name)!r}; see 'sanm fit --help'")
+        self._take_channels_from_data(part)
         self._take_statistics_from_data(part)
         try:
             super().instantiate_classes()
@@ -120,6 +121,13 @@ class SANMCLI(LightningCLI):
             raise ValueError(
                 f"expected valid settings of model, data and trainer, got {type(error).__name__}: {error}"
             ) from error
+
+    def _take_channels_from_data(self, part: Any) -> None:
+        """Fill in ``in_chans`` of a network by name from ``channels`` of the data, unless it is configured."""
+        model, data = ((part.get(name) or {}).get("init_args") or {} for name in ("model", "data"))
+        channels, options = data.get("channels", 3), model.get("network_args") or {}
+        if channels != 3 and isinstance(model.get("network"), str) and "in_chans" not in options:
+            model["network_args"] = {**options, "in_chans": channels}
 
     def _take_statistics_from_data(self, part: Any) -> None:
         """Fill in ``mean`` and ``std`` of a model from the data, unless configured or defined by pre-trained weights.

@@ -40,14 +40,15 @@ NOT_IMPORTED = re.compile(r"(?P<reason>No module named .+|module .+ has no attri
 OTHER_CLASS = re.compile(r"Import path does not correspond to a subclass of (?P<base>\w+)")
 VALUE = re.compile(r"Expected a (?P<type>.+?)\. Got value: (?P<value>.*?)(?:\. Got value: .*)?$")
 UNION = re.compile(r"Subtypes: \[(?P<type>.+)\]")
+LONG_LISTS = re.compile(r", known subclasses: torch\.(nn\.Module|utils\.data\.Dataset),[^)]*")
 GIVEN = re.compile(r"Given value: (?P<value>.*?)(?:\. Got value: .*)?$")
 
 
 class ShortHelp(DefaultHelpFormatter):
-    """Help without the subclasses of ``torch.nn.Module``, of which there are more than a thousand."""
+    """Help without the subclasses of ``torch.nn.Module`` and of torch's ``Dataset``, of which there are many."""
 
     def _get_help_string(self, action: Any) -> str:
-        return re.sub(r", known subclasses: torch\.nn\.Module,[^)]*", "", super()._get_help_string(action))
+        return LONG_LISTS.sub("", super()._get_help_string(action))
 
 
 class CommandParser(ArgumentParser):

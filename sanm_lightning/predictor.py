@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from sanm_lightning import methods
 from sanm_lightning.class_names import class_names_of
+from sanm_lightning.data.decode import Resize
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.safe_files import read_checkpoint
+from sanm_lightning.sanm.inference import input_channels
 
 __all__ = ["Predictor", "TrainedMethod", "load_method", "load_predictor"]
 
@@ -23,11 +25,15 @@ class TrainedMethod(NamedTuple):
         module: the method with its weights, in evaluation mode, on the CPU.
         class_names: C names in the order of the class indices; numbers if the checkpoint has no names.
         decode_size: side of the decoded squares in pixels, before the center crop to ``module.image_size``.
+        resize: how images become squares, ``crop`` or ``stretch``.
+        channels: number of channels of the images.
     """
 
     module: NoisyLabelModule
     class_names: list[str]
     decode_size: int
+    resize: Resize = "crop"
+    channels: int = 3
 
 
 class Predictor(nn.Module):
@@ -51,7 +57,7 @@ class Predictor(nn.Module):
         self.method = _used_parts(module)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return class probabilities (B, C), float32, of images (B, 3, H, W), uint8 or floating point in [0, 1]."""
+        """Return class probabilities (B, C), float32, of images (B, C, H, W), uint8 or floating point in [0, 1]."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         probabilities: Tensor = self.method(scaled).float().softmax(1)
         return probabilities
@@ -67,7 +73,7 @@ def _used_parts(module: NoisyLabelModule) -> NoisyLabelModule:
         if name
     ]
     with torch.no_grad():
-        slim(torch.zeros(1, 3, *slim.image_size))
+        slim(torch.zeros(1, input_channels(slim.network), *slim.image_size))
     for handle in handles:
         handle.remove()
     for name, _ in list(slim.named_children()):
@@ -125,13 +131,24 @@ def load_method(path: str | Path, method: type[NoisyLabelModule] | None = None) 
             f"expected a checkpoint of {method.__name__} in {str(path)!r}, got one that does not fit "
             f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); use the version of this package that wrote it"
         ) from error
-    return TrainedMethod(module, class_names_of(checkpoint), _decode_size(checkpoint, module.image_size))
+    return TrainedMethod(
+        module,
+        class_names_of(checkpoint),
+        _decode_size(checkpoint, module.image_size),
+        "stretch" if "stretch" in _data_settings(checkpoint, "resize") else "crop",
+        input_channels(module.network),
+    )
 
 
 def _decode_size(checkpoint: Mapping[str, Any], image_size: tuple[int, int]) -> int:
     """Return the decode size of the training data; the larger side of the images if it is unknown."""
-    states = [part for part in checkpoint.values() if isinstance(part, Mapping) and "draws" in part]
-    data = (checkpoint.get("settings") or {}).get("data") or {}
-    known = [part.get("decode_size") for part in (*states, data.get("init_args") or {})]
+    known = _data_settings(checkpoint, "decode_size")
     sides = [max(size) if isinstance(size, (list, tuple)) else size for size in known if size]
     return max(*image_size, *(int(side) for side in sides[:1]))
+
+
+def _data_settings(checkpoint: Mapping[str, Any], name: str) -> list[Any]:
+    """Return the values of a setting in the state of the data module, and in the settings of the run."""
+    states = [part for part in checkpoint.values() if isinstance(part, Mapping) and "draws" in part]
+    data = (checkpoint.get("settings") or {}).get("data") or {}
+    return [part.get(name) for part in (*states, data.get("init_args") or {})]

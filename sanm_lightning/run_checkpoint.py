@@ -25,6 +25,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Path of the checkpoint of the best epoch; empty if there is none."""
         self.best_accuracy = -1.0
         """Accuracy of the best epoch, in [0, 1]; -1 if there is none."""
+        self.best_metric: str | None = None
+        """Name of the metric that selected the best epoch; None if there is none."""
         self._evaluated_at = -1  # number of steps before the last evaluation
 
     @property
@@ -44,12 +46,12 @@ class RunCheckpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
 
     def _save_if_best(self, trainer: L.Trainer) -> None:
-        metrics = [trainer.callback_metrics[name] for name in MONITORED if name in trainer.callback_metrics]
+        name = next((name for name in MONITORED if name in trainer.callback_metrics), None)
         # a foreign module may log a different value in each process
-        accuracy: float = trainer.strategy.broadcast(float(metrics[0]) if metrics else -1.0)
+        accuracy: float = trainer.strategy.broadcast(-1.0 if name is None else float(trainer.callback_metrics[name]))
         if not accuracy > self.best_accuracy:
             return
-        self.best_accuracy = accuracy
+        self.best_accuracy, self.best_metric = accuracy, name
         version = self.STARTING_VERSION
         path = self.best_path or self.format_checkpoint_name({}, "best")
         while path != self.best_path and self.file_exists(path, trainer):
@@ -59,8 +61,9 @@ class RunCheckpoint(ModelCheckpoint):
         trainer.save_checkpoint(path, weights_only=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the paths and the best accuracy."""
-        return {**super().state_dict(), "best_path": self.best_path, "best_accuracy": self.best_accuracy}
+        """Return the paths, the best accuracy and its metric."""
+        best = {"best_path": self.best_path, "best_accuracy": self.best_accuracy, "best_metric": self.best_metric}
+        return {**super().state_dict(), **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the paths and the best accuracy; those of a run in another directory are not used."""
@@ -68,3 +71,4 @@ class RunCheckpoint(ModelCheckpoint):
             super().load_state_dict(state_dict)
             self.best_path = state_dict.get("best_path", "")
             self.best_accuracy = state_dict.get("best_accuracy", -1.0)
+            self.best_metric = state_dict.get("best_metric")

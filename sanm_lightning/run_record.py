@@ -14,7 +14,7 @@ from torchmetrics.functional.classification import binary_auroc
 from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
-from sanm_lightning.run_summary import summary_lines
+from sanm_lightning.run_summary import selected_on, summary_lines
 from sanm_lightning.safe_files import atomic_write, require_folder
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
@@ -51,9 +51,11 @@ class RunRecord(L.Callback):
     resumes), noise_kind, noise_rate (requested), measured_noise_rate, test_accuracy_best (the highest of all
     evaluations: selected on the test set, as in published protocols), test_accuracy_last (final epoch),
     test_accuracy_last10 (mean over the evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (on
-    the split ``val``, given or held out, whose labels may be wrong), quality_auc (see :func:`label_quality_auc`),
-    stages (epochs of each stage), label_issues (see :func:`sanm_lightning.audit.callback.detection_metrics`),
-    masked_steps (training steps with at least one masked image). Null where unknown.
+    the split ``val``, given or held out, whose labels may be wrong), selected_on (the split whose accuracy selected the
+    best checkpoint: ``val`` or ``test``, see :func:`~sanm_lightning.run_summary.selected_on`), quality_auc (see
+    :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
+    :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps with at least one masked
+    image). Null where unknown.
     """
 
     def __init__(self) -> None:
@@ -131,6 +133,7 @@ class RunRecord(L.Callback):
             "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
             "val_accuracy_best": max(self.val_accuracies.values(), default=None),
             "val_accuracy_last": self.val_accuracies.get(epochs - 1),
+            "selected_on": selected_on(trainer),
             "quality_auc": label_quality_auc(trainer, pl_module),
             "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
             "label_issues": next((part.metrics for part in trainer.callbacks if isinstance(part, LabelAudit)), None),

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.run_checkpoint import RunCheckpoint
 
-__all__ = ["summary_lines"]
+__all__ = ["selected_on", "summary_lines"]
 
 
 def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str, Any]) -> list[str]:
@@ -29,7 +29,8 @@ def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str,
             )
     last_path, best_path = _weights(trainer)
     if last_path or best_path:
-        best = f", best epoch: {best_path}" if best_path and best_path != last_path else ""
+        chosen = {"val": "", "test": " (selected on the test set)"}.get(selected_on(trainer) or "val", "")
+        best = f", best epoch{chosen}: {best_path}" if best_path and best_path != last_path else ""
         lines.append(f"weights: {last_path or best_path}{best}")
     files = {"results": ["results.json"], "labels": ["labels.npz"], "label issues": ["label_issues.csv", "report.html"]}
     for what, names in files.items():
@@ -37,6 +38,23 @@ def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str,
         if written:
             lines.append(f"{what}: {', to review: '.join(written)}")
     return [*lines, *_next(pl_module, last_path or best_path)]
+
+
+def selected_on(trainer: Any) -> str | None:
+    """Return what selected the best checkpoint of a fit.
+
+    Args:
+        trainer: trainer with checkpoint callbacks.
+
+    Returns:
+        ``val`` or ``test``, the split of the monitored accuracy; the name of another monitored metric; None if no
+        checkpoint was selected.
+    """
+    for saver in trainer.checkpoint_callbacks:
+        metric = getattr(saver, "best_metric", None) or getattr(saver, "monitor", None)
+        if metric:
+            return str(metric).removesuffix("/acc")
+    return None
 
 
 def _weights(trainer: Any) -> tuple[str, str]:

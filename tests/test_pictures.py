@@ -200,6 +200,13 @@ class TestFiles:
         assert written(tmp_path) == {"losses", "roc", "transition"} | quality | ({"masks"} if sanm else set())
         assert "network 2" in texts(figures["losses"])
 
+    @pytest.mark.parametrize("channels", [1, 2, 4])
+    def test_images_of_other_numbers_of_channels(self, tmp_path, channels):
+        images = torch.rand(2, channels, 8, 8)
+        views = Views(images, torch.eye(2), activation=torch.rand(2, 8, 8), ratio=torch.full((2,), 0.3))
+        draw_views(tmp_path / "a.png", images, views, images, ["", ""])
+        assert (tmp_path / "a.png").stat().st_size > 0
+
     def test_views_without_masks_are_refused(self, tmp_path):
         images = torch.zeros(2, 3, 8, 8)
         with pytest.raises(ValueError, match="draw them after the warm-up"):

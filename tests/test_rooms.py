@@ -16,7 +16,7 @@ ALLOWED = {
     "state_callback.py": {"per_sample"},
     "functional": {"functional"},
     "sanm": {"compat", "functional", "models", "random_streams", "per_sample", "sanm", "state_callback"},
-    "data": {"batch", "class_names", "data", "random_streams", "safe_files"},
+    "data": {"batch", "class_names", "csv_tables", "data", "random_streams", "safe_files"},
     "models": {"models", "safe_files"},
     "audit": {"audit", "csv_tables", "data", "functional", "models", "processing", "safe_files", "sanm"},
     "pictures": {

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sanm_lightning import SANM
+from sanm_lightning.data import Toy
 from sanm_lightning.pictures import SANMPictures
+from sanm_lightning.run_checkpoint import RunCheckpoint
 from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
 from tests.methods.toy import data, method, trainer
 
@@ -26,6 +29,27 @@ class TestResults:
         assert said["test_accuracy_best"] == 0.9
         assert said["test_accuracy_last"] == 0.19
         assert said["test_accuracy_last10"] == pytest.approx(sum(range(10, 20)) / 1000)
+
+    @pytest.mark.parametrize(
+        ("fraction", "saver", "expected"),
+        [
+            (0.25, RunCheckpoint, "val"),
+            (0.0, RunCheckpoint, "test"),
+            (0.25, lambda: ModelCheckpoint(monitor="val/acc", mode="max"), "val"),
+            (0.25, lambda: ModelCheckpoint(monitor="train/loss"), "train/loss"),
+            (0.25, ModelCheckpoint, None),
+        ],
+    )
+    def test_name_the_split_that_selected_the_weights(self, fraction, saver, expected):
+        run = trainer(1, callbacks=[RunRecord(), saver()], enable_checkpointing=True)
+        run.fit(method(), Toy(seed=3, val_fraction=fraction))
+        assert results()["selected_on"] == expected
+
+    def test_of_the_end_of_a_fit_mark_a_selection_on_the_test_set(self, caplog):
+        run = trainer(1, callbacks=[RunRecord(), RunCheckpoint()], enable_checkpointing=True)
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            run.fit(method(), Toy(seed=3))
+        assert "last.ckpt, best epoch (selected on the test set): " in caplog.messages[-1]
 
     def test_are_there_after_every_epoch_of_a_run_that_dies(self):
         class Die(SANMPictures):

@@ -75,7 +75,7 @@ class TestParser:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ("fti", "expected a command among fit, validate, test, predict, audit, export, relabel, got 'fti'; "),
+            ("fti", "expected a command among fit, validate, test, predict, audit, check-data, export, relabel, got 'fti'; "),
             ("", "expected a command among fit, "),
             ("fit", "expected a value for --model and --data, got none; see 'sanm fit --help'"),
             ("audit --data NoSuch", "expected the name of a class for data, got 'NoSuch'; choose one of CIFAR10, CIFAR100, "),
@@ -143,3 +143,10 @@ class TestHelp:
         assert "torch.nn." not in shown
         assert "OneCycle" in shown, "classes for other options are listed"
         assert shown.count("\n") < 150
+
+    def test_of_a_data_module_is_without_the_data_sets_of_torch(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["sanm"])
+        with pytest.raises(SystemExit):
+            main(["fit", "--data.help", "FromDataset"])
+        shown = capsys.readouterr().out
+        assert "--data.train " in shown and "torch.utils.data" not in shown

@@ -65,7 +65,7 @@ def folder_audit_set(root: str | Path) -> AuditSet:
 
 
 class _SplitImages:
-    """Decoded images of a split of a data module."""
+    """Decoded images of a split of a data module, in RGB."""
 
     def __init__(self, images: Any, origin: Tensor) -> None:
         self.images, self.origin = images, origin.tolist()
@@ -75,7 +75,8 @@ class _SplitImages:
 
     def __getitem__(self, row: int) -> Tensor:
         image: Tensor = self.images[self.origin[row]]
-        return image
+        colors = image[: 3 if len(image) >= 3 else 1]  # without alpha
+        return colors if len(colors) == 3 else colors.expand(3, -1, -1)
 
 
 def audit_set_of(data: Any, split: str = "train") -> AuditSet:

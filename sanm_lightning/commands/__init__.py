@@ -12,6 +12,7 @@ __all__ = ["COMMANDS", "run"]
 
 COMMANDS = {
     "audit": "sanm_lightning.commands.audit",
+    "check-data": "sanm_lightning.commands.check_data",
     "export": "sanm_lightning.commands.export",
     "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors.torch import save
 
+from sanm_lightning.data.decode import MODES
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.models import Normalized
 from sanm_lightning.parsing import CommandParser
@@ -77,7 +78,7 @@ def export(
                 write_network(folder / name, network, trained)
                 written.append(f"{name}/model.safetensors")
         if predictor is not None:
-            program = _traced(predictor, input_dtype)
+            program = _traced(predictor, input_dtype, trained.channels)
             (folder / "predictor.json").write_text(_text(_description(trained, input_dtype)), encoding="utf-8")
             if "torch" in formats:
                 torch.export.save(program, folder / "predictor.pt2")
@@ -136,12 +137,12 @@ def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[
         "pretrained_cfg": {
             **{key: own[key] for key in kept if own.get(key) is not None},
             "num_classes": classes,
-            "input_size": [3, height, width],
+            "input_size": [trained.channels, height, width],
             "mean": network.mean.flatten().tolist(),
             "std": network.std.flatten().tolist(),
             "interpolation": "bilinear",
             "crop_pct": max(height, width) / trained.decode_size,
-            "crop_mode": "center",
+            "crop_mode": "squash" if trained.resize == "stretch" else "center",
             "custom_load": False,
         },
         "library": "timm" if of_timm else "sanm_lightning",
@@ -158,8 +159,8 @@ def _config(network: Normalized, trained: TrainedMethod, of_timm: bool) -> dict[
 # The whole predictor ---------------------------------------------------------------------------------------------------
 
 
-def _traced(predictor: Predictor, input_dtype: str) -> Any:
-    images = torch.rand(2, 3, *predictor.image_size)
+def _traced(predictor: Predictor, input_dtype: str, channels: int) -> Any:
+    images = torch.rand(2, channels, *predictor.image_size)
     if input_dtype == "uint8":
         images = (images * 255).to(torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},)
@@ -200,11 +201,11 @@ def _description(trained: TrainedMethod, input_dtype: str) -> dict[str, Any]:
         "class_names": trained.class_names,
         "input": {
             "name": "images",
-            "shape": ["batch", 3, height, width],
+            "shape": ["batch", trained.channels, height, width],
             "dtype": input_dtype,
             "range": [0, 255] if input_dtype == "uint8" else [0, 1],
-            "channels": "RGB",
-            "resize_short_side": trained.decode_size,
+            "channels": MODES[trained.channels],
+            "resize_both_sides" if trained.resize == "stretch" else "resize_short_side": trained.decode_size,
             "center_crop": [height, width],
         },
         "output": {"name": "probabilities", "shape": ["batch", len(trained.class_names)], "dtype": "float32"},

@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sanm_lightning.data.decode import ImageFileList, unreadable_reason
 from sanm_lightning.data.image_files import count_passed_over, list_class_folder
-from sanm_lightning.data.image_folder import read_image, unreadable_reason
 from sanm_lightning.data.policies import center_crop
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.parsing import CommandParser
@@ -68,7 +68,9 @@ def predict(
     console = Console(highlight=False, soft_wrap=True)
     files, names = _list(images, console)
     workers = default_num_workers() if num_workers is None else num_workers
-    decoded = _Decoded(files, trained.decode_size, predictor.image_size)
+    decoded = _Decoded(
+        ImageFileList(files, trained.decode_size, trained.channels, trained.resize), predictor.image_size
+    )
     loader: Any = DataLoader(decoded, batch_size, num_workers=workers, collate_fn=list)
     probabilities = np.zeros((len(files), len(trained.class_names)), np.float32)
     errors: dict[int, str] = {}
@@ -123,7 +125,7 @@ def _list(given: Sequence[str], console: Console) -> tuple[list[Path], list[str]
 
 
 class _Item(NamedTuple):
-    """Result of a worker: an image (3, H, W), uint8, or the reason why it is unreadable."""
+    """Result of a worker: an image (C, H, W), uint8, or the reason why it is unreadable."""
 
     row: int
     image: Tensor | None
@@ -133,15 +135,15 @@ class _Item(NamedTuple):
 class _Decoded(Dataset[_Item]):
     """Data set of images decoded as in evaluation."""
 
-    def __init__(self, files: list[Path], decode_size: int, image_size: tuple[int, int]) -> None:
-        self.files, self.decode_size, self.image_size = files, decode_size, image_size
+    def __init__(self, files: ImageFileList, image_size: tuple[int, int]) -> None:
+        self.files, self.image_size = files, image_size
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, row: int) -> _Item:
         try:
-            image = read_image(self.files[row], self.decode_size)
+            image = self.files[row]
         except ValueError as error:
             return _Item(row, None, unreadable_reason(error))
         return _Item(row, center_crop(image[None], self.image_size)[0], "")

@@ -4,6 +4,7 @@ from sanm_lightning.data.cifar import CIFAR10, CIFAR100
 from sanm_lightning.data.csv_images import CSVImages
 from sanm_lightning.data.datamodule import NoisyDataModule
 from sanm_lightning.data.digits import Digits
+from sanm_lightning.data.from_dataset import FromDataset
 from sanm_lightning.data.image_folder import ImageFolder
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
@@ -14,6 +15,7 @@ __all__ = [
     "CIFAR100",
     "CSVImages",
     "Digits",
+    "FromDataset",
     "ImageFolder",
     "IndexLoader",
     "Noise",

@@ -4,12 +4,12 @@ import csv
 import posixpath
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sanm_lightning.data.image_files import SPLIT_NAMES, SPLITS
-from sanm_lightning.data.image_folder import ImageFiles
-from sanm_lightning.data.source import Source
+from sanm_lightning.data.image_folder import Fault, ImageFiles, Listing
 
 __all__ = ["CSVImages"]
 
@@ -18,6 +18,14 @@ class _Row(NamedTuple):
     path: str
     label: str
     split: str
+
+
+class _Rule(NamedTuple):
+    """What is refused in a row: its name, the test, and the error for the paths of all such rows."""
+
+    reason: str
+    wrong: Callable[[_Row], bool]
+    error: Callable[[list[str]], ValueError | OSError]
 
 
 class CSVImages(ImageFiles):
@@ -34,15 +42,16 @@ class CSVImages(ImageFiles):
         split_column: name of the column with the splits ``train``, ``val`` (or ``valid``, ``validation``) and ``test``,
             case-insensitive. Default: all rows are training rows. Without test and validation rows, a fraction of the
             training rows is held out (``holdout_fraction``).
-        root: folder that paths are relative to. Default: the folder of the file. With a root, absolute paths raise an
-            error.
+        root: folder that paths are relative to. Default: the folder of the file. With a root, absolute paths and paths
+            that leave it raise an error.
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
-        **kwargs: as for `NoisyDataModule`.
+        **kwargs: as for `ImageFiles`, `SquareImages` and `NoisyDataModule`.
 
     Raises:
-        ValueError: if image_size is smaller than 1; on access, if columns or rows are missing, or rows have no path, no
-            label, an unknown split, or the path of another row.
+        ValueError: if image_size is smaller than 1; on access, if columns or rows are missing, rows have no path, no
+            label, an unknown split, the path of another row, or a label that is not among those of the training rows, or
+            if there is only one class.
         FileNotFoundError: on access, if the file or listed images do not exist.
     """
 
@@ -62,46 +71,59 @@ class CSVImages(ImageFiles):
         self.file = file
         self.path_column, self.label_column, self.split_column = path_column, label_column, split_column
         self._root_is_given = root is not None
-        self._rows: dict[str, list[_Row]] | None = None
+        self._table: tuple[dict[str, list[_Row]], list[Fault]] | None = None
         self._class_names: list[str] | None = None
 
     @property
     def class_names(self) -> list[str]:
         """The labels of the training rows, or of all rows if there are no training rows."""
-        if self._class_names is None:
-            rows = self._splits()
-            labels = {row.label for row in rows.get("train") or [row for part in rows.values() for row in part]}
-            whole = all(re.fullmatch(r"[+-]?\d+", label) for label in labels)
-            self._class_names = sorted(labels, key=(lambda label: (int(label), label)) if whole else None)
-        return list(self._class_names)
+        faults = self._rows()[1]
+        if faults:
+            raise faults[0].error
+        return self._names()
 
     @property
     def own_splits(self) -> tuple[str, ...]:
         """``val`` and ``test``, if the file has rows of these splits."""
-        return tuple(split for split in ("val", "test") if split in self._splits())
+        return tuple(split for split in ("val", "test") if split in self._rows()[0])
 
-    def source(self, split: str) -> Source:
-        """List the files of ``train``, ``val`` or ``test``."""
-        rows = self._splits().get(split, [])
+    def listing(self, split: str) -> Listing:
+        """List the files of ``train``, ``val`` or ``test``; faults of the file are listed with the training rows."""
+        splits, faults = self._rows()
+        rows = splits.get(split, [])
+        faults = list(faults) if split == "train" else []
         if not rows:
-            raise ValueError(f"expected rows of the {split} split in {self.file!r}, got none; add rows")
-        label_of = {name: label for label, name in enumerate(self.class_names)}
+            fault = ValueError(f"expected rows of the {split} split in {self.file!r}, got none; add rows")
+            faults.append(Fault(self.file, f"no rows of the {split} split", fault))
+        names = self._names()
+        label_of = {name: label for label, name in enumerate(names)}
         other = [row for row in rows if row.label not in label_of]
         if other:
-            raise ValueError(
+            unknown = ValueError(
                 f"expected labels of the {split} rows of {self.file!r} among the {len(label_of)} labels of the training "
                 f"rows, got {len(other)} others (first: {other[0].label!r} of {other[0].path!r}); correct or remove "
                 "these rows"
             )
+            faults += [Fault(row.path, f"label {row.label!r} unknown in training", unknown) for row in other]
+        rows = [row for row in rows if row.label in label_of]
         files = [Path(self.root) / row.path for row in rows]
-        return self._made(split, files, [label_of[row.label] for row in rows], [row.path for row in rows])
+        return Listing(files, [label_of[row.label] for row in rows], names, [row.path for row in rows], {}, faults)
 
-    def _splits(self) -> dict[str, list[_Row]]:
-        """Return the rows of each split that is not empty."""
-        if self._rows is None:
-            rows = self._checked(self._read())
-            self._rows = {split: part for split in SPLITS if (part := [row for row in rows if row.split == split])}
-        return self._rows
+    def _names(self) -> list[str]:
+        if self._class_names is None:
+            splits = self._rows()[0]
+            labels = {row.label for row in splits.get("train") or [row for part in splits.values() for row in part]}
+            whole = all(re.fullmatch(r"[+-]?\d+", label) for label in labels)
+            self._class_names = sorted(labels, key=(lambda label: (int(label), label)) if whole else None)
+        return list(self._class_names)
+
+    def _rows(self) -> tuple[dict[str, list[_Row]], list[Fault]]:
+        """Return the rows without faults of each split that is not empty, and the faults of the others."""
+        if self._table is None:
+            rows, faults = self._checked(self._read())
+            splits = {split: part for split in SPLITS if (part := [row for row in rows if row.split == split])}
+            self._table = splits, faults
+        return self._table
 
     def _read(self) -> list[_Row]:
         path = Path(self.file)
@@ -135,38 +157,64 @@ class CSVImages(ImageFiles):
         rows = [[row[column] for column in columns] for row in table[1:]]
         return [_Row(_normal(row[0]), row[1].strip(), row[2].strip() if len(row) > 2 else "train") for row in rows]
 
-    def _checked(self, rows: list[_Row]) -> list[_Row]:
-        """Check the rows and return them with normalized split names."""
-        number = range(1, len(rows) + 1)
-        self._refuse("a path in every row", [f"row {n}" for n, row in zip(number, rows, strict=True) if not row.path])
-        self._refuse(
-            f"a label in every row, in the column {self.label_column!r}", [row.path for row in rows if not row.label]
-        )
-        strange = [row.split for row in rows if row.split.lower() not in SPLIT_NAMES]
-        if strange:
-            kinds = ", ".join(map(repr, dict.fromkeys(strange)))
-            raise ValueError(
-                f"expected train, val or test in the column {self.split_column!r} of {self.file!r}, got {kinds} in "
-                f"{len(strange)} rows; rename them, or omit split_column"
-            )
-        if self._root_is_given:
-            self._refuse(
-                "paths that are relative to the root", [row.path for row in rows if Path(row.path).is_absolute()],
-                "absolute ones", "omit root, or use relative paths",
-            )  # fmt: skip
-        twice = [path for path, count in Counter(row.path for row in rows).items() if count > 1]
-        self._refuse("one row per image", twice, "repeated ones", "keep one row per path")
-        missing = [row.path for row in rows if not (Path(self.root) / row.path).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"expected files for the {len(rows)} images listed in {self.file!r}, got {len(missing)} missing files "
-                f"(first: {missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
-            )
-        return [row._replace(split=SPLIT_NAMES[row.split.lower()]) for row in rows]
+    def _checked(self, rows: list[_Row]) -> tuple[list[_Row], list[Fault]]:
+        """Return the rows without faults, with normalized split names, and the faults."""
+        faults: list[Fault] = []
+        place = {id(row): f"row {number}" for number, row in enumerate(rows, 1)}
+        for reason, wrong, error in self._rules(rows):
+            names = [row.path or place[id(row)] for row in rows if wrong(row)]
+            if names:
+                raised = error(names)
+                faults += [Fault(name, reason, raised) for name in names]
+                rows = [row for row in rows if not wrong(row)]
+        return [row._replace(split=SPLIT_NAMES[row.split.lower()]) for row in rows], faults
 
-    def _refuse(self, what: str, bad: list[str], got: str = "without", advice: str = "correct these rows") -> None:
-        if bad:
-            raise ValueError(f"expected {what} of {self.file!r}, got {len(bad)} {got} (first: {bad[0]!r}); {advice}")
+    def _rules(self, rows: list[_Row]) -> list[_Rule]:
+        """Return what is refused, in order."""
+        repeated = {path for path, count in Counter(row.path for row in rows).items() if count > 1}
+        first = {row.path: id(row) for row in reversed(rows) if row.path in repeated}
+        relative, inside = "paths that are relative to the root", "paths inside of the root"
+        return [
+            _Rule("no path", lambda row: not row.path, self._error("a path in every row")),
+            _Rule(
+                "no label", lambda row: not row.label,
+                self._error(f"a label in every row, in the column {self.label_column!r}"),
+            ),
+            _Rule("unknown split", lambda row: row.split.lower() not in SPLIT_NAMES, self._split_error(rows)),
+            _Rule(
+                "absolute path", lambda row: self._root_is_given and Path(row.path).is_absolute(),
+                self._error(relative, "absolute ones", "omit root, or use relative paths"),
+            ),
+            _Rule(
+                "path outside of the root", lambda row: self._root_is_given and row.path.split("/")[0] == "..",
+                self._error(inside, "that leave it", "choose another root, or correct these rows"),
+            ),
+            _Rule(
+                "repeated path", lambda row: first.get(row.path, id(row)) != id(row),
+                self._error("one row per image", "repeated ones", "keep one row per path"),
+            ),
+            _Rule(
+                "missing file", lambda row: not (Path(self.root) / row.path).is_file(),
+                lambda missing: FileNotFoundError(
+                    f"expected files for the {len(rows)} images listed in {self.file!r}, got {len(missing)} missing files "
+                    f"(first: {missing[0]!r} in {self.root!r}); check --data.root and the column {self.path_column!r}"
+                ),
+            ),
+        ]  # fmt: skip
+
+    def _error(
+        self, what: str, got: str = "without", advice: str = "correct these rows"
+    ) -> Callable[[list[str]], ValueError]:
+        return lambda bad: ValueError(
+            f"expected {what} of {self.file!r}, got {len(bad)} {got} (first: {bad[0]!r}); {advice}"
+        )
+
+    def _split_error(self, rows: Iterable[_Row]) -> Callable[[list[str]], ValueError]:
+        strange = dict.fromkeys(row.split for row in rows if row.split.lower() not in SPLIT_NAMES)
+        return lambda bad: ValueError(
+            f"expected train, val or test in the column {self.split_column!r} of {self.file!r}, got "
+            f"{', '.join(map(repr, strange))} in {len(bad)} rows; rename them, or omit split_column"
+        )
 
 
 def _normal(path: str) -> str:

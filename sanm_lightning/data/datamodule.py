@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sanm_lightning.data.checks import check_arguments
@@ -53,8 +52,8 @@ class NoisyDataModule(Splits):
         resident_bytes: splits whose images take more bytes are streamed by workers.
         num_workers: number of worker processes that decode images.
         policies: augmentation policies by name, which extend or override those of this package. A callable with a
-            parameter ``generator`` receives all images of a batch, uint8 (B, 3, H, W), on their device; any other
-            callable is a torchvision-style transform of one image, uint8 (3, H, W), and runs in the workers.
+            parameter ``generator`` receives all images of a batch, uint8 (B, C, H, W), on their device; any other
+            callable is a torchvision-style transform of one image, uint8 (C, H, W), and runs in the workers.
         mean: channel means of the training images, in [0, 1], used by networks without configured statistics.
         std: channel standard deviations of the training images, used likewise.
         holdout_fraction: fraction of the training samples, in [0, 1), held out as ``val`` if the data have neither a
@@ -65,9 +64,11 @@ class NoisyDataModule(Splits):
         ValueError: if an argument is out of range.
     """
 
-    mean: tuple[float, float, float] | None = None
+    channels: int = 3
+    """Number of channels of the images, 1 to 4."""
+    mean: tuple[float, ...] | None = None
     """Channel means of the training images, in [0, 1]; None if unknown."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[float, ...] | None = None
     """Channel standard deviations of the training images; None if unknown."""
 
     def __init__(
@@ -85,8 +86,8 @@ class NoisyDataModule(Splits):
         num_workers: int = 0,
         seed: int | None = None,
         policies: dict[str, Callable] | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
         holdout_fraction: float = 0.1,
         drop_last: bool = False,
     ) -> None:
@@ -271,7 +272,7 @@ class NoisyDataModule(Splits):
             load = {"train": self.load_train, "val": self.load_val, "test": self.load_test}[name]
             source = load()
             what = {"train": "training", "val": "validation", "test": "test"}[name]
-            check_source(source, self.num_classes, self.decode_size, what)
+            check_source(source, self.num_classes, self.decode_size, what, self.channels)
             self._sources[name] = source
         return self._sources[name]
 
@@ -297,12 +298,13 @@ class NoisyDataModule(Splits):
         source = self._source("train")
         others: list[str] = []
         if self.noise.kind == "file" and source.paths is not None:  # a file may also contain rows of the other splits
-            others = [path for name in self.own_splits for path in self._source(name).paths or []]
+            parts = [source, *map(self._source, self.own_splits)]
+            others = [path for part in parts for path in (*(part.paths or []), *part.left_out)]
         file = self.noise.read(source.labels, self.class_names, source.paths, others)
         self._tables |= label_tables(
             source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.held_out_fraction,
             self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
-            file, least=int(self._holds_out),
+            file, least=int(self._holds_out), true_labels=source.true_labels,
         )  # fmt: skip
         if file is not None and not file.kept.all():
             dropped = int((~file.kept).sum())
@@ -312,6 +314,8 @@ class NoisyDataModule(Splits):
                 f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; "
                 "their labels are as noisy as the training labels"
             )
+        if self.held_out_fraction > 0 and (empty := self.classes_without(self._tables["val"].labels)):
+            self._say(f"held-out split 'val': no samples of {empty}, which have too few training samples")
         return self._tables[split]
 
     def sample_paths(self, split: str = "train") -> list[str] | None:
@@ -320,21 +324,15 @@ class NoisyDataModule(Splits):
         return None if paths is None else [paths[row] for row in table.origin.tolist()]
 
     def source_images(self, split: str = "train") -> Any:
-        """Return the original images of a split, uint8 (3, H, W), indexed by ``table(split).origin`` and decoded on access."""
+        """Return the original images of a split, uint8 (C, H, W), indexed by ``table(split).origin`` and decoded on access."""
         return self._source(split if split in self.own_splits else "train").images
-
-    def _say(self, line: str) -> None:
-        """Log a line once, in one process."""
-        if line not in self._said:
-            self._said.add(line)
-            rank_zero_info(line)
 
     def store(self, split: str) -> ImageStore:
         """Return the images of ``train``, ``val`` or ``test``."""
         if split not in self._stores:
             table, images = self.table(split), self.source_images(split)
             self._stores[split] = ImageStore(
-                images, table.origin, self.decode_size, self.resident_bytes, self.num_workers
+                images, table.origin, self.decode_size, self.resident_bytes, self.num_workers, self.channels
             )
         return self._stores[split]
 

@@ -60,7 +60,7 @@ def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, paddi
     """Apply an affine transform to each image with nearest-neighbor interpolation, equal to Pillow's to the pixel.
 
     Args:
-        images: bytes, shape (B, 3, H, W), H and W at most 8,192.
+        images: bytes, shape (B, C, H, W), H and W at most 8,192.
         matrix: from :func:`affine_matrix`, shape (B, 2, 3). On the CPU it is converted there, and all devices resample
             the same pixels.
         crop: optional crop and flip of each image before the transform, equal to
@@ -69,7 +69,7 @@ def resample(images: Tensor, matrix: Tensor, crop: CropFlip | None = None, paddi
         fill: gray value outside of the image, 0 to 255; the padding of the crop is 0.
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     batch, _, height, width = images.shape
     device = images.device
@@ -107,7 +107,7 @@ def affine(
     """Rotate, translate, scale and shear each image, with nearest-neighbor interpolation and 0 outside of the image.
 
     Args:
-        images: bytes, shape (B, 3, H, W).
+        images: bytes, shape (B, C, H, W).
         angle: degrees, clockwise as in torchvision's ``affine`` (``rotate`` has the opposite sign).
         translate_x: pixels to the right.
         translate_y: pixels down.
@@ -118,7 +118,7 @@ def affine(
     Every parameter is one number, or one per image, shape (B,).
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     matrix = affine_matrix(angle, translate_x, translate_y, scale, shear_x, shear_y)
     return resample(images, matrix.expand(len(images), -1, -1))
@@ -128,14 +128,14 @@ def resized_crop(images: Tensor, top: Tensor, left: Tensor, height: Tensor, widt
     """Crop a window from each image and resize it to the image size with bilinear interpolation.
 
     Args:
-        images: bytes, shape (B, 3, H, W).
+        images: bytes, shape (B, C, H, W).
         top: first row of each window, shape (B,).
         left: first column, shape (B,).
         height: number of rows, shape (B,), 1 to H.
         width: number of columns, shape (B,), 1 to W.
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     grids = []
     for size, first, count in ((images.shape[3], left, width), (images.shape[2], top, height)):
@@ -156,12 +156,12 @@ def shear(images: Tensor, slope: Tensor, fill: int = 0) -> Tensor:
     The cubic has the parameter -1 (Pillow's for affine transforms; its resizing has -1/2). Results are rounded down.
 
     Args:
-        images: bytes, shape (B, 3, H, W).
+        images: bytes, shape (B, C, H, W).
         slope: shape (B,). The pixel in row y takes the value ``slope * (y + 1/2)`` pixels to its right.
         fill: gray value outside of the image, 0 to 255.
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     _, channels, height, width = images.shape
     rows = torch.arange(height, device=images.device) + 0.5

@@ -18,6 +18,8 @@ __all__ = [
     "count_passed_over",
     "list_class_folder",
     "list_images",
+    "name_passed_over",
+    "same_but_for_case",
     "split_folders",
 ]
 
@@ -25,6 +27,9 @@ SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "va
 """Splits by name of a folder or cell, in lower case."""
 
 SPLITS = ("train", "val", "test")
+ABOVE = "link to a folder above"
+NAMED = 10
+"""Maximum number of skipped files in a log line."""
 LAYOUT = "use the layout ROOT/<class>/, or ROOT/train/<class>/ with optional ROOT/val/<class>/ and ROOT/test/<class>/"
 
 PassedOver = dict[str, list[Path]]
@@ -65,7 +70,8 @@ class ImageListing(NamedTuple):
 def list_class_folder(folder: str | Path) -> ClassFolder:
     """List the image files of a folder recursively.
 
-    Links to files and folders are followed; a folder that is reached a second time is not listed again. Skipped are
+    Links to files and folders are followed; a folder that is reached a second time is not listed again, nor one that
+    contains a folder already entered, which would add the images of other classes. Skipped are
     files with extensions that Pillow cannot open, files without an extension, hidden files and the content of hidden
     folders, broken links, and special files.
 
@@ -92,10 +98,13 @@ def _walk(
         reason = _reason(entry, endings)
         if reason == "folder":
             try:
-                if os.path.realpath(entry) not in seen:
+                if os.path.realpath(entry) in seen:
+                    reason = "folder listed before"
+                elif _contains(entry, folder):
+                    reason = ABOVE
+                else:
                     _walk(entry.path, covered, files, passed_over, seen, endings)
                     continue
-                reason = "folder listed before"
             except OSError:
                 reason = "folder that cannot be read"
         elif covered:
@@ -108,8 +117,13 @@ def _walk(
 
 def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
     """Return the entries of a folder by name, folders before links, so that files have the path of their own folder."""
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name))
+    except PermissionError as error:
+        raise PermissionError(
+            f"expected a readable folder in {str(folder)!r}, got {error.strerror}; change its permissions, or remove it"
+        ) from error
 
 
 def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
@@ -127,6 +141,11 @@ def _reason(entry: os.DirEntry[str], endings: set[str]) -> str | None:
     return None if ending in endings else f"extension {ending} unknown to Pillow"
 
 
+def _contains(entry: os.DirEntry[str], folder: str | Path) -> bool:
+    """Return whether an entry of a folder is a link to that folder, or to one that contains it."""
+    return entry.is_symlink() and Path(folder).resolve().is_relative_to(Path(entry.path).resolve())
+
+
 def _endings() -> set[str]:
     known = Image.registered_extensions()  # fills Image.OPEN; plug-ins may extend both at any time
     return {ending for ending, kind in known.items() if kind in Image.OPEN}
@@ -140,6 +159,26 @@ def count_passed_over(passed_over: Mapping[str, Iterable[Path]]) -> str:
         return ""
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
     return f"{total} file{'s' if total > 1 else ''} skipped ({reasons})"
+
+
+def name_passed_over(passed_over: Mapping[str, Iterable[Path]], root: Path) -> str:
+    """Return a phrase such as ``skipped a/notes.txt, a/.b and 3 more``; paths are relative to the root."""
+    paths = [
+        path.relative_to(root) if path.is_relative_to(root) else path for part in passed_over.values() for path in part
+    ]
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return f"skipped {', '.join(path.as_posix() for path in paths[:NAMED])}{more}"
+
+
+def same_but_for_case(paths: Iterable[str]) -> list[tuple[str, str]]:
+    """Return pairs of paths that are equal except for upper and lower case; file systems without case keep one of them."""
+    seen: dict[str, str] = {}
+    pairs = []
+    for path in paths:
+        other = seen.setdefault(path.lower(), path)
+        if other != path:
+            pairs.append((other, path))
+    return pairs
 
 
 def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str], PassedOver]:
@@ -162,6 +201,8 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
     endings = _endings()
     for entry in _entries(folder):
         reason = "hidden" if entry.name.startswith(".") else _reason(entry, endings)
+        if reason == "folder" and _contains(entry, folder):
+            reason = ABOVE
         if reason == "folder":
             names.append(entry.name)
         else:

@@ -1,129 +1,134 @@
 """Data sets of image files, and image folders with one subfolder per class."""
 
-import re
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torchvision.transforms.functional as TF
-from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
 
-from sanm_lightning.data.datamodule import NoisyDataModule, Source
+from sanm_lightning.data.decode import ImageFileList, read_image, unreadable_reason
 from sanm_lightning.data.image_files import (
     PassedOver,
     add_passed_over,
     class_folders,
     count_passed_over,
     list_class_folder,
+    name_passed_over,
+    same_but_for_case,
     split_folders,
 )
+from sanm_lightning.data.left_out import listed_bad_files
+from sanm_lightning.data.source import Source
+from sanm_lightning.data.square_images import SquareImages
 
-__all__ = ["ImageFiles", "ImageFolder", "read_image", "unreadable_reason"]
-
-MAX_PIXELS = 2**26
-"""Largest number of pixels of a decoded image, because a small file can declare any size (decompression bombs)."""
-
-MAX_ASPECT = 16
-"""Largest ratio of the sides of an image before it is resized; the ends of longer images are not part of the square."""
-
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""Exceptions raised by Pillow; the last one if warnings are errors."""
+__all__ = ["Fault", "ImageFiles", "ImageFolder", "Listing", "read_image", "unreadable_reason"]
 
 
-class ImageFiles(NoisyDataModule):
-    """Base class of data sets of image files, which are decoded on access, in any format and mode supported by Pillow.
+class Fault(NamedTuple):
+    """A fault in the listing of a data set, which prevents training.
 
-    Images are rotated according to EXIF, composited on white if transparent, resized to a short side of
-    ``decode_size``, and center-cropped to a square. Views of ``image_size`` are random crops of that square in training
-    and center crops in evaluation.
+    Attributes:
+        path: path of the file or folder, relative to the root of the data set.
+        reason: a few words.
+        error: the exception that is raised when the data are loaded.
+    """
+
+    path: str
+    reason: str
+    error: ValueError | OSError
+
+
+class Listing(NamedTuple):
+    """The files of a split, before any of them is decoded.
+
+    Attributes:
+        files: N paths.
+        labels: N class indices.
+        class_names: names of the C training classes.
+        paths: N paths relative to the root of the data set, with ``/``.
+        passed_over: skipped files by reason.
+        faults: faults of the split.
+    """
+
+    files: list[Path]
+    labels: list[int]
+    class_names: list[str]
+    paths: list[str]
+    passed_over: PassedOver
+    faults: list[Fault]
+
+
+class ImageFiles(SquareImages):
+    """Base class of data sets of image files, in any format supported by Pillow; see `SquareImages`.
 
     Args:
         root: folder that contains the files; paths are relative to it.
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
-        **kwargs: as for `NoisyDataModule`.
+        bad_files: ``bad_files.csv`` of ``sanm check-data``: files to leave out, without decoding.
+        **kwargs: as for `SquareImages` and `NoisyDataModule`.
 
     Raises:
-        ValueError: if image_size is smaller than 1, or decode_size is smaller than image_size.
+        ValueError: as for `SquareImages`.
     """
 
     def __init__(
-        self, root: str = "data", image_size: int = 224, decode_size: int | None = None, **kwargs: Any
+        self,
+        root: str = "data",
+        image_size: int = 224,
+        decode_size: int | None = None,
+        bad_files: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(root=root, **kwargs)
-        if image_size < 1:
-            raise ValueError(
-                f"expected image_size of 1 pixel or more, got {image_size}; choose a larger one, such as 224"
-            )
-        if decode_size is not None and decode_size < image_size:
-            raise ValueError(
-                f"expected decode_size of {image_size}, the image_size, or more, got {decode_size}; choose a larger one"
-            )
-        self._side = image_size
-        self._decoded = image_size if decode_size is None else decode_size
+        super().__init__(root=root, image_size=image_size, decode_size=decode_size, **kwargs)
+        self.bad_files = bad_files
 
-    @property
-    def num_classes(self) -> int:
-        """The number of class names."""
-        return len(self.class_names)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(side, side) in pixels."""
-        return self._side, self._side
-
-    @property
-    def decode_size(self) -> tuple[int, int]:
-        """(side, side) of the decoded squares in pixels."""
-        return self._decoded, self._decoded
-
-    @property
-    def curated(self) -> bool:
-        """False: the given labels may be wrong."""
-        return False
-
-    def source(self, split: str) -> Source:
-        """List the files of ``train``, ``val`` or ``test``."""
+    def listing(self, split: str) -> Listing:
+        """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
         raise NotImplementedError
 
-    def load_train(self) -> Source:
-        """Return the training files."""
-        return self.source("train")
+    def complete_source(self, split: str) -> Source:
+        """Return the files of ``train``, ``val`` or ``test``, and log their number; a fault raises its error."""
+        found = self.listing(split)
+        if found.faults:
+            raise found.faults[0].error
+        skipped = count_passed_over(found.passed_over)
+        self._say(f"{split}: {len(found.files)} images of {len(set(found.labels))} classes{skipped and ', ' + skipped}")
+        if skipped:
+            self._say(f"{split}: {name_passed_over(found.passed_over, Path(self.root))}")
+        for one, other in same_but_for_case(found.paths)[:1]:
+            rank_zero_warn(
+                f"expected file names that differ in more than case, got {one!r} and {other!r}; rename one of them, "
+                "because many file systems would keep only one"
+            )
+        images = ImageFileList(found.files, self._decoded, self.channels, self.resize)
+        return Source(torch.tensor(found.labels, dtype=torch.int64), images, found.paths)
 
-    def load_val(self) -> Source:
-        """Return the validation files."""
-        return self.source("val")
-
-    def load_test(self) -> Source:
-        """Return the test files."""
-        return self.source("test")
-
-    def _made(self, split: str, files: list[Path], labels: list[int], paths: list[str], more: str = "") -> Source:
-        """Create a source and log its size."""
-        self._say(f"{split}: {len(files)} images of {len(set(labels))} classes{more and ', ' + more}")
-        return Source(torch.tensor(labels, dtype=torch.int64), _Files(files, self._decoded), paths)
+    def known_bad(self, source: Source) -> dict[int, str]:
+        """Return the rows of the files listed in ``bad_files``, with reasons."""
+        return {} if self.bad_files is None else listed_bad_files(self.bad_files, source.paths or [])
 
 
 class ImageFolder(ImageFiles):
     """Images in ``root/train/<class>/`` and, optionally, ``root/val/<class>/`` and ``root/test/<class>/``.
 
     Classes are the subfolders of ``root/train``, sorted by name, and are searched recursively. Other files are skipped,
-    and their number is logged; see `list_class_folder`. A root of class folders, without ``train``, is a training set.
-    Without a test and a validation folder, a fraction of the training set is held out (``holdout_fraction``). The
-    labels are those of the folders; the true labels are unknown, unless this data module injects noise.
+    and their number and names are logged; see `list_class_folder`. A root of class folders, without ``train``, is a
+    training set. Without a test and a validation folder, a fraction of the training set is held out
+    (``holdout_fraction``). The labels are those of the folders; the true labels are unknown, unless this data module
+    injects noise.
 
     Args:
         root: folder that contains ``train`` or class folders.
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
-        **kwargs: as for `NoisyDataModule`.
+        **kwargs: as for `ImageFiles`, `SquareImages` and `NoisyDataModule`.
 
     Raises:
-        ValueError: if image_size is smaller than 1; on access, if there are no classes, a class has no images, a class
-            of another split is not a training class, or a file cannot be decoded.
+        ValueError: if image_size is smaller than 1; on access, if there are no classes or only one, a class has no
+            images, a class of another split is not a training class, or a file cannot be decoded.
         FileNotFoundError: on access, if the folder does not exist or has no training set.
+        PermissionError: on access, if a class folder cannot be read.
     """
 
     def __init__(
@@ -153,34 +158,42 @@ class ImageFolder(ImageFiles):
             )
         return self._own_splits
 
-    def source(self, split: str) -> Source:
-        """List the files of ``train``, ``val`` or ``test``."""
+    def listing(self, split: str) -> Listing:
+        """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
         label_of = {name: label for label, name in enumerate(self.class_names)}
-        found: list[Path] = []
-        labels: list[int] = []
-        passed_over: PassedOver = {}
+        found = Listing([], [], self.class_names, [], {}, [])
         if split == "train" and self._found is not None:
-            add_passed_over(passed_over, self._found[1])
+            add_passed_over(found.passed_over, self._found[1])
         for base in self._folders()[split]:
             names, loose = class_folders(base)
-            add_passed_over(passed_over, loose)
+            add_passed_over(found.passed_over, loose)
             for name in names:
                 if name not in label_of:
-                    raise ValueError(
+                    fault = ValueError(
                         f"expected {split} classes among the {len(label_of)} training classes, got {name!r}; rename or "
                         f"remove {str(base / name)!r}"
                     )
-                files, others = list_class_folder(base / name)
+                    found.faults.append(Fault(self._relative(base / name), "class unknown in training", fault))
+                    continue
+                try:
+                    files, others = list_class_folder(base / name)
+                except PermissionError as error:
+                    found.faults.append(Fault(self._relative(base / name), "folder that cannot be read", error))
+                    continue
                 if not files:
-                    raise ValueError(
+                    fault = ValueError(
                         f"expected images in {str(base / name)!r}, got none "
                         f"({count_passed_over(others) or 'empty folder'}); add images, or remove the folder"
                     )
-                add_passed_over(passed_over, others)
-                found += files
-                labels += [label_of[name]] * len(files)
-        paths = [path.relative_to(self.root).as_posix() for path in found]
-        return self._made(split, found, labels, paths, count_passed_over(passed_over))
+                    found.faults.append(Fault(self._relative(base / name), "class without images", fault))
+                add_passed_over(found.passed_over, others)
+                found.files.extend(files)
+                found.labels.extend([label_of[name]] * len(files))
+        found.paths.extend(map(self._relative, found.files))
+        return found
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
 
     def _folders(self) -> dict[str, list[Path]]:
         """Return the folders of each split; a root of class folders is a training set."""
@@ -188,96 +201,3 @@ class ImageFolder(ImageFiles):
             parts, passed_over = split_folders(self.root)
             self._found = {"train" if split == "all" else split: bases for split, bases in parts.items()}, passed_over
         return self._found[0]
-
-
-class _Files:
-    """Map-style data set that decodes file i on access."""
-
-    def __init__(self, paths: list[Path], side: int) -> None:
-        self.paths = paths
-        self.side = side
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return read_image(self.paths[index], self.side)
-
-
-def read_image(
-    path: str | Path | BinaryIO, side: int, interpolation: TF.InterpolationMode = TF.InterpolationMode.BILINEAR
-) -> Tensor:
-    """Decode an image file, or the first frame of an animation, to a square RGB image.
-
-    Gray values of more than 8 bits are scaled to 8 bits. The assumed range of integers is 65,535, or their maximum if
-    it is larger; that of floating-point values is the smallest of 1, 255 and 65,535 that is not exceeded, or their
-    maximum. Negative values and NaN become black.
-
-    Args:
-        path: path of the file, or a binary file object.
-        side: S, side of the result in pixels.
-        interpolation: torchvision interpolation mode of the resize.
-
-    Returns:
-        The image, shape (3, S, S), uint8.
-
-    Raises:
-        ValueError: if the file cannot be decoded, or has more than ``MAX_PIXELS`` pixels; the message contains the
-            path.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
-            image.load()  # orientation metadata may follow the pixel data
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # exif_transpose also copies upright images
-            rgb = _to_rgb(ImageOps.exif_transpose(image) if turned else image)
-    except UNREADABLE as error:
-        raise ValueError(
-            f"expected a valid image, got {str(path)!r}, which cannot be decoded ({str(error).rstrip('.')}); replace "
-            "or remove the file"
-        ) from error
-    resized = TF.resize(_without_far_ends(rgb), [side], interpolation=interpolation, antialias=True)
-    square = resized if resized.size == (side, side) else TF.center_crop(resized, [side, side])
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def unreadable_reason(error: ValueError) -> str:
-    """Return the reason in an error of :func:`read_image`, without the path of the file.
-
-    Args:
-        error: the raised error.
-    """
-    cause = error.__cause__ or error
-    text = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(cause)
-    text = re.sub(r" (<_io\.BytesIO object at \w+>|'[^']*'|\"[^\"]*\")$", "", text)  # Pillow repeats the file
-    return text.rstrip(".") or type(cause).__name__
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _to_8_bits(image).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        ground = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(ground, layer).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    """Crop images of an aspect ratio above ``MAX_ASPECT`` at both ends, whose resized size has no bound otherwise."""
-    short = min(image.size)
-    width, height = (min(length, MAX_ASPECT * short) for length in image.size)
-    if (width, height) == image.size:
-        return image
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scale gray values to 8 bits; Pillow's own conversion clips at 255."""
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(min=0)
-    largest = float(values.max())
-    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    scale = next((scale for scale in scales if largest <= scale), largest)
-    return Image.fromarray((values * (255 / scale)).round().astype(np.uint8))

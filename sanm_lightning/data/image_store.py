@@ -18,11 +18,12 @@ class ImageStore:
     """Images of one split.
 
     Args:
-        images: images of the original set, shape (N, 3, H, W), uint8, or a data set that decodes them.
+        images: images of the original set, shape (N, C, H, W), uint8, or a data set that decodes them.
         origin: position of each sample of the split in the original set, shape (n,).
         size: H, W of a decoded image in pixels.
         resident_bytes: images that take more bytes are streamed.
         num_workers: number of worker processes that decode images.
+        channels: C, number of channels of the images.
     """
 
     def __init__(
@@ -32,18 +33,19 @@ class ImageStore:
         size: tuple[int, int],
         resident_bytes: int,
         num_workers: int = 0,
+        channels: int = 3,
     ) -> None:
         self.num_workers = num_workers
         self.rows = Rows(images, origin)
         self.resident: Tensor | None = None
-        """(n, 3, H, W), uint8; None if the images are streamed."""
+        """(n, C, H, W), uint8; None if the images are streamed."""
         self._on_device: dict[torch.device, Tensor] = {}
-        if len(origin) * 3 * size[0] * size[1] > resident_bytes:
+        if len(origin) * channels * size[0] * size[1] > resident_bytes:
             return
         if isinstance(images, Tensor):
             self.resident = images if len(origin) == len(images) else images[origin]
         else:
-            self.resident = torch.empty((len(origin), 3, *size), dtype=torch.uint8)
+            self.resident = torch.empty((len(origin), channels, *size), dtype=torch.uint8)
             parts = torch.arange(len(origin)).split(64)
             for index, row in zip(parts, self.decode([RowRequest(part) for part in parts]), strict=True):
                 self.resident[index] = row.images

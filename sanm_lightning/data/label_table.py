@@ -108,6 +108,7 @@ def label_tables(
     images: Callable[[Tensor], Any] | None = None,
     file: FileLabels | None = None,
     least: int = 0,
+    true_labels: Tensor | None = None,
 ) -> dict[str, LabelTable]:
     """Create the labels of the training split, and of the validation split if one is held out.
 
@@ -122,6 +123,7 @@ def label_tables(
         images: function that decodes the images at given positions; called by instance-dependent noise only.
         file: labels and kept samples from a label file, which replace the noise.
         least: minimum number of held-out samples.
+        true_labels: true labels of the original set, shape (N,), int64, if its labels are noisy.
 
     Returns:
         The tables by split name.
@@ -140,6 +142,7 @@ def label_tables(
         given = noise.apply(labels[kept], num_classes, seed, None if images is None else partial(images, kept))
     injected = noise.kind not in ("none", "file")
     true = labels[kept] if curated or injected else None
+    true = true if true_labels is None else true_labels[kept]
     held_out = max(least, round(val_fraction * len(kept)))
     if val_fraction > 0 and held_out < len(kept):
         held = stratified_hold_out(given, held_out, seed)

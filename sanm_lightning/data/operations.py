@@ -2,6 +2,7 @@
 
 Color operations equal the function of the same name in ``torchvision.transforms.v2.functional``, applied to each image,
 with the same rounding; they differ from Pillow's by at most one gray level. Geometric operations equal Pillow's.
+Images have C = 3 channels (RGB) or C = 1 (gray); geometric operations and crops support any number.
 Strengths are float32 tensors (B,). No function synchronizes with the device.
 
 There are four kinds. Pointwise operations (:data:`TABLES`) return a table of 256 values for each image and channel;
@@ -57,7 +58,9 @@ def _each(values: Tensor) -> Tensor:
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Convert bytes (B, 3, H, W) to luma (B, 1, H, W), float32, whole numbers."""
+    """Convert bytes (B, 3, H, W) to luma (B, 1, H, W), float32, whole numbers; one channel is its own luma."""
+    if images.shape[1] == 1:
+        return images.float()
     red, green, blue = images.float().split(1, dim=1)
     luma: Tensor = 0.2989 * red + 0.587 * green + 0.114 * blue
     return luma.floor_()
@@ -69,11 +72,11 @@ def _blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return (images * weight).add_(other * (1 - weight)).clamp_(0, 255).to(torch.uint8)
 
 
-# Pointwise operations: tables of bytes (B, 3, 256), from images and amounts ------------------------------------------
+# Pointwise operations: tables of bytes (B, C, 256), from images and amounts ------------------------------------------
 
 
 def look_up(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each byte by its table entry: bytes (B, 3, H, W), tables (B, 3, 256) -> bytes (B, 3, H, W)."""
+    """Replace each byte by its table entry: bytes (B, C, H, W), tables (B, C, 256) -> bytes (B, C, H, W)."""
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -82,18 +85,20 @@ def _values(images: Tensor) -> Tensor:
 
 
 def _brightness(images: Tensor, factor: Tensor) -> Tensor:
-    return (_values(images) * factor.view(-1, 1, 1)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
+    return (_values(images) * factor.view(-1, 1, 1)).clamp_(0, 255).to(torch.uint8).expand(-1, images.shape[1], -1)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     weight, mean = factor.view(-1, 1, 1), _gray(images).mean((1, 2, 3)).view(-1, 1, 1)
-    return (_values(images) * weight + mean * (1 - weight)).clamp_(0, 255).to(torch.uint8).expand(-1, 3, -1)
+    return (
+        (_values(images) * weight + mean * (1 - weight)).clamp_(0, 255).to(torch.uint8).expand(-1, images.shape[1], -1)
+    )
 
 
 def _autocontrast(images: Tensor, amount: Tensor) -> Tensor:
     flat = images.flatten(2)
     low, high = (part.float().unsqueeze(2) for part in (flat.amin(2), flat.amax(2)))
-    values = _values(images).expand(len(images), 3, -1)
+    values = _values(images).expand(*images.shape[:2], -1)
     stretched = ((values - low) / ((high - low) * (1 / 255))).clamp_(0, 255)
     return torch.where(high > low, stretched, values).to(torch.uint8)
 
@@ -101,7 +106,7 @@ def _autocontrast(images: Tensor, amount: Tensor) -> Tensor:
 def _equalize(images: Tensor, amount: Tensor) -> Tensor:
     """Equalize the histogram as Pillow does: value v becomes (half a step + pixels below v) / step, rounded down."""
     flat = images.flatten(2).long()
-    count = torch.zeros(len(images), 3, 256, device=images.device, dtype=torch.int32)
+    count = torch.zeros(*images.shape[:2], 256, device=images.device, dtype=torch.int32)
     count.scatter_add_(2, flat, torch.ones_like(flat, dtype=torch.int32))
     brightest = count.gather(2, flat.amax(2, keepdim=True))
     step = (flat.shape[2] - brightest) // 255
@@ -112,35 +117,39 @@ def _equalize(images: Tensor, amount: Tensor) -> Tensor:
 
 def _posterize(images: Tensor, bits: Tensor) -> Tensor:
     dropped = (8 - bits.round().to(torch.int32)).view(-1, 1, 1)
-    return ((_values(images).int() >> dropped) << dropped).to(torch.uint8).expand(-1, 3, -1)
+    return ((_values(images).int() >> dropped) << dropped).to(torch.uint8).expand(-1, images.shape[1], -1)
 
 
 def _solarize(images: Tensor, threshold: Tensor) -> Tensor:
     values = _values(images)
-    return torch.where(values >= threshold.view(-1, 1, 1), 255 - values, values).to(torch.uint8).expand(-1, 3, -1)
+    return (
+        torch.where(values >= threshold.view(-1, 1, 1), 255 - values, values)
+        .to(torch.uint8)
+        .expand(-1, images.shape[1], -1)
+    )
 
 
 def _invert(images: Tensor, amount: Tensor) -> Tensor:
-    return (255 - _values(images)).to(torch.uint8).expand(len(images), 3, -1)
+    return (255 - _values(images)).to(torch.uint8).expand(*images.shape[:2], -1)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply bytes (B, 3, H, W) by ``factor`` (B,), >= 0."""
+    """Multiply bytes (B, C, H, W) by ``factor`` (B,), >= 0."""
     return look_up(images, _brightness(images, factor))
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with their mean luma: ``factor`` (B,), 0 gives a uniform image, 1 the original."""
+    """Blend bytes (B, C, H, W) with their mean luma: ``factor`` (B,), 0 gives a uniform image, 1 the original."""
     return look_up(images, _contrast(images, factor))
 
 
 def autocontrast(images: Tensor) -> Tensor:
-    """Stretch each channel of bytes (B, 3, H, W) to 0 and 255."""
+    """Stretch each channel of bytes (B, C, H, W) to 0 and 255."""
     return look_up(images, _autocontrast(images, images.new_empty(0)))
 
 
 def equalize(images: Tensor) -> Tensor:
-    """Give each channel of bytes (B, 3, H, W) a flat histogram."""
+    """Give each channel of bytes (B, C, H, W) a flat histogram."""
     return look_up(images, _equalize(images, images.new_empty(0)))
 
 
@@ -158,12 +167,14 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with their luma: ``factor`` (B,), 0 gives a gray image, 1 the original."""
+    """Blend bytes (B, C, H, W) with their luma: ``factor`` (B,), 0 gives a gray image, 1 the original."""
+    if images.shape[1] == 1:
+        return images
     return _blend(images, _gray(images), factor)
 
 
 def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend bytes (B, 3, H, W) with a smoothed copy: ``factor`` (B,), 0 gives the smoothed image, 1 the original.
+    """Blend bytes (B, C, H, W) with a smoothed copy: ``factor`` (B,), 0 gives the smoothed image, 1 the original.
 
     Pixels at the border are unchanged.
     """
@@ -182,7 +193,9 @@ def adjust_sharpness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Shift the hue of bytes (B, 3, H, W) by ``shift`` (B,) turns, in [-0.5, 0.5]."""
+    """Shift the hue of bytes (B, C, H, W) by ``shift`` (B,) turns, in [-0.5, 0.5]; gray images have no hue."""
+    if images.shape[1] == 1:
+        return images
     rgb = images.float() / 255
     value, low = rgb.amax(1), rgb.amin(1)
     spread = value - low
@@ -206,14 +219,14 @@ def cutout(images: Tensor, row: Tensor, column: Tensor, side: int, grey: int = 1
     """Fill a square of each image with a constant gray value, clipped at the border.
 
     Args:
-        images: bytes, shape (B, 3, H, W).
+        images: bytes, shape (B, C, H, W).
         row: row of the pixel directly below the center of the square, shape (B,).
         column: column of the pixel directly right of the center, shape (B,).
         side: side of the square in pixels; if it is odd, ``row`` and ``column`` are those of its middle pixel.
         grey: gray value, 0 to 255.
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     rows = torch.arange(images.shape[2], device=images.device) - row.view(-1, 1)
     columns = torch.arange(images.shape[3], device=images.device) - column.view(-1, 1)
@@ -234,7 +247,7 @@ TABLES: dict[str, Operation] = {
     "posterize": _posterize,
     "solarize": _solarize,
 }
-"""Name -> function (images, amount) to tables (B, 3, 256) for :func:`look_up`."""
+"""Name -> function (images, amount) to tables (B, C, 256) for :func:`look_up`."""
 
 NEIGHBORS: dict[str, Operation] = {
     "grey": lambda images, amount: _gray(images).to(torch.uint8).expand_as(images),
@@ -267,7 +280,7 @@ OPERATIONS: dict[str, Operation] = {
     **{name: _by_shear(name) for name in SHEARS},
     **NEIGHBORS,
 }
-"""Name -> function (images, amount) of bytes (B, 3, H, W) and one amount per image (B,): a factor, bits, a threshold,
+"""Name -> function (images, amount) of bytes (B, C, H, W) and one amount per image (B,): a factor, bits, a threshold,
 degrees, a slope or pixels. Geometric operations are 0 outside of the image. Names as in AutoAugment (Cubuk et al., CVPR
 2019); shears keep the upper left corner fixed, as there. The order is: identity, :data:`TABLES`, :data:`MOVES`,
 :data:`SHEARS`, :data:`NEIGHBORS`."""

@@ -182,7 +182,8 @@ def augment(
     """Augment each image.
 
     Args:
-        images: shape (B, 3, H, W), uint8. Not modified.
+        images: shape (B, C, H, W), uint8. Not modified. C is 3 (RGB) or 1 (gray); any number for ``none`` and
+            ``weak``.
         policy: a name in :data:`POLICIES`.
         generator: random generator, on the CPU; torch's global stream is not used.
         padding: pixels of zero padding for the crop, in policies that crop.
@@ -191,13 +192,19 @@ def augment(
             policy (``none``: at the center); ``simclr`` crops from the whole image and resizes the view.
 
     Returns:
-        Views, shape (B, 3, h, w), uint8, on the device of the images.
+        Views, shape (B, C, h, w), uint8, on the device of the images.
 
     Raises:
-        ValueError: if the policy is unknown, or the size is larger than the images.
+        ValueError: if the policy is unknown, the size is larger than the images, or the policy changes colors and C is
+            neither 3 nor 1.
     """
     if policy not in POLICIES:
         raise ValueError(f"expected a view among {', '.join(POLICIES)}, got {policy!r}; choose one of them")
+    if images.shape[1] not in (1, 3) and policy not in ("none", "weak"):
+        raise ValueError(
+            f"expected RGB or gray images for the view {policy!r}, got {images.shape[1]} channels; use 'weak', or a custom "
+            "policy"
+        )
     size = (images.shape[2], images.shape[3]) if size is None else size
     if not len(images):
         return center_crop(images, size)
@@ -228,6 +235,6 @@ def _rest(images: Tensor, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop images (B, 3, H, W) to ``size`` (h, w) at the center."""
+    """Crop images (B, C, H, W) to ``size`` (h, w) at the center."""
     top, left = (rest // 2 for rest in _rest(images, size))
     return images[:, :, top : top + size[0], left : left + size[1]]

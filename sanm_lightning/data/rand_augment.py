@@ -101,12 +101,12 @@ def cut_square(images: Tensor, row: Tensor, column: Tensor) -> Tensor:
     on average. Departure: the port has 17 pixels at any image size.
 
     Args:
-        images: bytes, shape (B, 3, H, W).
+        images: bytes, shape (B, C, H, W).
         row: row of the pixel, shape (B,), from :func:`draw_cutout`.
         column: column of the pixel, shape (B,).
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     half = min(images.shape[2:]) // 4
     row, column = (part.to(images.device, non_blocking=True).clamp(min=half) for part in (row, column))

@@ -17,8 +17,8 @@ from sanm_lightning.random_streams import named_generator, named_seed
 __all__ = ["ImageDataset", "Policy", "Row", "RowRequest", "Rows", "seeded", "takes_batches", "view_generator"]
 
 Policy = Callable[..., Any]
-"""One of two kinds: a policy (images, *, generator) of a batch, uint8 (B, 3, H, W) -> uint8 (B, 3, h, w), or a
-torchvision-style transform of one image, uint8 (3, H, W) -> uint8 (3, h, w)."""
+"""One of two kinds: a policy (images, *, generator) of a batch, uint8 (B, C, H, W) -> uint8 (B, C, h, w), or a
+torchvision-style transform of one image, uint8 (C, H, W) -> uint8 (C, h, w)."""
 
 
 def takes_batches(policy: Policy) -> bool:
@@ -30,7 +30,7 @@ def takes_batches(policy: Policy) -> bool:
 
 
 class ImageDataset(Protocol):
-    """A map-style data set of decoded images: ``dataset[i]`` is a uint8 tensor of shape (3, H, W)."""
+    """A map-style data set of decoded images: ``dataset[i]`` is a uint8 tensor of shape (C, H, W)."""
 
     def __len__(self) -> int: ...
 
@@ -54,11 +54,11 @@ class Row(NamedTuple):
     indices: Tensor
     """(B,), positions in the split."""
     images: Tensor
-    """(D, 3, H, W), uint8: the distinct samples; D = 0 if the worker made every view."""
+    """(D, C, H, W), uint8: the distinct samples; D = 0 if the worker made every view."""
     place: Tensor
     """(B,): position of each sample of the row in ``images``; 0 to B - 1 in a row without duplicates."""
     views: list[list[Tensor | None]]
-    """For each view, its blocks (b, 3, h, w), uint8; None for blocks without a policy."""
+    """For each view, its blocks (b, C, h, w), uint8; None for blocks without a policy."""
 
 
 class Rows(Dataset[Row]):
@@ -107,7 +107,7 @@ def _checked(view: Any, transform: Policy, others: list[Tensor]) -> Tensor:
     if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.ndim != 3:
         what = f"{tuple(view.shape)} of {view.dtype}" if isinstance(view, Tensor) else type(view).__name__
         raise ValueError(
-            f"expected a uint8 tensor (3, H, W) from the transform {type(transform).__name__}, got {what}; remove "
+            f"expected a uint8 tensor (C, H, W) from the transform {type(transform).__name__}, got {what}; remove "
             "conversions to float and normalization, which the network applies"
         )
     if others and view.shape != others[0].shape:

@@ -199,7 +199,7 @@ class ServedBatches(L.LightningDataModule):
         Args:
             split: ``train``, ``val`` or ``test``.
             index: positions in the split, shape (B,), int64.
-            images: decoded images, shape (B, 3, H, W), uint8; None looks them up.
+            images: decoded images, shape (B, C, H, W), uint8; None looks them up.
             generator: random generator of the view; None disables augmentation.
             policy: name of the view, see `policies`.
 
@@ -218,7 +218,7 @@ class ServedBatches(L.LightningDataModule):
         return NoisyBatch(_unit(viewed), labels, index, true_labels)
 
     def _augmented(self, images: Tensor, name: str, generator: torch.Generator | None) -> Tensor:
-        """Return a view of bytes (B, 3, H, W), augmented and cropped to the image size, as bytes."""
+        """Return a view of bytes (B, C, H, W), augmented and cropped to the image size, as bytes."""
         if name == "none" and name not in self.policies:
             return center_crop(images, self.image_size)
         policy = self.policies.get(name)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
@@ -14,6 +15,9 @@ from sanm_lightning.data.serving import ServedBatches
 from sanm_lightning.data.source import Source
 
 __all__ = ["Splits"]
+
+NAMED = 10
+"""Maximum number of classes in a message."""
 
 DRAWS = 3
 """Version of the random streams of noise, subset and split, saved in checkpoints."""
@@ -30,6 +34,17 @@ class Splits(ServedBatches):
     _tables: dict[str, LabelTable]
     _stores: dict[str, ImageStore]
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
+    _said: set[str]
+
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """C, the number of classes; available after construction."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """Class names, in the order of the class indices."""
 
     @property
     @abstractmethod
@@ -65,14 +80,27 @@ class Splits(ServedBatches):
         """Names of the loaders of `test_dataloader`, in order: ``test``, or ``val`` without a test split."""
         return ["test"] if "test" in self.own_splits else self.eval_names
 
+    def _say(self, line: str) -> None:
+        """Log a line once, in one process."""
+        if line not in self._said:
+            self._said.add(line)
+            rank_zero_info(line)
+
+    def classes_without(self, labels: Tensor) -> str:
+        """Return the names of the classes that do not occur in labels, for messages; empty if all occur."""
+        empty = (labels.bincount(minlength=self.num_classes) == 0).nonzero().flatten().tolist()
+        named = ", ".join(repr(self.class_names[label]) for label in empty[:NAMED])
+        return named + (f" and {len(empty) - NAMED} more" if len(empty) > NAMED else "")
+
     def state_dict(self) -> dict[str, Any]:
-        """Return seed, class names, a checksum of the training labels, which a resumed run compares, and the decoded size."""
+        """Return seed, class names, a checksum of the training labels, which a resumed run compares, and image sizes."""
         return {
             "draws": DRAWS,
             "seed": self.seed,
             "labels": self.table("train").check_sum() if "train" in self._tables else None,
             "class_names": named_classes(self),
             "decode_size": list(self.decode_size),
+            "resize": getattr(self, "resize", "crop"),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

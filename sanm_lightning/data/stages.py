@@ -35,12 +35,12 @@ def apply_stage(images: Tensor, stage: Stage, fill: int = 0) -> Tensor:
     The images are sorted by operation, so that each operation, and each kind of operation, is one slice.
 
     Args:
-        images: bytes, shape (B, 3, H, W), on any device.
+        images: bytes, shape (B, C, H, W), on any device.
         stage: the operation of each image.
         fill: gray value of geometric operations outside of the image, 0 to 255.
 
     Returns:
-        New images, bytes, shape (B, 3, H, W).
+        New images, bytes, shape (B, C, H, W).
     """
     order = stage.operation.argsort(stable=True)
     counts = stage.operation.bincount(minlength=len(NAMES)).tolist()

@@ -90,10 +90,10 @@ class CoTeaching(NoisyLabelModule):
         return total
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of network 1 for images (B, 3, H, W) in [0, 1]."""
+        """Return the logits (B, C) of network 1 for images (B, C, H, W) in [0, 1]."""
         logits: Tensor = self.network(images)
         return logits
 
     def predictions(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the logits (B, C) of both networks for images (B, 3, H, W)."""
+        """Return the logits (B, C) of both networks for images (B, C, H, W)."""
         return {"acc": self(images), "acc_network2": self.network2(images)}

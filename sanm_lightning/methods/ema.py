@@ -43,7 +43,7 @@ class EMA(nn.Module):
         self._copy_next = True
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of images (B, 3, H, W), without gradient."""
+        """Return the logits (B, C) of images (B, C, H, W), without gradient."""
         with torch.no_grad():
             logits: Tensor = self.module(images)
         return logits

@@ -29,7 +29,7 @@ class EvaluationSteps(L.LightningModule):
             checkpoint["class_names"] = names
 
     def predictions(self, images: Tensor) -> dict[str, Tensor]:
-        """Return logits (B, C) of images (B, 3, H, W), by the suffix of the logged name."""
+        """Return logits (B, C) of images (B, C, H, W), by the suffix of the logged name."""
         return {"acc": self(images)}
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -44,12 +44,12 @@ class EvaluationSteps(L.LightningModule):
         """Return class probabilities (B, C), and index (B,) if the batch has one.
 
         Raises:
-            ValueError: if the batch has no images (B, 3, H, W).
+            ValueError: if the batch has no images (B, C, H, W).
         """
         read = NoisyBatch.from_any(batch, need_labels=False)
         if read.images.ndim != 4:
             raise ValueError(
-                f"expected images (B, 3, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; "
+                f"expected images (B, C, H, W) in the batches to predict, got a tensor of shape {tuple(read.images.shape)}; "
                 "pass the data module to the trainer, because its loaders return indices, or use loaders of images"
             )
         out = {} if read.index is None else {"index": read.index}

@@ -69,7 +69,7 @@ class MethodHooks(L.LightningModule):
         return None
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of images (B, 3, H, W) in [0, 1], averaged over the networks."""
+        """Return the logits (B, C) of images (B, C, H, W) in [0, 1], averaged over the networks."""
         logits: list[Tensor] = [network(images) for network in self.networks]
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 

@@ -85,7 +85,7 @@ class TrainingPass(MethodHooks):
             features: features of the unmasked images, shape (B, D, h, w), if the method has computed them.
             mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
                 then uses a separate forward pass on the unmixed views.
-            extra: additional images (k B, 3, H, W) and targets that are not masked; they precede the views.
+            extra: additional images (k B, C, H, W) and targets that are not masked; they precede the views.
 
         Returns:
             Logits, targets, features and reconstruction term of the pass.

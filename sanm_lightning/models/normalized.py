@@ -15,8 +15,8 @@ from sanm_lightning.models.tokens import last_block_and_head, reads_class_token,
 
 __all__ = ["Normalized", "create_network", "with_image_size"]
 
-NEUTRAL = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-"""Default mean and standard deviation for images with unknown statistics."""
+NEUTRAL = (0.5, 0.25)
+"""Default mean and standard deviation of each channel for images with unknown statistics."""
 
 INVALID_OPTIONS = (
     TypeError, RuntimeError, MemoryError, OverflowError, ZeroDivisionError, AttributeError, AssertionError
@@ -38,8 +38,8 @@ class Normalized(nn.Module):
         std: standard deviation of each channel, positive.
 
     Raises:
-        ValueError: if there are not three values of each, a value is not finite, or a standard deviation is not
-            positive.
+        ValueError: if the numbers of means and standard deviations differ, a value is not finite, or a standard
+            deviation is not positive; in a forward pass, if the images have another number of channels.
     """
 
     mean: Tensor
@@ -49,17 +49,18 @@ class Normalized(nn.Module):
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
+        if not 0 < len(mean) == len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
             raise ValueError(
-                f"expected three means and three positive standard deviations, got mean {mean} and std {std}"
+                f"expected a mean and a positive standard deviation for each channel, got mean {mean} and std {std}; use "
+                "those of the training images"
             )
         inner: Any = network
         self.network = inner
         self.num_features = int(inner.num_features)
         self.head_hidden_size = pooled_width(inner)
         self._reads_class_token = reads_class_token(inner)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     @property
     def map_place(self) -> str:
@@ -67,11 +68,16 @@ class Normalized(nn.Module):
         return "the tokens before the last block" if self._reads_class_token else "the output of forward_features"
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Return the features of images (B, 3, H, W) in [0, 1] that lead to the logits, in the network's layout.
+        """Return the features of images (B, C, H, W) in [0, 1] that lead to the logits, in the network's layout.
 
         They are (B, D, h, w) or (B, h, w, D), or tokens (B, P + h w, D), P class tokens first. For a vision transformer
         with a class token, they are those before the last block.
         """
+        if images.shape[1] != len(self.mean):
+            raise ValueError(
+                f"expected images of {len(self.mean)} channels, the in_chans of the network, got {images.shape[1]}; set "
+                "in_chans in network_args, or the channels of the data"
+            )
         normalized = (images - self.mean) / self.std
         normalized = normalized.contiguous(memory_format=torch.channels_last)  # faster convolutions
         if self._reads_class_token:
@@ -92,7 +98,7 @@ class Normalized(nn.Module):
         return classifier
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of images (B, 3, H, W) in [0, 1]."""
+        """Return the logits (B, C) of images (B, C, H, W) in [0, 1]."""
         return self.forward_head(self.forward_features(images))
 
 
@@ -130,15 +136,16 @@ def create_network(
         The network.
 
     Raises:
-        ValueError: if timm has no such model (the message lists similar names), the options are invalid, or pre-trained
-            weights cannot be loaded.
+        ValueError: if timm has no such model (the message lists similar names), the options are invalid, the number of
+            means or standard deviations is not that of the channels (``in_chans``), or pre-trained weights cannot be
+            loaded.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
         )
-    pretrained = bool(options.get("pretrained"))
+    pretrained, channels = bool(options.get("pretrained")), int(options.get("in_chans", 3))
     try:
         with offline_if_unreachable() if pretrained else contextlib.nullcontext():
             network: Any = timm.create_model(name, num_classes=num_classes, **options)
@@ -153,5 +160,16 @@ def create_network(
         raise no_weights(name, error) from error
     if pretrained:
         own = network.pretrained_cfg
-        mean, std = mean or own["mean"], std or own["std"]
-    return Normalized(network, tuple(mean or NEUTRAL[0]), tuple(std or NEUTRAL[1]))
+        mean, std = mean or _for_channels(own["mean"], channels), std or _for_channels(own["std"], channels)
+    mean, std = (tuple(given or (value,) * channels) for given, value in zip((mean, std), NEUTRAL, strict=True))
+    if len(mean) != channels or len(std) != channels:
+        raise ValueError(
+            f"expected {channels} means and {channels} standard deviations, one per channel of the network (in_chans), got "
+            f"mean {mean} and std {std}; set in_chans in network_args, or mean and std"
+        )
+    return Normalized(network, mean, std)
+
+
+def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return statistics of RGB images for another number of channels: their average for each, as for gray images."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels

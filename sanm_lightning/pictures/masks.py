@@ -26,11 +26,11 @@ class SampleBlock(NamedTuple):
 
     heading: str
     images: Tensor
-    """(B, 3, H, W), in [0, 1]."""
+    """(B, C, H, W), in [0, 1]."""
     views: Views
     """Masked views of the images, with activation maps."""
     reconstruction: Tensor | None
-    """(B, 3, H, W), or None."""
+    """(B, C, H, W), or None."""
     texts: list[str]
     """B texts of up to four lines."""
 
@@ -40,9 +40,9 @@ def draw_views(path: Path, images: Tensor, views: Views, reconstruction: Tensor 
 
     Args:
         path: output file; its folder is created.
-        images: images, shape (B, 3, H, W), in [0, 1].
+        images: images, shape (B, C, H, W), in [0, 1].
         views: masked views of the images, with activation maps.
-        reconstruction: reconstructed images, shape (B, 3, H, W), or None.
+        reconstruction: reconstructed images, shape (B, C, H, W), or None.
         titles: B titles.
 
     Raises:
@@ -116,9 +116,10 @@ def _box(views: Views, row: int) -> list[float] | None:
 
 
 def _show(axis: Any, picture: Tensor, box: list[float] | None) -> None:
-    """Draw an image (3, H, W) or a map (H, W), with the outline of a box."""
+    """Draw an image (C, H, W) or a map (H, W), with the outline of a box."""
     if picture.ndim == 3:
-        axis.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
+        colors = picture.clamp(0, 1) if len(picture) >= 3 else picture[:1].clamp(0, 1).expand(3, -1, -1)
+        axis.imshow(colors.permute(1, 2, 0).numpy(), interpolation="nearest")
     else:
         axis.imshow(torch.nan_to_num(picture).numpy(), cmap=COLORMAP, interpolation="nearest")
     if box is not None:

@@ -135,6 +135,19 @@ def test_images_are_prepared_as_the_data_module_of_the_training_does(folder, tmp
             assert float(row[key]) == pytest.approx(float(other[key]), abs=2e-6)
 
 
+@pytest.mark.parametrize(("channels", "resize"), [(1, "crop"), (3, "stretch"), (4, "stretch")])
+def test_channels_and_resize_are_those_of_the_training(folder, tmp_path, channels, resize):
+    data = ImageFolder(str(folder), image_size=16, channels=channels, resize=resize, batch_size=8, seed=0)
+    network = {"network": "small_cnn", "network_args": {"width": 4, "in_chans": channels}}
+    module = fitted("CrossEntropy", tmp_path / "a.ckpt", data=data, **network)
+    assert load_method(tmp_path / "a.ckpt")[3:] == (resize, channels)
+    predict(str(tmp_path / "a.ckpt"), [str(folder / "test")], str(tmp_path / "a.csv"), num_workers=0)
+    expected = module(data.batch("test", torch.arange(data.split_size("test"))).images).softmax(1)
+    rows = {row["path"]: [float(row[f"p_{name}"]) for name in "pqrs"] for row in read(tmp_path / "a.csv")[1]}
+    found = [rows[path.removeprefix("test/")] for path in data.sample_paths("test")]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=0)
+
+
 def test_a_predictor_in_python(trained):
     module, path = trained("CoTeaching")
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)

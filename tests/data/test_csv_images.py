@@ -83,20 +83,21 @@ class TestReads:
         assert [names[label] for label in data.labels] == labels
 
     def test_splits_in_any_case(self, tmp_path: Path) -> None:
-        names = [f"{number}.png" for number in range(6)]
+        names = [f"{number}.png" for number in range(7)]
         images(tmp_path, *names)
-        splits = ["TEST", "Train", "valid", "train", "Validation", "val"]
-        rows = [f"{name},{number % 2},{split}" for number, (name, split) in enumerate(zip(names, splits, strict=True))]
+        splits = ["TEST", "Train", "valid", "train", "Validation", "val", "test"]
+        labels = "0120311"
+        rows = [",".join(row) for row in zip(names, labels, splits, strict=True)]
         file = table(tmp_path / "my.csv", "path,label,split", *rows)
         data = csv_images(file, split_column="split")
-        with pytest.raises(ValueError, match=r"the val rows of .* got 2 others \(first: '0' of '2\.png'\)"):
+        with pytest.raises(ValueError, match=r"the val rows of .* got 2 others \(first: '2' of '2\.png'\)"):
             data.setup()
-        rows[1] = "1.png,0,train"
+        rows[2], rows[4] = "2.png,0,valid", "4.png,0,Validation"
         data = csv_images(table(tmp_path / "my.csv", "path,label,split", *rows), split_column="split")
         data.setup()
         assert data.eval_names == ["val", "test"] and data.test_names == ["test"]
         assert [data.sample_paths(split) for split in ("train", "val", "test")] == [
-            ["1.png", "3.png"], ["2.png", "4.png", "5.png"], ["0.png"]
+            ["1.png", "3.png"], ["2.png", "4.png", "5.png"], ["0.png", "6.png"]
         ]  # fmt: skip
         assert data.table("val").labels.tolist() == [0, 0, 1] and data.table("val").true_labels is None
         assert csv_images(data.file).own_splits == ()  # the column is not asked for

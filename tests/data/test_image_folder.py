@@ -165,7 +165,7 @@ class TestReadImage:
         assert float((found.float() - expected.float()).abs().mean()) < 12, "at most half a pixel of the source away"
 
     def test_decodes_up_to_that_size(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("sanm_lightning.data.image_folder.MAX_PIXELS", 16 * 16)
+        monkeypatch.setattr("sanm_lightning.data.decode.MAX_PIXELS", 16 * 16)
         flat("RGB", (9, 9, 9), (16, 16)).save(tmp_path / "a.png")
         assert (read_image(tmp_path / "a.png", SIDE) == 9).all()
         flat("RGB", (9, 9, 9), (16, 17)).save(tmp_path / "a.png")
@@ -175,7 +175,7 @@ class TestReadImage:
 
 class TestImageFolder:
     def test_reads_classes_in_the_order_of_their_names(self, tmp_path: Path) -> None:
-        root = folder(folder(tmp_path, {"b": 2, "a": 3, ".hidden": 1}), {"b": 1}, "test")
+        root = folder(folder(tmp_path, {"b": 2, "a": 3, ".hidden": 1}), {"a": 1, "b": 1}, "test")
         (root / "train" / "a" / "notes.txt").write_text("not an image")
         data = ImageFolder(str(root), image_size=SIDE, crop_padding=0, flip=False)
         assert (data.num_classes, data.image_size, data.class_names) == (2, (SIDE, SIDE), ["a", "b"])
@@ -183,7 +183,7 @@ class TestImageFolder:
         assert data.labels.tolist() == [0, 0, 0, 1, 1] and data.true_labels is None
         batch = data.batch("train", torch.arange(5))
         assert (batch.images[:, 0, 0, 0] * 255).round().tolist() == [0, 1, 2, 0, 1]
-        assert data.batch("test", torch.arange(1)).labels.tolist() == [1]
+        assert data.batch("test", torch.arange(2)).labels.tolist() == [0, 1]
 
     def test_training_alone_needs_no_test_folder(self, tmp_path: Path) -> None:
         data = ImageFolder(str(folder(tmp_path, {"a": 2, "b": 2})), image_size=SIDE, holdout_fraction=0)
@@ -222,8 +222,11 @@ class TestImageFolder:
         with pytest.raises(ValueError, match=r"got none \(1 file skipped \(1 extension \.heic unknown to Pillow\)\)"):
             ImageFolder(str(tmp_path)).setup()
         flat("RGB", (1, 2, 3)).save(tmp_path / "train" / "a" / "0.png")
+        with pytest.raises(ValueError, match="expected two or more classes in the training set, got 1; add images"):
+            ImageFolder(str(tmp_path)).setup()
+        folder(tmp_path, {"b": 2})
         folder(tmp_path, {"z": 1}, "test")
-        with pytest.raises(ValueError, match="expected test classes among the 1 training classes, got 'z'"):
+        with pytest.raises(ValueError, match="expected test classes among the 2 training classes, got 'z'; rename or"):
             ImageFolder(str(tmp_path)).setup()
         with pytest.raises(ValueError, match="1 pixel or more"):
             ImageFolder(image_size=0)
@@ -231,7 +234,7 @@ class TestImageFolder:
     def test_a_line_per_split_counts_images_and_files_passed_over(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        root = folder(folder(tmp_path, {"b": 2, "a": 3}), {"b": 1}, "test")
+        root = folder(folder(tmp_path, {"b": 2, "a": 3}), {"a": 1, "b": 1}, "test")
         (root / "train" / "a" / "notes.txt").write_text("not an image")
         (root / "train" / "a" / "deep").mkdir()
         (root / "train" / "a" / "1.png").rename(root / "train" / "a" / "deep" / "1.png")
@@ -244,23 +247,24 @@ class TestImageFolder:
         assert [record.message for record in caplog.records] == [
             "train: 4 images of 2 classes, 3 files skipped (1 extension .csv unknown to Pillow, "
             "1 extension .txt unknown to Pillow, 1 no extension)",
-            "test: 1 images of 1 classes",
+            "train: skipped labels.csv, train/a/notes.txt, train/b/1",
+            "test: 2 images of 2 classes",
         ]
         assert data.sample_paths() == ["train/a/0.png", "train/a/2.png", "train/a/deep/1.png", "train/b/0.png"]
-        assert data.sample_paths("test") == ["test/b/0.png"]
+        assert data.sample_paths("test") == ["test/a/0.png", "test/b/0.png"]
 
     def test_a_validation_folder_is_the_validation_split(self, tmp_path: Path) -> None:
-        root = folder(folder(folder(tmp_path, {"a": 3, "b": 2}), {"b": 2}, "val"), {"a": 1}, "test")
+        root = folder(folder(folder(tmp_path, {"a": 3, "b": 2}), {"a": 1, "b": 2}, "val"), {"a": 1, "b": 1}, "test")
         data = ImageFolder(str(root), image_size=SIDE, noise=Noise("pair", 1.0))
         data.setup()
         assert (data.num_samples, data.eval_names, data.test_names) == (5, ["val", "test"], ["test"])
-        assert data.batch("val", torch.arange(2)).labels.tolist() == [1, 1]  # as they are in the folders
-        assert data.sample_paths("val") == ["val/b/0.png", "val/b/1.png"]
+        assert data.batch("val", torch.arange(3)).labels.tolist() == [0, 1, 1]  # as they are in the folders
+        assert data.sample_paths("val") == ["val/a/0.png", "val/b/0.png", "val/b/1.png"]
         with pytest.raises(ValueError, match="expected val_fraction 0 for data with a validation split"):
             ImageFolder(str(root), val_fraction=0.5).setup("fit")
 
     def test_a_validation_folder_stands_for_a_test_folder(self, tmp_path: Path) -> None:
-        root = folder(folder(tmp_path, {"a": 3, "b": 2}), {"b": 2}, "validation")
+        root = folder(folder(tmp_path, {"a": 3, "b": 2}), {"a": 1, "b": 2}, "validation")
         data = ImageFolder(str(root), image_size=SIDE)
         data.setup()
         assert (data.num_samples, data.eval_names, data.test_names) == (5, ["val"], ["val"])

@@ -141,7 +141,7 @@ class TestInADataModule:
         assert torch.equal(again.labels, noisy.labels) and again.noise_kind == "file"
 
     def test_dropped_samples_are_not_trained_on(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        root = folder(folder(tmp_path / "data", {"a": 3, "b": 3}), {"a": 1}, "test")
+        root = folder(folder(tmp_path / "data", {"a": 3, "b": 3}), {"a": 1, "b": 1}, "test")
         rows = ["path,label,drop", "train/a/0.png,b,0", "train/a/1.png,a,1", "train/a/2.png,a,0"]
         rows += ["train/b/0.png,b,0", "train/b/1.png,,1", "train/b/2.png,a,0", "test/a/0.png,a,0"]
         (tmp_path / "labels.csv").write_text("\n".join(rows))

@@ -230,7 +230,7 @@ class Wrong(nn.Module):
 def test_a_transform_that_yields_floats_is_refused_in_a_sentence(tmp_path):
     source = Streamed(tmp_path / "log", policies={"weak": Wrong()})
     with pytest.raises(
-        ValueError, match=r"expected a uint8 tensor \(3, H, W\) from the transform Wrong, got .*float32"
+        ValueError, match=r"expected a uint8 tensor \(C, H, W\) from the transform Wrong, got .*float32"
     ):
         trainer(1).fit(CrossEntropy(**SMALL), source)
 

@@ -53,11 +53,15 @@ class TestNormalized:
         assert torch.equal(images, before)
 
     @pytest.mark.parametrize(
-        ("mean", "std"), [((0.5,), (0.5,)), (MEAN, (0.5, 0.5)), (MEAN, (0.5, 0.0, 0.5)), (MEAN, (0.5, -1.0, 0.5))]
+        ("mean", "std"), [((), ()), (MEAN, (0.5, 0.5)), (MEAN, (0.5, 0.0, 0.5)), (MEAN, (0.5, -1.0, 0.5))]
     )
     def test_refuses_statistics_that_do_not_normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        with pytest.raises(ValueError, match="expected three means and three positive standard deviations, got"):
+        with pytest.raises(ValueError, match="expected a mean and a positive standard deviation for each channel, got"):
             Normalized(small(), mean, std)
+
+    def test_refuses_images_of_another_number_of_channels(self) -> None:
+        with pytest.raises(ValueError, match=r"expected images of 3 channels, the in_chans of the network, got 1; set"):
+            Normalized(small(), MEAN, STD)(torch.rand(2, 1, 16, 16))
 
 
 class TestCreateNetwork:
@@ -96,6 +100,36 @@ class TestCreateNetwork:
         own = create_network("resnet18", 4, (0.5,) * 3, pretrained=True)
         assert own.mean.flatten().tolist() == [0.5] * 3
         assert torch.equal(own.std.flatten(), torch.tensor(STD))
+
+    @pytest.mark.parametrize(
+        "name", ["preact_resnet18", "cnn9", "small_cnn", "resnet18_cifar", "test_resnet", "test_vit"]
+    )
+    @pytest.mark.parametrize("channels", [1, 4])
+    def test_images_of_one_to_four_channels(self, name: str, channels: int) -> None:
+        options = {"img_size": 32} if name == "test_vit" else {}
+        network = create_network(name, 3, in_chans=channels, **options).eval()
+        assert network.mean.shape == network.std.shape == (channels, 1, 1)
+        assert network(torch.rand(2, channels, 32, 32)).shape == (2, 3)
+
+    def test_of_a_pre_trained_network_in_gray_takes_the_average_of_its_own(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def downloaded(name: str, num_classes: int, pretrained: bool, in_chans: int) -> PreActResNet:
+            network = small()
+            network.pretrained_cfg = {"mean": (0.1, 0.2, 0.6), "std": STD}  # type: ignore[assignment]
+            return network
+
+        monkeypatch.setattr(timm, "create_model", downloaded)
+        network = create_network("resnet18", 4, std=(0.7,), pretrained=True, in_chans=1)
+        assert network.mean.flatten().tolist() == pytest.approx([0.3])
+        assert network.std.flatten().tolist() == pytest.approx([0.7])
+
+    @pytest.mark.parametrize(("mean", "channels"), [(MEAN, 1), ((0.5,), 3)])
+    def test_statistics_of_another_number_of_channels_are_refused(self, mean: tuple[float, ...], channels: int) -> None:
+        with pytest.raises(
+            ValueError, match=rf"expected {channels} means and {channels} standard deviations, .*; set in_chans in"
+        ):
+            create_network("preact_resnet18", 4, mean, width=4, in_chans=channels)
 
     def test_of_a_name_with_a_typing_error_shows_the_nearest(self) -> None:
         with pytest.raises(
