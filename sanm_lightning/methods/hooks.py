@@ -1,6 +1,6 @@
 """Hooks of a method, with the defaults of standard training."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
@@ -37,6 +37,12 @@ class MethodHooks(L.LightningModule):
         """The SANM of each network."""
         return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
 
+    @property
+    def given_labels(self) -> Tensor:
+        """Given labels of the training set, shape (N,), int64, on the device of the module."""
+        data: Any = cast(Any, self.trainer).datamodule
+        return cast(Tensor, data.labels.to(self.device))
+
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in order."""
         return [Stage("train")]
@@ -60,6 +66,9 @@ class MethodHooks(L.LightningModule):
 
     def begin_epoch(self) -> None:
         """Run once per epoch, before its first batch is fetched; not repeated in a resumed epoch."""
+
+    def begin_stage(self) -> None:
+        """Run once before the first epoch of each stage after the first one, before its reset and :meth:`begin_epoch`."""
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Raise ValueError for a training set that the method does not support."""
