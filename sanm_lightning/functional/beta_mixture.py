@@ -67,7 +67,7 @@ def fit_beta_mixture(losses: Tensor, *, max_iter: int = 10) -> BetaMixture:
             alpha, beta = _moments(scaled, share)
             weights = share.sum(1) / share.sum()
         found = alpha / (alpha + beta)
-        joint = _joint(torch.linspace(TINY, 1 - TINY, BINS).double(), alpha, beta, weights)
+        joint = _joint(torch.linspace(TINY, 1 - TINY, BINS, dtype=torch.float64), alpha, beta, weights)
         posterior = joint[1] / (joint.sum(0) + TINY)
         if bool(found[1] > found[0]) and bool(torch.isfinite(posterior).all()):
             largest = int(posterior.argmax())

@@ -64,7 +64,8 @@ class ForwardCorrection(NoisyLabelModule):
         percentile: percentile of the predictions above which samples are not used for the estimate; published: 97 on CIFAR-10,
             None on CIFAR-100.
         reset: whether to reinitialize the network after the estimate, as published.
-        warmup_epochs: length of the first stage; with ``transition``, it affects SANM only.
+        warmup_epochs: length of the first stage; 0 estimates the matrix from the initial network, such as one loaded with
+            ``--weights``. With ``transition``, it affects SANM only.
 
     All other arguments are those of :class:`NoisyLabelModule`.
 
@@ -90,10 +91,6 @@ class ForwardCorrection(NoisyLabelModule):
             raise ValueError(f"expected direction 'forward' or 'backward', got {direction!r}; choose one of them")
         if percentile is not None and not 0 < percentile <= 100:
             raise ValueError(f"expected percentile in (0, 100] or null, got {percentile}; use 97 or null")
-        if transition is None and warmup_epochs == 0:
-            raise ValueError(
-                "expected warmup_epochs of 1 or more to estimate the transition matrix, got 0; or set transition"
-            )
         matrix = torch.eye(num_classes) if transition is None else check_transition(transition, num_classes)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.direction, self.percentile, self.renew, self.known = direction, percentile, reset, transition is not None

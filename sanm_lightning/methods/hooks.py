@@ -18,6 +18,7 @@ class MethodHooks(L.LightningModule):
     """Hooks for stages, views, samples and label quality of a method."""
 
     num_classes: int
+    warmup_epochs: int
     num_networks = 1
     """1 or 2. Each of two networks is masked according to the other's estimate of label quality."""
     needs_data_module = False
@@ -86,6 +87,13 @@ class MethodHooks(L.LightningModule):
     def stage(self) -> Stage:
         """The stage of the current epoch."""
         return locate(self.stages(), self.current_epoch)[1]
+
+    def fraction_of_run(self, numerator: int, denominator: int) -> int:
+        """Return a fraction of the epochs after the warm-up, rounded down; ``numerator`` epochs if it is unknown."""
+        epochs = None if self._trainer is None else self._trainer.max_epochs
+        if epochs is None or epochs < 0:
+            return numerator
+        return max(0, epochs - self.warmup_epochs) * numerator // denominator
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import entropy, prior_kl
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.elr import require_index
@@ -33,7 +34,8 @@ class JointOptim(NoisyLabelModule):
         alpha: weight of the divergence from the class prior, >= 0; published for CIFAR-10: 1.2 at 70 % symmetric noise, 0.8 at
             40 % asymmetric noise.
         beta: weight of the entropy, >= 0; published likewise: 0.8 and 0.4.
-        update_epochs: length of the second stage, in which labels are replaced in every epoch.
+        update_epochs: length of the second stage, in which labels are replaced in every epoch; None uses 130 of 250 epochs
+            after the first stage, as published.
         window: epochs whose predictions are averaged.
         prior: class probabilities, C values; None is the uniform prior.
         retrain_lr: initial learning rate of the third stage, divided by 10 after one third and two thirds of it.
@@ -53,14 +55,14 @@ class JointOptim(NoisyLabelModule):
         num_classes: int,
         alpha: float = 1.2,
         beta: float = 0.8,
-        update_epochs: int = 130,
+        update_epochs: int | None = None,
         window: int = 10,
         prior: list[float] | None = None,
         retrain_lr: float = 0.2,
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("alpha", alpha), ("beta", beta), ("update_epochs", update_epochs)):
+        for name, value in (("alpha", alpha), ("beta", beta), ("update_epochs", update_epochs or 0)):
             if value < 0:
                 raise ValueError(f"expected {name} >= 0, got {value}; use 0 to omit it")
         if retrain_lr <= 0:
@@ -79,13 +81,14 @@ class JointOptim(NoisyLabelModule):
         """Return the stages with given labels, with labels that are replaced, and with a new network."""
         return [
             Stage("warmup", self.warmup_epochs),
-            Stage("update", self.update_epochs),
+            Stage("update", self.fraction_of_run(130, 250) if self.update_epochs is None else self.update_epochs),
             Stage("retrain", reset="network", lr=self.retrain_lr, factor=_thirds),
         ]
 
     def begin_epoch(self) -> None:
         """Replace the labels by the mean predictions of the last epochs."""
-        if not self.warmup_epochs <= self.current_epoch <= self.warmup_epochs + self.update_epochs:
+        _, stage, first = locate(self.stages(), self.current_epoch)
+        if stage.name == "warmup" or (stage.name == "retrain" and self.current_epoch > first):
             return
         seen = self.predicted.count[:, None] > 0
         targets = torch.where(seen, self.predicted.mean(), self.learned.targets)

@@ -37,7 +37,7 @@ class PENCIL(NoisyLabelModule):
         beta: weight of the entropy, >= 0. 0.4 in the paper, 0.1 by default in the code.
         label_lr: learning rate of the label distributions for the loss of one sample, >= 0.
         label_scale: K, initial logit of the given label; published: 10.
-        label_epochs: length of the second stage; published: 130.
+        label_epochs: length of the second stage; None uses 130 of 250 epochs after the first stage, as published.
         finetune_lr: initial learning rate of the third stage, divided by 10 after one third and two thirds of it.
         released_compatibility: whether the compatibility applies a softmax to d once more, as in the code.
         released_rates: whether the learning rate of the third stage is 0 after one third of it, which is the result of an
@@ -60,14 +60,19 @@ class PENCIL(NoisyLabelModule):
         beta: float = 0.4,
         label_lr: float = 600 / 128,
         label_scale: float = 10.0,
-        label_epochs: int = 130,
+        label_epochs: int | None = None,
         finetune_lr: float = 0.2,
         released_compatibility: bool = False,
         released_rates: bool = False,
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("alpha", alpha), ("beta", beta), ("label_lr", label_lr), ("label_epochs", label_epochs)):
+        for name, value in (
+            ("alpha", alpha),
+            ("beta", beta),
+            ("label_lr", label_lr),
+            ("label_epochs", label_epochs or 0),
+        ):
             if value < 0:
                 raise ValueError(f"expected {name} >= 0, got {value}; use 0 to omit it")
         if label_scale <= 0 or finetune_lr <= 0:
@@ -86,7 +91,7 @@ class PENCIL(NoisyLabelModule):
         factor = partial(_thirds, later=0.0 if self.released_rates else 0.1)
         return [
             Stage("warmup", self.warmup_epochs),
-            Stage("labels", self.label_epochs),
+            Stage("labels", self.fraction_of_run(130, 250) if self.label_epochs is None else self.label_epochs),
             Stage("finetune", lr=self.finetune_lr, factor=factor),
         ]
 

@@ -78,7 +78,7 @@ class SELFIE(NoisyLabelModule):
         history: number of the last predictions of a sample; None is the published 15, or the number of epochs of a run if that
             is smaller.
         restarts: number of further runs; published: 2.
-        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; required with ``restarts``.
+        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; None divides ``max_epochs`` equally.
         released_zero_history: whether missing predictions count as class 0.
         warmup_epochs: length of the first stage of every run, in which all samples are used.
 
@@ -112,10 +112,9 @@ class SELFIE(NoisyLabelModule):
             raise ValueError(
                 f"expected uncertainty in [0, 1], restarts >= 0 and history >= 1, got {uncertainty}, {restarts} and {history}"
             )
-        if restarts and (run_epochs is None or run_epochs <= warmup_epochs):
+        if run_epochs is not None and run_epochs <= warmup_epochs:
             raise ValueError(
-                f"expected run_epochs above the {warmup_epochs} warmup_epochs with restarts, got {run_epochs}; set the epochs "
-                "of each run"
+                f"expected run_epochs above the {warmup_epochs} warmup_epochs, got {run_epochs}; raise run_epochs"
             )
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.noise_rate, self.uncertainty, self.history = noise_rate, uncertainty, history
@@ -123,12 +122,20 @@ class SELFIE(NoisyLabelModule):
         self.predicted = History(history or 15, dtype=torch.int64)
         self.refurbished = Refurbished(noise_rate)
 
+    @property
+    def epochs_per_run(self) -> int:
+        """Epochs of each run but the last one; 100 if ``max_epochs`` is unknown."""
+        epochs = None if self._trainer is None else self._trainer.max_epochs
+        if self.run_epochs is not None or epochs is None or epochs < 0:
+            return self.run_epochs or 100
+        return epochs // (self.restarts + 1)
+
     def stages(self) -> list[Stage]:
         """Return the two stages of each run."""
         found = []
         for number in range(self.restarts + 1):
             name, last = f"_{number + 1}" if number else "", number == self.restarts
-            length = None if last or self.run_epochs is None else self.run_epochs - self.warmup_epochs
+            length = None if last else max(0, self.epochs_per_run - self.warmup_epochs)
             found.append(Stage(f"warmup{name}", self.warmup_epochs, reset="network" if number else "none"))
             found.append(Stage(f"refurbish{name}", length))
         return found
@@ -142,8 +149,8 @@ class SELFIE(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Require a history that is not longer than a run."""
-        epochs = self.run_epochs or self.trainer.max_epochs or -1
-        if self.history is not None and 0 < epochs < self.history:
+        epochs = self.epochs_per_run
+        if self.history is not None and epochs < self.history:
             raise ValueError(
                 f"expected a history of at most the {epochs} epochs of a run of SELFIE, got {self.history}; lower history"
             )
@@ -151,8 +158,7 @@ class SELFIE(NoisyLabelModule):
     @property
     def required_votes(self) -> int:
         """Number of predictions after which a label can be replaced."""
-        epochs = self.run_epochs or self.trainer.max_epochs or -1
-        return min(self.predicted.length, epochs) if epochs > 0 else self.predicted.length
+        return max(1, min(self.predicted.length, self.epochs_per_run))
 
     def label_quality(self) -> Tensor | None:
         """Return the quality of each given label, (N,), 0 for replaced labels; None in the first stage."""
