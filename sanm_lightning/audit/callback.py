@@ -82,8 +82,11 @@ class LabelAudit(L.Callback):
             quality = _quality_in_training(pl_module)
             self._qualities = [*self._qualities, *([] if quality is None else [quality])][-self.epochs :]
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Run a final pass over the training set and write the files. Collective operation."""
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Run a final pass over the training set and write the files. Collective operation.
+
+        It is not in ``on_train_end``, which is not called in a run that was killed after its last step and is resumed.
+        """
         if not _serves(trainer, pl_module) or trainer.current_epoch == 0:
             return
         found = pl_module.predict_train("logits", "features", "loss", network=None)

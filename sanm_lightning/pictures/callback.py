@@ -116,11 +116,6 @@ class SANMPictures(L.Callback):
         """Record the label quality that was in use in this epoch."""
         self._record(trainer, pl_module, trainer.current_epoch)
 
-    def on_train_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Run a pass over the training set. Collective operation."""
-        if self.predict and not trainer.fast_dev_run:
-            self._pass = pass_over(trainer, pl_module)
-
     def _record(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> None:
         parts = sanms(trainer, pl_module)
         quality, seen = known_quality(pl_module, parts)
@@ -143,7 +138,9 @@ class SANMPictures(L.Callback):
     # Drawing
 
     def on_fit_end(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Draw, if SANM's callbacks have processed the last epoch before this one."""
+        """Run a pass over the training set; draw if SANM's callbacks have processed the last epoch. A collective operation."""
+        if self.predict and not trainer.fast_dev_run:
+            self._pass = pass_over(trainer, pl_module)
         later = trainer.callbacks[trainer.callbacks.index(self) :]
         if not any(isinstance(part, SANMCallback) for part in later):
             self._draw(trainer, pl_module)

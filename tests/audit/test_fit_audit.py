@@ -152,7 +152,7 @@ class TestQuality:
             def on_train_epoch_end(self, trainer, pl_module):
                 self.seen.append(pl_module.sanm.label_quality.values.clone() if trainer.current_epoch else None)
 
-            def on_train_end(self, trainer, pl_module):
+            def on_fit_end(self, trainer, pl_module):
                 pass
 
         self.run(4, callbacks=[Note()])
@@ -168,6 +168,17 @@ class TestQuality:
         audit, *_ = self.run(4, ckpt_path="middle.ckpt")
         assert len(audit._qualities) == 2
         assert Path("run4/label_issues.csv").read_bytes() == whole
+
+    def test_a_run_that_was_killed_after_its_last_step_writes_the_same_files(self):
+        whole, _, run = self.run(3)
+        run.save_checkpoint("end.ckpt")
+        listed = Path("run3/label_issues.csv").read_bytes()
+        for name in FILES:
+            Path("run3", name).unlink()
+        audit, *_ = self.run(3, ckpt_path="end.ckpt")
+        assert Path("run3/label_issues.csv").read_bytes() == listed
+        assert all(Path("run3", name).exists() for name in FILES)
+        assert audit.metrics == whole.metrics is not None
 
     def test_a_run_without_the_callback_goes_on_from_one_with_it_and_the_other_way(self):
         *_, run = self.run(2)
