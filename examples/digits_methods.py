@@ -33,6 +33,16 @@ METHODS = {  # options in addition to the recipe; two methods require the noise 
     "C2D": ["--model.ramp_epochs", "4", "--model.pretrained", "ENCODER"],
     "SSR": ["--model.k", "20", "--model.warmup_epochs", "0"],
     "GCE": [],
+    "Mixup": ["--model.alpha", "8"],
+    "ForwardCorrection": ["--model.warmup_epochs", "15"],
+    "MCorrection": ["--model.warmup_epochs", "15"],
+    "CoTeachingPlus": ["--model.noise_rate", "RATE", "--model.num_gradual", "3", "--model.warmup_epochs", "5"],
+    "PENCIL": ["--model.warmup_epochs", "8", "--model.label_epochs", "20", "--model.finetune_lr", "0.05"],
+    "JointOptim": ["--model.warmup_epochs", "8", "--model.update_epochs", "20", "--model.retrain_lr", "0.05"],
+    "PLC": ["--model.warmup_epochs", "8"],
+    "SELFIE": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "8", "--model.history", "5"],
+    "ActiveBias": ["--model.warmup_epochs", "8"],
+    "GCE truncated": ["--model.truncation", "0.5", "--model.prune_every", "5", "--model.warmup_epochs", "15"],
 }
 
 
@@ -94,13 +104,13 @@ if __name__ == "__main__":
         for method in options.methods:
             cells, auc = [], None
             for overlay in ([], ["--config", "configs/sanm.yaml"]):
-                name = f"{method}{'_sanm' if overlay else ''}_{round(100 * rate)}"
+                name = f"{method.replace(' ', '_')}{'_sanm' if overlay else ''}_{round(100 * rate)}"
                 results = [
                     fit(
                         HOME / f"{name}_{seed}",
                         seed,
                         *overlay,
-                        *("--model", method, *words_of(method, rate, seed), "--data.noise.rate", str(rate)),
+                        *("--model", method.split()[0], *words_of(method, rate, seed), "--data.noise.rate", str(rate)),
                     )
                     for seed in options.seeds
                 ]

@@ -94,7 +94,7 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
     """The method and the data of a setting, and the noise, where it is for one."""
     data, _, rest = setting.stem.partition("-")
     noise = CONFIGS / "noise" / f"{rest}.yaml"
-    assert noise.exists() or rest in ("", "small", "released"), "named neither <set> nor <set>-<noise>"
+    assert noise.exists() or rest in ("", "small", "released", "truncated"), "named neither <set> nor <set>-<noise>"
     return (
         CONFIGS / "method" / f"{setting.parent.name}.yaml",
         CONFIGS / "data" / f"{data}.yaml",
@@ -154,7 +154,11 @@ def value_of(settings: dict[str, Any], path: str, default: Any = None) -> Any:
 
 
 def same(stated: Any, parsed: Any) -> bool:
-    """Whether a value of a file is a parsed one; class paths may be short."""
+    """Whether a value of a file is a parsed one; class paths may be short, and classes in lists have further defaults."""
+    if isinstance(stated, dict) and isinstance(parsed, dict):
+        return all(same(value, parsed.get(key)) for key, value in stated.items())
+    if isinstance(stated, (list, tuple)) and isinstance(parsed, (list, tuple)):
+        return len(stated) == len(parsed) and all(map(same, stated, parsed))
     return stated == parsed or (isinstance(stated, str) and str(parsed).endswith(f".{stated}"))
 
 
@@ -293,7 +297,7 @@ class TestContent:
     @pytest.mark.parametrize("config", [*METHODS, *SETTINGS], ids=name)
     def test_a_file_names_its_source(self, config):
         comment = "".join(line for line in config.read_text().splitlines() if line.startswith("#"))
-        assert re.search(r"et al\.|Not a published setting|C2D", comment)
+        assert re.search(r"et al\.| and \w+, |Not a published setting|C2D", comment)
 
 
 def test_the_published_channel_statistics_are_those_of_the_data_classes():

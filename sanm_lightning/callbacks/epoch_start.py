@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from sanm_lightning.callbacks.stages import Stages
+from sanm_lightning.callbacks.stages import Stages, locate
 from sanm_lightning.random_streams import named_seed, process_rank, several_processes
 
 __all__ = ["EpochStart"]
@@ -60,6 +60,9 @@ class EpochStart(L.Callback):
         share_buffers(pl_module)
         if several_processes():  # otherwise, all ranks use the same dropout masks
             torch.manual_seed(named_seed("dropout", pl_module.sanm.seed, process_rank(), trainer.current_epoch))
+        number, _, first = locate(pl_module.stages(), trainer.current_epoch)
+        if number > 0 and trainer.current_epoch == first:
+            pl_module.begin_stage()  # before the network is reset
         self.stages.begin(trainer, pl_module)
         for callback in trainer.callbacks:
             if callable(begin := getattr(callback, "begin_epoch", None)):

@@ -1,8 +1,16 @@
 """Losses, selections and schedules of the methods as pure functions."""
 
+from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
+from sanm_lightning.functional.correction import (
+    backward_correction,
+    estimate_transition,
+    forward_correction,
+    label_posterior,
+)
 from sanm_lightning.functional.losses import (
     clamped_probs,
     early_learning_regularization,
+    entropy,
     feature_consistency,
     generalized_cross_entropy,
     label_margin,
@@ -11,40 +19,56 @@ from sanm_lightning.functional.losses import (
     negative_entropy,
     nt_xent,
     prior_kl,
+    reverse_kl,
     soft_cross_entropy,
+    truncated_generalized_cross_entropy,
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.functional.neighbors import balanced_votes, knn_vote, nearest_neighbors
 from sanm_lightning.functional.ramps import critical_fraction, ema_decay, forget_rate, linear_ramp, sigmoid_ramp
 from sanm_lightning.functional.selection import (
     class_balanced_draw,
+    consistent_votes,
     critical_threshold,
     members_by_class,
     relabel,
     repeated_draw,
     small_loss,
+    small_loss_among,
     threshold_split,
+    uncertainty_weights,
 )
-from sanm_lightning.functional.targets import Mixed, co_refine, mixup, sharpen
+from sanm_lightning.functional.targets import Mixed, co_refine, guided_mixup, label_step, mixup, sharpen
 
 __all__ = [
+    "BetaMixture",
     "Mixed",
     "Mixture",
+    "backward_correction",
     "balanced_votes",
+    "beta_mixture_posterior",
     "clamped_probs",
     "class_balanced_draw",
     "clean_probability",
     "co_refine",
+    "consistent_votes",
     "critical_fraction",
     "critical_threshold",
     "early_learning_regularization",
     "ema_decay",
+    "entropy",
+    "estimate_transition",
     "feature_consistency",
+    "fit_beta_mixture",
     "fit_mixture",
     "forget_rate",
+    "forward_correction",
     "generalized_cross_entropy",
+    "guided_mixup",
     "knn_vote",
     "label_margin",
+    "label_posterior",
+    "label_step",
     "linear_ramp",
     "masked_mean",
     "members_by_class",
@@ -57,9 +81,13 @@ __all__ = [
     "prior_kl",
     "relabel",
     "repeated_draw",
+    "reverse_kl",
     "sharpen",
     "sigmoid_ramp",
     "small_loss",
+    "small_loss_among",
     "soft_cross_entropy",
     "threshold_split",
+    "truncated_generalized_cross_entropy",
+    "uncertainty_weights",
 ]

@@ -1,7 +1,5 @@
 """Losses of the methods from logits; without reduction if a method weights or selects samples."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,6 +7,7 @@ from torch.nn import functional as F
 __all__ = [
     "clamped_probs",
     "early_learning_regularization",
+    "entropy",
     "feature_consistency",
     "generalized_cross_entropy",
     "label_margin",
@@ -17,7 +16,9 @@ __all__ = [
     "negative_entropy",
     "nt_xent",
     "prior_kl",
+    "reverse_kl",
     "soft_cross_entropy",
+    "truncated_generalized_cross_entropy",
 ]
 
 
@@ -47,6 +48,41 @@ def generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float) -> Tens
         raise ValueError(f"expected q in (0, 1], got {q}; use cross-entropy for q = 0")
     powers = (q * logits.float().log_softmax(1)).exp()
     return (targets.float() * (1 - powers)).sum(1) / q
+
+
+def truncated_generalized_cross_entropy(logits: Tensor, targets: Tensor, q: float, k: float, kept: Tensor) -> Tensor:
+    """Return the truncated generalized cross-entropy of each sample: L_q - L_q(k) of kept samples, 0 of the others.
+
+    Source: Zhang and Sabuncu, NeurIPS 2018, Eq. 11, with a weight of 0 or 1 for each sample. Samples are kept if their
+    probability of the label is above k.
+
+    Args:
+        logits: shape (B, C).
+        targets: class probabilities, shape (B, C).
+        q: in (0, 1].
+        k: threshold of the probability, in (0, 1).
+        kept: whether each sample is kept, shape (B,), bool.
+
+    Returns:
+        Shape (B,), float32.
+    """
+    bound: float = (1 - k**q) / q
+    return kept.float() * (generalized_cross_entropy(logits, targets, q) - bound)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each prediction, logits (B, C) -> (B,) float32, in [0, log C]."""
+    log_probs = logits.float().log_softmax(1)
+    return -(log_probs.exp() * log_probs).sum(1)
+
+
+def reverse_kl(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the KL divergence of the prediction from the target, KL(p || t), logits (B, C), targets (B, C) -> (B,), >= 0.
+
+    Targets of 0 are replaced by 1e-12.
+    """
+    log_probs = logits.float().log_softmax(1)
+    return (log_probs.exp() * (log_probs - targets.float().clamp(min=1e-12).log())).sum(1)
 
 
 def masked_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -84,11 +120,18 @@ def negative_entropy(logits: Tensor) -> Tensor:
     return (log_probs.exp() * log_probs).sum(1).mean()
 
 
-def prior_kl(logits: Tensor) -> Tensor:
-    """Return the KL divergence of a batch's mean prediction, logits (B, C), from the uniform prior: a scalar >= 0."""
-    mean = logits.float().softmax(1).mean(0)
-    prior = 1 / logits.shape[1]
-    return (prior * (math.log(prior) - mean.clamp(min=1e-12).log())).sum()
+def prior_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
+    """Return the KL divergence of a batch's mean prediction from a class prior, KL(prior || mean): a scalar >= 0.
+
+    Args:
+        logits: shape (B, C).
+        prior: class probabilities, shape (C,), positive; None is the uniform prior.
+    """
+    mean = logits.float().softmax(1).mean(0).clamp(min=1e-12)
+    if prior is None:
+        prior = torch.full_like(mean, 1 / logits.shape[1])
+    divergence: Tensor = (prior * (prior.log() - mean.log())).sum()
+    return divergence
 
 
 def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-__all__ = ["Mixture", "clean_probability", "fit_mixture", "mixture_posterior"]
+__all__ = ["Mixture", "clean_probability", "finite_losses", "fit_mixture", "mixture_posterior"]
 
 
 class Mixture(NamedTuple):
@@ -45,7 +45,7 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10, normalize: bool = True) -
     Raises:
         ValueError: if ``losses`` is not (N,), or contains NaN or infinity.
     """
-    values = _finite(losses.detach().to("cpu", torch.float64))
+    values = finite_losses(losses.detach().to("cpu", torch.float64))
     low, high = (values.min(), values.max()) if len(values) else (torch.zeros(()), torch.zeros(()))
     constant = not bool(high > low)
     if not normalize and not constant:
@@ -84,7 +84,7 @@ def mixture_posterior(mixture: Mixture, losses: Tensor) -> Tensor:
         ValueError: if ``losses`` is not (N,), or (on CPU) contains NaN or infinity.
     """
     span = mixture.high - mixture.low
-    scaled = (_finite(losses).to(mixture.low.dtype) - mixture.low) / torch.where(span > 0, span, 1)
+    scaled = (finite_losses(losses).to(mixture.low.dtype) - mixture.low) / torch.where(span > 0, span, 1)
     distance = scaled.clamp(0, 1).unsqueeze(1) - mixture.means  # (N, 2)
     log_joint = mixture.weights.log() - 0.5 * (mixture.variances.log() + distance.square() / mixture.variances)
     return log_joint.softmax(1)[:, 0].float()
@@ -110,7 +110,8 @@ def clean_probability(losses: Tensor, *, max_iter: int = 10, normalize: bool = T
     return mixture_posterior(fit_mixture(losses, max_iter=max_iter, normalize=normalize), losses)
 
 
-def _finite(losses: Tensor) -> Tensor:
+def finite_losses(losses: Tensor) -> Tensor:
+    """Return losses (N,) unchanged; raise ValueError for another shape, or (on CPU) for NaN and infinity."""
     if losses.ndim != 1:
         raise ValueError(f"expected losses (N,), got shape {tuple(losses.shape)}")
     if losses.device.type == "cpu" and not bool(torch.isfinite(losses).all()):

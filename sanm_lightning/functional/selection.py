@@ -1,16 +1,21 @@
 """Selection of training samples and of critical weights."""
 
+import math
+
 import torch
 from torch import Tensor
 
 __all__ = [
     "class_balanced_draw",
+    "consistent_votes",
     "critical_threshold",
     "members_by_class",
     "relabel",
     "repeated_draw",
     "small_loss",
+    "small_loss_among",
     "threshold_split",
+    "uncertainty_weights",
 ]
 
 
@@ -19,6 +24,61 @@ def small_loss(losses: Tensor, fraction: float) -> Tensor:
     kept = max(1, int(fraction * len(losses) + 1e-6))  # .3 * 10 is 2.9999... in floating point
     chosen = losses.topk(kept, largest=False, sorted=False).indices
     return torch.zeros_like(losses, dtype=torch.bool).index_fill_(0, chosen, True)
+
+
+def small_loss_among(losses: Tensor, fraction: float, candidates: Tensor) -> Tensor:
+    """Select the int(fraction n) samples of smallest loss among the n candidates, at least one if there are any.
+
+    Args:
+        losses: shape (B,).
+        fraction: in [0, 1].
+        candidates: shape (B,), bool.
+
+    Returns:
+        Shape (B,), bool; the candidates are counted on the device, without synchronization.
+    """
+    count = candidates.sum()
+    kept = torch.minimum(count, (fraction * count + 1e-6).long().clamp(min=1))
+    order = torch.where(candidates, losses.double(), torch.inf).argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return (rank < kept) & candidates
+
+
+def consistent_votes(votes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the most frequent class of each sample, and the normalized entropy of its votes.
+
+    Source: SELFIE (Song et al., ICML 2019), Eq. 2 to 4.
+
+    Args:
+        votes: count of each class among the last predictions, shape (B, C).
+
+    Returns:
+        Classes (B,), int64; entropies (B,), in [0, 1], 0 if all predictions agree, 1 without predictions.
+    """
+    total = votes.sum(1, keepdim=True)
+    share = votes / total.clamp(min=1)
+    uncertainty = -(share * share.clamp(min=1e-12).log()).sum(1) / math.log(votes.shape[1])
+    return votes.argmax(1), torch.where(total[:, 0] > 0, uncertainty.clamp(0, 1), 1.0)
+
+
+def uncertainty_weights(variance: Tensor, count: Tensor, smoothing: float) -> Tensor:
+    """Return weights of samples by the variance of the probability of their labels, with mean 1.
+
+    Source: Chang et al., NeurIPS 2017, Eq. 3: the square root of var + var^2 / (n - 1), plus ``smoothing``. Variances of
+    fewer than two values count as 0.
+
+    Args:
+        variance: variance over the recorded values of each sample, shape (B,), >= 0.
+        count: number of recorded values, n, shape (B,).
+        smoothing: smallest weight before the normalization, positive.
+
+    Returns:
+        Shape (B,), float32, positive, mean 1.
+    """
+    known = count > 1
+    spread = (variance + variance.square() / (count - 1).clamp(min=1)).sqrt()
+    weights = torch.where(known, spread, 0.0) + smoothing
+    return weights / weights.mean()
 
 
 def threshold_split(quality: Tensor, threshold: float, clip: bool = False) -> tuple[Tensor, bool]:

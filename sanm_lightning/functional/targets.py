@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Mixed", "co_refine", "mixup", "sharpen"]
+__all__ = ["Mixed", "co_refine", "guided_mixup", "label_step", "mixup", "sharpen"]
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -64,3 +64,50 @@ def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, alpha: fl
     partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
     mixed = Mixed(images, targets, lam, partners)
     return mixed if lam == 1 else mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+
+def guided_mixup(
+    images: Tensor, targets: Tensor, quality: Tensor, generator: torch.Generator, lam: float = 0.5
+) -> Mixed:
+    """Mix each image with a random other one, each weighted by its label quality, and the targets with one weight.
+
+    Source: Arazo et al., ICML 2019, Section 3.3 (dynamic mixup).
+
+    Args:
+        images: shape (V, 3, H, W).
+        targets: class probabilities, shape (V, C).
+        quality: quality of each label, shape (V,), positive.
+        generator: random generator, on the CPU.
+        lam: weight of each row's own target, in [0, 1].
+
+    Returns:
+        The mixed batch, on the device of the images; its :meth:`Mixed.mix` uses ``lam``.
+    """
+    partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+    own = (quality / (quality + quality[partners])).view(-1, 1, 1, 1).to(images.dtype)
+    mixed = Mixed(images, targets, lam, partners)
+    return mixed._replace(images=own * images + (1 - own) * images[partners], targets=mixed.mix(targets))
+
+
+def label_step(logits: Tensor, prediction: Tensor, given: Tensor, alpha: float, twice: bool = False) -> Tensor:
+    """Return the gradient of PENCIL's loss of each sample with respect to the logits of its label distribution d.
+
+    Source: Yi and Wu, CVPR 2019, Eq. 2 to 5 and 8: KL(p || d) / C - alpha log d_y, as (d - p) / C + alpha (d - y).
+
+    Args:
+        logits: logits of d, shape (B, C).
+        prediction: logits of the network's prediction p, shape (B, C).
+        given: given labels as one-hot rows, shape (B, C).
+        alpha: weight of the compatibility with the given label.
+        twice: whether the compatibility applies a softmax to d once more, as in the authors' code.
+
+    Returns:
+        Shape (B, C), float32, without gradient; rows sum to 0.
+    """
+    with torch.no_grad():
+        learned, predicted = logits.float().softmax(1), prediction.float().softmax(1)
+        compatibility = learned - given
+        if twice:
+            outer = learned.softmax(1) - given
+            compatibility = learned * (outer - (learned * outer).sum(1, keepdim=True))
+        return (learned - predicted) / logits.shape[1] + alpha * compatibility

@@ -1,6 +1,6 @@
 """Hooks of a method, with the defaults of standard training."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch import Tensor
@@ -18,6 +18,7 @@ class MethodHooks(L.LightningModule):
     """Hooks for stages, views, samples and label quality of a method."""
 
     num_classes: int
+    warmup_epochs: int
     num_networks = 1
     """1 or 2. Each of two networks is masked according to the other's estimate of label quality."""
     needs_data_module = False
@@ -36,6 +37,12 @@ class MethodHooks(L.LightningModule):
     def sanms(self) -> list[SANM]:
         """The SANM of each network."""
         return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
+
+    @property
+    def given_labels(self) -> Tensor:
+        """Given labels of the training set, shape (N,), int64, on the device of the module."""
+        data: Any = cast(Any, self.trainer).datamodule
+        return cast(Tensor, data.labels.to(self.device))
 
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in order."""
@@ -61,6 +68,9 @@ class MethodHooks(L.LightningModule):
     def begin_epoch(self) -> None:
         """Run once per epoch, before its first batch is fetched; not repeated in a resumed epoch."""
 
+    def begin_stage(self) -> None:
+        """Run once before the first epoch of each stage after the first one, before its reset and :meth:`begin_epoch`."""
+
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Raise ValueError for a training set that the method does not support."""
 
@@ -77,6 +87,13 @@ class MethodHooks(L.LightningModule):
     def stage(self) -> Stage:
         """The stage of the current epoch."""
         return locate(self.stages(), self.current_epoch)[1]
+
+    def fraction_of_run(self, numerator: int, denominator: int) -> int:
+        """Return a fraction of the epochs after the warm-up, rounded down; ``numerator`` epochs if it is unknown."""
+        epochs = None if self._trainer is None else self._trainer.max_epochs
+        if epochs is None or epochs < 0:
+            return numerator
+        return max(0, epochs - self.warmup_epochs) * numerator // denominator
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""

@@ -52,8 +52,6 @@ class Learned(NamedTuple):
 class TrainingPass(MethodHooks):
     """Mixin with :meth:`learn`, the forward pass of a method's ``training_step``."""
 
-    warmup_epochs: int
-
     def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a generator for the current step, a function of seed, process, epoch and step for exact resume."""
         step = -1 if self._trainer is None else batch_number(self.trainer)

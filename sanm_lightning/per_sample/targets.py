@@ -120,7 +120,6 @@ class LearnableTargets(SampleState):
         super().__init__()
         self.num_classes, self.scale = num_classes, scale
         self.add_state("logits", (num_classes,))
-        self._leaf: Tensor | None = None
 
     def reset(self, num_samples: int, labels: Tensor | None = None) -> None:
         """Reset to the given labels: ``scale`` times their one-hot rows."""
@@ -128,18 +127,6 @@ class LearnableTargets(SampleState):
         if labels is not None:
             self.logits = self.scale * F.one_hot(labels, self.num_classes).to(self.logits)
 
-    def forward(self, index: Tensor) -> Tensor:
-        """Return the logits (B, C) of samples ``index`` (B,), as a leaf tensor with gradient."""
-        self._leaf = self.logits[index].clone().requires_grad_()
-        return self._leaf
-
-    def sgd_step(self, index: Tensor, lr: float) -> None:
-        """Apply a gradient step to the rows of the last :meth:`forward`; call it after the backward pass.
-
-        Args:
-            index: positions in the training set, shape (B,), as in the last :meth:`forward`.
-            lr: learning rate.
-        """
-        if self._leaf is not None and self._leaf.grad is not None:
-            self.write("logits", index, self._leaf.detach() - lr * self._leaf.grad)
-        self._leaf = None
+    def update(self, index: Tensor, gradient: Tensor, lr: float) -> None:
+        """Apply a gradient step with learning rate ``lr`` to the rows ``index`` (B,); ``gradient`` has shape (B, C)."""
+        self.write("logits", index, self.logits[index] - lr * gradient)

@@ -20,6 +20,8 @@ OPTIONS = {  # what a method needs beside warmup_epochs: 1; the others are found
     "DivideMix": {"ramp_epochs": 1.0},
     "C2D": {"ramp_epochs": 1.0, "pretrained": "FILE"},
     "SSR": {"warmup_epochs": 0, "k": 5},
+    "CoTeachingPlus": {"noise_rate": 0.5, "num_gradual": 2},
+    "SELFIE": {"noise_rate": 0.5, "history": 2, "uncertainty": 0.5},
 }
 BASES = ("NoisyLabelModule", "TwoNetworks", "SimCLR")
 METHODS = {

@@ -1,0 +1,129 @@
+"""F-correction (Patrini et al., CVPR 2017): loss correction with an estimated noise transition matrix."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.functional import backward_correction, estimate_transition, forward_correction, label_posterior
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.per_sample import LabelStore
+
+__all__ = ["ForwardCorrection", "check_transition"]
+
+
+def check_transition(transition: Any, num_classes: int) -> Tensor:
+    """Return a transition matrix as a tensor (C, C), float32.
+
+    Args:
+        transition: rows of the matrix; entry (i, j) is the probability that class i is labeled j.
+        num_classes: C.
+
+    Raises:
+        ValueError: if the matrix is not square with C rows, not stochastic, or singular.
+    """
+    matrix = torch.as_tensor(transition, dtype=torch.float64)
+    if matrix.shape != (num_classes, num_classes):
+        raise ValueError(
+            f"expected a transition matrix ({num_classes}, {num_classes}), got shape {tuple(matrix.shape)}; use one row and "
+            "one column per class"
+        )
+    if bool((matrix < 0).any()) or not torch.allclose(
+        matrix.sum(1), torch.ones(num_classes, dtype=torch.float64), atol=1e-3
+    ):
+        raise ValueError(
+            f"expected a transition matrix with rows of probabilities, got sums from {matrix.sum(1).min():.4g} to "
+            f"{matrix.sum(1).max():.4g} and a smallest entry of {matrix.min():.4g}; normalize its rows"
+        )
+    if int(torch.linalg.matrix_rank(matrix)) < num_classes:
+        raise ValueError(
+            f"expected an invertible transition matrix, got one of rank {int(torch.linalg.matrix_rank(matrix))} for "
+            f"{num_classes} classes; mix it with the identity matrix"
+        )
+    return (matrix / matrix.sum(1, keepdim=True)).float()
+
+
+class ForwardCorrection(NoisyLabelModule):
+    """Estimate the transition matrix of the labels with a first network, and train a second one on the corrected loss.
+
+    Source: Patrini et al., CVPR 2017, Algorithm 1, and the authors' code. The first stage is trained with cross-entropy. At
+    its end, the matrix is estimated from the predictions for the training set; then the network is reinitialized.
+
+    Departures: the first network is that of the last epoch of the stage, where the code keeps the one of the lowest loss on
+    held-out noisy labels. The learning rate starts again only with a schedule that does so, such as ``Sequential``.
+
+    Under SANM, the loss of the masked view is corrected. Label quality is the posterior probability of the given label under
+    the matrix, from the last unmasked prediction for the sample.
+
+    Args:
+        num_classes: C, number of classes.
+        transition: known matrix, C rows of C probabilities, which omits the first stage; None estimates it.
+        direction: ``"forward"`` or ``"backward"`` correction. The loss of the latter can be negative.
+        percentile: percentile of the predictions above which samples are not used for the estimate; published: 97 on CIFAR-10,
+            None on CIFAR-100.
+        reset: whether to reinitialize the network after the estimate, as published.
+        warmup_epochs: length of the first stage; 0 estimates the matrix from the initial network, such as one loaded with
+            ``--weights``. With ``transition``, it affects SANM only.
+
+    All other arguments are those of :class:`NoisyLabelModule`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    estimates_quality = True
+    transition: Tensor
+    """(C, C): the identity matrix before the estimate."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        transition: list[list[float]] | None = None,
+        direction: Literal["forward", "backward"] = "forward",
+        percentile: float | None = 97.0,
+        reset: bool = True,
+        warmup_epochs: int = 10,
+        **kwargs: Any,
+    ) -> None:
+        if direction not in ("forward", "backward"):
+            raise ValueError(f"expected direction 'forward' or 'backward', got {direction!r}; choose one of them")
+        if percentile is not None and not 0 < percentile <= 100:
+            raise ValueError(f"expected percentile in (0, 100] or null, got {percentile}; use 97 or null")
+        matrix = torch.eye(num_classes) if transition is None else check_transition(transition, num_classes)
+        super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
+        self.direction, self.percentile, self.renew, self.known = direction, percentile, reset, transition is not None
+        self.needs_data_module = not self.known
+        self.register_buffer("transition", matrix)
+        self.posterior = LabelStore()
+        self.posterior.required = self.sanm.enabled
+
+    def stages(self) -> list[Stage]:
+        """Return the stage of the estimate, unless the matrix is known, and that of the corrected loss."""
+        if self.known:
+            return [Stage("corrected")]
+        return [Stage("warmup", self.warmup_epochs), Stage("corrected", reset="network" if self.renew else "none")]
+
+    def begin_stage(self) -> None:
+        """Estimate the matrix from the predictions of the first network."""
+        self.transition = estimate_transition(self.predict_train("logits")["logits"].softmax(1), self.percentile)
+
+    def label_quality(self) -> Tensor | None:
+        """Return the posterior probability of each given label, (N,); None before the matrix is known."""
+        known = len(self.posterior) > 0 and self.stage.name == "corrected"
+        return self.posterior.given_quality if known else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        batch = NoisyBatch.from_any(batch)
+        labels = self.one_hot(batch.labels)
+        tracked = batch.index is not None and len(self.posterior) > 0
+        if self.stage.name == "warmup":
+            return self.learn(batch, labels).cross_entropy()
+        out = self.learn(batch, labels, quality=self.posterior.given_quality[batch.index] if tracked else None)
+        if tracked and out.clean_logits is not None:
+            posterior = label_posterior(out.clean_logits.detach(), labels, self.transition)
+            self.posterior.write("given_quality", batch.index, posterior)
+        corrected = forward_correction if self.direction == "forward" else backward_correction
+        return corrected(out.logits, out.targets, self.transition).mean() + out.reconstruction

@@ -1,0 +1,147 @@
+"""M-correction (Arazo et al., ICML 2019): bootstrapping weighted by a Beta mixture of the losses, with mixup."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks.stages import locate
+from sanm_lightning.functional import (
+    BetaMixture,
+    beta_mixture_posterior,
+    co_refine,
+    fit_beta_mixture,
+    guided_mixup,
+    mixup,
+    prior_kl,
+    soft_cross_entropy,
+)
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.per_sample import LabelStore
+from sanm_lightning.sanm.inference import inference_context
+
+__all__ = ["MCorrection"]
+
+
+class MCorrection(NoisyLabelModule):
+    """Mixup with targets between the given label and the prediction, by the probability that the label is wrong.
+
+    Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
+    Beta mixture is fitted to the losses of all samples. In a step, the unmixed images are classified; the target is the given
+    label with the probability that it is correct, plus the prediction with the probability that it is wrong.
+
+    ``bootstrap: hard`` is M-DYR-H: mixup, and the predicted class. ``bootstrap: soft_to_hard`` is MD-DYR-SH: images are mixed
+    in proportion to their label quality, and the predicted probabilities are sharpened over ``temperature_epochs``, after
+    ``guided_epochs`` with the given labels.
+
+    Departures: one pass in evaluation mode gives prediction and loss, where the code uses two passes and updates batch norm in
+    one of them. Without two components, as before the network has learned anything, no label counts as wrong, where the code
+    may count all as wrong.
+
+    Under SANM, masked views are mixed; label quality is the posterior probability that the given label is correct.
+
+    Args:
+        num_classes: C, number of classes.
+        bootstrap: ``"hard"``, recommended up to 80 % symmetric noise, or ``"soft_to_hard"``, recommended for 90 %.
+        alpha: parameter of mixup's Beta distribution, >= 0; published: 32.
+        regularization: weight of the divergence of the mean prediction from the uniform prior, >= 0; published: 1.
+        guided_epochs: with ``soft_to_hard``, length of the second stage; published: 5.
+        temperature_epochs: with ``soft_to_hard``, epochs over which the temperature falls from 1 to 0.001; published: 89.
+        tracking_view: policy of the images whose losses are fitted: ``"none"``; ``"weak"`` in the code.
+        mixture_iterations: number of iterations of the fit.
+        warmup_epochs: length of the first stage; published: 105.
+
+    All other arguments are those of :class:`NoisyLabelModule`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    needs_data_module = True
+    estimates_quality = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        bootstrap: Literal["hard", "soft_to_hard"] = "hard",
+        alpha: float = 32.0,
+        regularization: float = 1.0,
+        guided_epochs: int = 5,
+        temperature_epochs: int = 89,
+        tracking_view: str = "none",
+        mixture_iterations: int = 10,
+        warmup_epochs: int = 105,
+        **kwargs: Any,
+    ) -> None:
+        for name, value, good in (
+            ("bootstrap 'hard' or 'soft_to_hard'", bootstrap, bootstrap in ("hard", "soft_to_hard")),
+            ("alpha >= 0", alpha, alpha >= 0),
+            ("regularization >= 0", regularization, regularization >= 0),
+            ("guided_epochs >= 0", guided_epochs, guided_epochs >= 0),
+            ("temperature_epochs >= 1", temperature_epochs, temperature_epochs >= 1),
+            ("mixture_iterations >= 1", mixture_iterations, mixture_iterations >= 1),
+        ):
+            if not good:
+                raise ValueError(f"expected {name}, got {value!r}")
+        super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
+        self.bootstrap, self.alpha, self.regularization = bootstrap, alpha, regularization
+        self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
+        self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
+        self.judged = LabelStore(dist_reduce_fx=None)
+        for name, value in fit_beta_mixture(torch.zeros(0))._asdict().items():
+            self.register_buffer(f"mixture_{name}", value)
+
+    @property
+    def mixture(self) -> BetaMixture:
+        """The mixture of the current epoch."""
+        return BetaMixture(*(getattr(self, f"mixture_{name}") for name in BetaMixture._fields))
+
+    def stages(self) -> list[Stage]:
+        """Return the stages of mixup, of guided mixup if there is one, and of bootstrapping."""
+        guided = [Stage("guided", self.guided_epochs)] if self.bootstrap == "soft_to_hard" else []
+        return [Stage("warmup", self.warmup_epochs), *guided, Stage("bootstrap")]
+
+    def begin_epoch(self) -> None:
+        """Fit the mixture to the losses of all training samples, after the first stage."""
+        if self.stage.name == "warmup":
+            return
+        losses = self.predict_train("loss", view=self.tracking_view)["loss"]
+        for name, value in fit_beta_mixture(losses, max_iter=self.mixture_iterations)._asdict().items():
+            setattr(self, f"mixture_{name}", value)
+        self.judged.update(given_quality=1 - beta_mixture_posterior(self.mixture, losses))
+
+    def label_quality(self) -> Tensor | None:
+        """Return the probability that each given label is correct, (N,); None before the first fit."""
+        return self.judged.given_quality if self.judged.filled else None
+
+    @property
+    def temperature(self) -> float:
+        """Temperature of the predictions in this epoch of ``soft_to_hard``."""
+        epoch = self.current_epoch - locate(self.stages(), self.current_epoch)[2]
+        return 1 - 0.999 * min(epoch, self.temperature_epochs - 1) / max(1, self.temperature_epochs - 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        batch = NoisyBatch.from_any(batch)
+        labels = self.one_hot(batch.labels)
+        mix: Any = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha, larger_half=False)
+        if self.stage.name == "warmup":
+            return self.learn(batch, labels, mix=mix).cross_entropy()
+        with inference_context(self.network, batch.images):
+            maps = self.network.forward_features(batch.images)
+            logits = self.network.forward_head(maps).float()
+        wrong = beta_mixture_posterior(self.mixture, soft_cross_entropy(logits, labels)).clamp(1e-4, 1 - 1e-4)
+        targets, regularization = labels, 0.0
+        if self.bootstrap == "soft_to_hard":
+            drawn = mix(logits[:0], logits[:0]).lam if self.stage.name == "guided" else 0.5
+            mix = partial(guided_mixup, quality=1 - wrong, generator=self.stream("mixup", 1), lam=drawn)
+        if self.stage.name == "bootstrap":
+            hard = self.bootstrap == "hard"
+            predicted = self.one_hot(logits.argmax(1)) if hard else (logits / self.temperature).softmax(1)
+            targets, regularization = co_refine(labels, 1 - wrong, predicted), self.regularization
+        out = self.learn(batch, targets, quality=1 - wrong, features=maps, mix=mix)
+        loss = out.cross_entropy()
+        return loss + regularization * prior_kl(out.logits) if regularization else loss

@@ -1,0 +1,105 @@
+"""PLC (Zhang et al., ICLR 2021): progressive label correction."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.elr import require_index
+from sanm_lightning.per_sample import History, LabelStore
+
+__all__ = ["PLC"]
+
+
+class PLC(NoisyLabelModule):
+    """Cross-entropy with labels that are replaced where the network contradicts them confidently.
+
+    Source: Zhang et al., ICLR 2021, and the authors' code. After the first stage, at the start of every epoch, the label y of
+    a sample becomes the most probable class of its mean prediction over the last epochs, if the ratio of the probability of y
+    to the largest one is below a threshold. The threshold increases by 0.1, to at most 0.9, when fewer than a thousandth of
+    the labels change. The code uses this rule, where Algorithm 1 of the paper is stated for two classes.
+
+    Under SANM, label quality is this ratio for the current label.
+
+    Args:
+        num_classes: C, number of classes.
+        threshold: initial threshold of the ratio, in (0, 1); published: 0.3, on Clothing1M 0.7.
+        window: epochs whose predictions are averaged; published: 5, on Animal-10N 10.
+        softmax_of_mean: whether to apply the softmax to the mean probabilities, and to increase the threshold only when no
+            label changes and without an upper bound, as in the authors' code for Clothing1M.
+        warmup_epochs: length of the first stage, without corrections.
+
+    All other arguments are those of :class:`NoisyLabelModule`.
+
+    Raises:
+        ValueError: if an argument is out of its range, or batches have no index.
+    """
+
+    needs_data_module = True
+    estimates_quality = True
+    threshold: Tensor
+    """Current threshold, a scalar, float64."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        threshold: float = 0.3,
+        window: int = 5,
+        softmax_of_mean: bool = False,
+        warmup_epochs: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 < threshold < 1:
+            raise ValueError(f"expected threshold in (0, 1), got {threshold}; use 0.3")
+        super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
+        self.softmax_of_mean = softmax_of_mean
+        self.predicted = History(window, (num_classes,))
+        self.corrected = LabelStore(dist_reduce_fx=None)
+        self.register_buffer("threshold", torch.tensor(threshold, dtype=torch.float64))
+
+    def stages(self) -> list[Stage]:
+        """Return the stage without and the stage with corrections."""
+        return [Stage("warmup", self.warmup_epochs), Stage("correct")]
+
+    def begin_epoch(self) -> None:
+        """Correct the labels, and increase the threshold if few of them change."""
+        if self.stage.name == "warmup":
+            return
+        mean = self.predicted.mean()
+        mean = mean.softmax(1) if self.softmax_of_mean else mean
+        given = self.given_labels
+        labels = self.corrected.labels
+        seen = self.predicted.count > 0
+        predicted = mean.argmax(1)
+        changed = seen & (ratio(mean, labels) < self.threshold)
+        labels = torch.where(changed, predicted, labels)
+        quality, given_quality = (torch.where(seen, ratio(mean, held), 1.0) for held in (labels, given))
+        self.corrected.update(labels=labels, quality=quality, given_quality=given_quality)
+        flips = int(changed.sum())
+        if self.softmax_of_mean:
+            self.threshold += 0.1 * (flips == 0)
+        elif flips < 0.001 * len(labels):
+            self.threshold = (self.threshold + 0.1).clamp(max=0.9)
+
+    def label_quality(self) -> Tensor | None:
+        """Return the ratio of each given label, (N,); None before the first correction."""
+        return self.corrected.given_quality if self.corrected.filled else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        batch = NoisyBatch.from_any(batch)
+        index = require_index(batch, type(self).__name__)
+        labels = self.corrected.labels[index]
+        quality = None if self.stage.name == "warmup" else self.corrected.quality[index]
+        out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)
+        assert out.clean_logits is not None
+        self.predicted.append(index, out.clean_logits.detach().float().softmax(1))
+        return out.cross_entropy()
+
+
+def ratio(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the ratio of the probability of each label to the largest one, probs (N, C), labels (N,) -> (N,) in [0, 1]."""
+    return probs.gather(1, labels[:, None])[:, 0] / probs.amax(1).clamp(min=1e-12)

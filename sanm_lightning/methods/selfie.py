@@ -1,0 +1,200 @@
+"""SELFIE (Song et al., ICML 2019): small-loss samples, and samples whose labels are replaced by consistent predictions."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.functional import consistent_votes, small_loss, soft_cross_entropy
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.elr import require_index
+from sanm_lightning.per_sample import History, SampleState
+
+__all__ = ["SELFIE", "Refurbished"]
+
+
+class Refurbished(SampleState):
+    """Labels that were replaced, and the noise rate of the current run.
+
+    Args:
+        noise_rate: fraction of each batch that is not selected by its loss.
+    """
+
+    labels: Tensor
+    """(N,) int64: given labels, or those that replace them."""
+    replaced: Tensor
+    """(N,) bool."""
+    quality: Tensor
+    """(N,) float32 in [0, 1]: quality of ``labels``."""
+
+    def __init__(self, noise_rate: float) -> None:
+        super().__init__()
+        self.noise_rate = noise_rate
+        self.add_state("labels", dtype=torch.int64)
+        self.add_state("replaced", dtype=torch.bool)
+        self.add_state("quality", default=1.0)
+
+    def reset(self, num_samples: int, labels: Tensor | None = None) -> None:
+        """Reset to the given labels."""
+        super().reset(num_samples)
+        if labels is not None:
+            self.labels = labels.to(self.labels).clone()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the tables and the noise rate."""
+        return {**super().get_extra_state(), "noise_rate": self.noise_rate}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        super().set_extra_state(state)
+        self.noise_rate = float(state["noise_rate"])
+
+
+class SELFIE(NoisyLabelModule):
+    """Train on the samples of small loss, and on those whose predictions agree, with the predicted label.
+
+    Source: Song et al., ICML 2019, Algorithm 1, and the authors' code. After the first stage, a step uses the
+    ceil((1 - noise rate) B) samples of a batch with the smallest losses, and the samples whose last predictions have a
+    normalized entropy of at most ``uncertainty``, with the most frequent prediction as label. A replaced label is kept. A run
+    can be restarted with a new network and the replaced labels.
+
+    Departures: predictions are those of the training steps on unmasked images, where the code uses a further pass. A label is
+    replaced only after ``history`` predictions, where the code counts missing predictions as class 0
+    (``released_zero_history``).
+
+    Prediction: the network of the last run.
+
+    Under SANM, samples are selected by the losses of unmasked images; label quality is 1 minus the normalized entropy for
+    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit.
+
+    Args:
+        num_classes: C, number of classes.
+        noise_rate: fraction of a batch that is not selected by its loss, in [0, 1); published: the noise rate. Required, and
+            never read from the data.
+        uncertainty: largest normalized entropy of consistent predictions, in [0, 1]; published: 0.05.
+        history: number of the last predictions of a sample; None is the published 15, or the number of epochs of a run if that
+            is smaller.
+        restarts: number of further runs; published: 2.
+        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; None divides ``max_epochs`` equally.
+        released_zero_history: whether missing predictions count as class 0.
+        warmup_epochs: length of the first stage of every run, in which all samples are used.
+
+    All other arguments are those of :class:`NoisyLabelModule`.
+
+    Raises:
+        ValueError: if an argument is out of its range, ``noise_rate`` is missing, ``history`` is longer than a run, or batches
+            have no index.
+    """
+
+    needs_data_module = True
+    estimates_quality = True
+
+    def __init__(
+        self,
+        num_classes: int,
+        noise_rate: float | None = None,
+        uncertainty: float = 0.05,
+        history: int | None = None,
+        restarts: int = 0,
+        run_epochs: int | None = None,
+        released_zero_history: bool = False,
+        warmup_epochs: int = 25,
+        **kwargs: Any,
+    ) -> None:
+        if noise_rate is None or not 0 <= noise_rate < 1:
+            raise ValueError(
+                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
+            )
+        if not 0 <= uncertainty <= 1 or restarts < 0 or (history is not None and history < 1):
+            raise ValueError(
+                f"expected uncertainty in [0, 1], restarts >= 0 and history >= 1, got {uncertainty}, {restarts} and {history}"
+            )
+        if run_epochs is not None and run_epochs <= warmup_epochs:
+            raise ValueError(
+                f"expected run_epochs above the {warmup_epochs} warmup_epochs, got {run_epochs}; raise run_epochs"
+            )
+        super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
+        self.noise_rate, self.uncertainty, self.history = noise_rate, uncertainty, history
+        self.restarts, self.run_epochs, self.released_zero_history = restarts, run_epochs, released_zero_history
+        self.predicted = History(history or 15, dtype=torch.int64)
+        self.refurbished = Refurbished(noise_rate)
+
+    @property
+    def epochs_per_run(self) -> int:
+        """Epochs of each run but the last one; 100 if ``max_epochs`` is unknown."""
+        epochs = None if self._trainer is None else self._trainer.max_epochs
+        if self.run_epochs is not None or epochs is None or epochs < 0:
+            return self.run_epochs or 100
+        return epochs // (self.restarts + 1)
+
+    def stages(self) -> list[Stage]:
+        """Return the two stages of each run."""
+        found = []
+        for number in range(self.restarts + 1):
+            name, last = f"_{number + 1}" if number else "", number == self.restarts
+            length = None if last else max(0, self.epochs_per_run - self.warmup_epochs)
+            found.append(Stage(f"warmup{name}", self.warmup_epochs, reset="network" if number else "none"))
+            found.append(Stage(f"refurbish{name}", length))
+        return found
+
+    def begin_stage(self) -> None:
+        """Before a restart, delete the predictions, and lower the noise rate to the fraction of labels not replaced."""
+        if self.stage.name.startswith("warmup"):
+            remaining = 1 - float(self.refurbished.replaced.float().mean())
+            self.refurbished.noise_rate = min(self.refurbished.noise_rate, remaining)
+            self.predicted.reset(len(self.predicted))
+
+    def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
+        """Require a history that is not longer than a run."""
+        epochs = self.epochs_per_run
+        if self.history is not None and epochs < self.history:
+            raise ValueError(
+                f"expected a history of at most the {epochs} epochs of a run of SELFIE, got {self.history}; lower history"
+            )
+
+    @property
+    def required_votes(self) -> int:
+        """Number of predictions after which a label can be replaced."""
+        return max(1, min(self.predicted.length, self.epochs_per_run))
+
+    def label_quality(self) -> Tensor | None:
+        """Return the quality of each given label, (N,), 0 for replaced labels; None in the first stage."""
+        if self.current_epoch < self.warmup_epochs or not len(self.refurbished):
+            return None
+        given = self.given_labels
+        return torch.where(self.refurbished.labels == given, self.refurbished.quality, 0.0)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        batch = NoisyBatch.from_any(batch)
+        index, store = require_index(batch, type(self).__name__), self.refurbished
+        warmup = self.stage.name.startswith("warmup")
+        labels, replaced, doubt = (
+            store.labels[index],
+            store.replaced[index],
+            torch.zeros_like(index, dtype=torch.float32),
+        )
+        if not warmup:
+            votes, count = self.predicted.votes(index, self.num_classes), self.predicted.count[index]
+            if self.released_zero_history:
+                votes[:, 0] += (self.predicted.length - count).clamp(min=0)
+            majority, doubt = consistent_votes(votes)
+            enough = self.released_zero_history | (count >= self.required_votes)
+            agreed = enough & (doubt <= self.uncertainty)
+            labels, replaced = torch.where(agreed, majority, labels), replaced | agreed
+        quality = None if self.current_epoch < self.warmup_epochs else store.quality[index]
+        out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)
+        assert out.clean_logits is not None
+        self.predicted.append(index, out.clean_logits.argmax(1))
+        if warmup:
+            return out.cross_entropy()
+        losses = soft_cross_entropy(out.clean_logits.detach(), self.one_hot(batch.labels))
+        kept = math.ceil((1 - store.noise_rate) * len(losses) - 1e-6) / len(losses)
+        rank = losses.argsort().argsort() / max(1, len(losses) - 1)
+        store.write("labels", index, labels)
+        store.write("replaced", index, replaced)
+        store.write("quality", index, torch.where(replaced, 1 - doubt, 1 - rank))
+        return out.cross_entropy(small_loss(losses, kept) | replaced)
