@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.models.tokens import last_block_and_head, reads_class_token, without_last_block
+from sanm_lightning.models.weight_files import create_from_file, weight_file
 
 __all__ = ["Normalized", "create_network", "with_image_size"]
 
@@ -124,7 +125,9 @@ def create_network(
         num_classes: C, number of classes.
         mean: channel means; None uses those of the pre-trained model, or .5 without pre-trained weights.
         std: channel standard deviations; None uses those of the pre-trained model, or .25.
-        options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``.
+        options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``. Pre-trained weights
+            are those of ``pretrained_cfg_overlay={"file": ...}``, or of an installed distribution
+            (:data:`~sanm_lightning.models.weight_files.PACKAGED_WEIGHTS`), or else those of timm, which are downloaded.
 
     Returns:
         The network.
@@ -132,6 +135,7 @@ def create_network(
     Raises:
         ValueError: if timm has no such model (the message lists similar names), the options are invalid, or pre-trained
             weights cannot be loaded.
+        FileNotFoundError: if the weight file does not exist.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -139,16 +143,20 @@ def create_network(
             f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
         )
     pretrained = bool(options.get("pretrained"))
+    file = weight_file(name, options) if pretrained else None
     try:
-        with offline_if_unreachable() if pretrained else contextlib.nullcontext():
-            network: Any = timm.create_model(name, num_classes=num_classes, **options)
+        with offline_if_unreachable() if pretrained and file is None else contextlib.nullcontext():
+            if file is None:
+                network: Any = timm.create_model(name, num_classes=num_classes, **options)
+            else:
+                network = create_from_file(name, file, num_classes=num_classes, **options)
     except INVALID_OPTIONS as error:
         raise ValueError(
             f"expected valid options of the network {name!r}, got num_classes {num_classes} and network_args "
             f"{options} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
     except Exception as error:  # hub, network and file system raise various exceptions
-        if not pretrained or type(error) is ValueError:
+        if not pretrained or type(error) in (ValueError, FileNotFoundError):
             raise
         raise no_weights(name, error) from error
     if pretrained:
