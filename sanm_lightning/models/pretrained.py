@@ -14,6 +14,7 @@ from sanm_lightning.safe_files import read_checkpoint
 
 __all__ = ["PACKAGED_WEIGHTS", "load_pretrained", "packaged_weights"]
 
+
 def load_pretrained(name: str | None = None, checkpoint: str | Path | None = None) -> Normalized:
     """Create a network with pre-trained weights, in evaluation mode and without gradients.
 
