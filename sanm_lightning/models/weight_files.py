@@ -76,7 +76,13 @@ def create_from_file(name: str, path: Path, **options: Any) -> Any:
         renamed = _by_order(state, fresh)
         if renamed is not None:
             overlay = {**overlay, "file": None, "state_dict": renamed}
-    network = timm.create_model(name, **options, pretrained_cfg_overlay=overlay)
+    try:
+        network: Any = timm.create_model(name, **options, pretrained_cfg_overlay=overlay)
+    except RuntimeError as error:
+        raise ValueError(
+            f"expected weights for {name!r} in {str(path)!r}, got a file that does not fit "
+            f"({(str(error).splitlines() or [''])[-1].strip()}); use the name of the network that the file was saved from"
+        ) from error
     network.pretrained_cfg.pop("state_dict", None)
     initial = {key: part for key, part in _without_classifier(fresh).items() if part.ndim > 1}
     now = network.state_dict()
