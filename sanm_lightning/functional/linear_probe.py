@@ -234,10 +234,12 @@ class _Regressions:
     def probs(self) -> Array:
         """Return the prediction of each sample by the regression of the other folds, shape (N, C)."""
         found = torch.empty(len(self.rotated), self.num_classes)
-        for fold in range(self.num_folds):
-            inside = self.folds == fold
-            weights = self.weights[:, fold]
-            found[inside.cpu()] = (self.rotated[inside] @ weights[:-1] + weights[-1]).softmax(1).cpu()
+        flat = self.weights.flatten(1)
+        for start in range(0, len(self.rotated), ROWS):
+            part = slice(start, start + ROWS)
+            logits = (self.rotated[part] @ flat[:-1] + flat[-1]).view(-1, *self.weights.shape[1:])
+            place = self.folds[part].view(-1, 1, 1).expand(-1, 1, self.num_classes)
+            found[part] = logits.gather(1, place).squeeze(1).softmax(1).cpu()
         return found.numpy()
 
 
