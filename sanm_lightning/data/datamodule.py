@@ -145,7 +145,7 @@ class NoisyDataModule(Splits):
         """Return the positions that an epoch samples from, (M,), the same in every process. Default: all positions.
 
         Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool, and
-        passes over the training set iterate over it.
+        DivideMix and SSR divide or relabel its samples only; those of other epochs keep their previous values.
 
         Args:
             epoch: epoch number, from 0.
@@ -372,11 +372,18 @@ class NoisyDataModule(Splits):
         """Return the loaders of `test_dataloader`."""
         return self.test_dataloader()
 
-    def pass_dataloader(self, split: str = "train") -> IndexLoader:
-        """Return an ordered loader of a split (of ``train``: the epoch's pool), each sample once over all processes."""
+    def pass_dataloader(self, split: str = "train", positions: Tensor | None = None) -> IndexLoader:
+        """Return an ordered loader of a split, each sample once over all processes.
+
+        Args:
+            split: ``train``, ``val`` or ``test``.
+            positions: positions of the samples, (M,), ascending; None: of ``train`` those of the epoch's pool, of other
+                splits all.
+        """
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        pool = (lambda _: self.epoch_pool(epoch)) if split == "train" else None
-        return self._loader(split, self.eval_batch_size, pool=pool)
+        if positions is None and split == "train":
+            positions = self.epoch_pool(epoch)
+        return self._loader(split, self.eval_batch_size, pool=None if positions is None else lambda _: positions)
 
     def _loader(
         self, split: str, batch_size: int, pool: Callable[[int], Tensor] | None = None, **options: Any
