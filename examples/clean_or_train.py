@@ -27,12 +27,12 @@ from _runs import commit, decimals, reserved, sanm
 RESULTS = Path("results/clean_or_train.json")
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NOISES = {"random1": "random_label1", "worst": "worse_label"}
-SIDE, EPOCHS = 64, 15
+SIDE, EPOCHS = 64, 20
 TRAINING = [
     "--model.network", "tf_efficientnet_lite0", "--model.network_args.pretrained", "true",
     "--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "0.0005", "--model.scheduler", "Cosine",
     "--data.image_size", str(SIDE), "--data.crop_padding", "8", "--data.batch_size", "64",
-    "--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", "5", "--trainer.enable_progress_bar", "false",
+    "--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", "10", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
 SANM = ["--config", "configs/sanm.yaml", "--model.warmup_epochs", "3"]
 AUDIT = ["--config", "configs/sanm/features.yaml", "--model.sanm.quality", "AuditQuality", "--model.sanm.quality.path"]

@@ -111,6 +111,19 @@ def with_image_size(name: str, options: dict[str, Any], image_size: tuple[int, i
     return {**options, "img_size": image_size}
 
 
+def _initialize(classifier: nn.Module) -> None:
+    """Initialize a new classifier with small weights, N(0, .01^2), as torchvision does for MobileNetV2.
+
+    The initialization of timm is meant for training from scratch: for EfficientNet, its weights for ten classes are so large
+    that the first steps destroy the pre-trained features.
+    """
+    for part in classifier.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.normal_(part.weight, std=0.01)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 def create_network(
     name: str,
     num_classes: int,
@@ -127,7 +140,8 @@ def create_network(
         std: channel standard deviations; None uses those of the pre-trained model, or .25.
         options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``. Pre-trained weights
             are those of ``pretrained_cfg_overlay={"file": ...}``, or of an installed distribution
-            (:data:`~sanm_lightning.models.weight_files.PACKAGED_WEIGHTS`), or else those of timm, which are downloaded.
+            (:data:`~sanm_lightning.models.weight_files.PACKAGED_WEIGHTS`), or else those of timm, which are downloaded. A
+            classifier for another number of classes than theirs is new and has small weights.
 
     Returns:
         The network.
@@ -161,5 +175,7 @@ def create_network(
         raise no_weights(name, error) from error
     if pretrained:
         own = network.pretrained_cfg
+        if own.get("num_classes") != num_classes:
+            _initialize(network.get_classifier())
         mean, std = mean or own["mean"], std or own["std"]
     return Normalized(network, tuple(mean or NEUTRAL[0]), tuple(std or NEUTRAL[1]))
