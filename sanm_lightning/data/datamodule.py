@@ -373,16 +373,12 @@ class NoisyDataModule(Splits):
         return self.test_dataloader()
 
     def pass_dataloader(self, split: str = "train", positions: Tensor | None = None) -> IndexLoader:
-        """Return an ordered loader of a split, each sample once over all processes.
+        """Return an ordered loader of the samples at ``positions`` (M,), each once over all processes.
 
-        Args:
-            split: ``train``, ``val`` or ``test``.
-            positions: positions of the samples, (M,), ascending; None: of ``train`` those of the epoch's pool, of other
-                splits all.
+        Without positions, of all samples of the split, or of the epoch's pool for ``train``.
         """
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
         if positions is None and split == "train":
-            positions = self.epoch_pool(epoch)
+            positions = self.epoch_pool(0 if self.trainer is None else self.trainer.current_epoch)
         return self._loader(split, self.eval_batch_size, pool=None if positions is None else lambda _: positions)
 
     def _loader(
