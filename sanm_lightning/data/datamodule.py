@@ -144,8 +144,8 @@ class NoisyDataModule(Splits):
     def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
         """Return the positions that an epoch samples from, (M,), the same in every process. Default: all positions.
 
-        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool, and
-        DivideMix and SSR divide or relabel its samples only; those of other epochs keep their previous values.
+        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool;
+        DivideMix and SSR divide or relabel its samples only.
 
         Args:
             epoch: epoch number, from 0.
@@ -373,10 +373,7 @@ class NoisyDataModule(Splits):
         return self.test_dataloader()
 
     def pass_dataloader(self, split: str = "train", positions: Tensor | None = None) -> IndexLoader:
-        """Return an ordered loader of the samples at ``positions`` (M,), each once over all processes.
-
-        Without positions, of all samples of the split, or of the epoch's pool for ``train``.
-        """
+        """Return an ordered loader of ``positions`` (M,), of the epoch's pool for ``train``, or of the whole split."""
         if positions is None and split == "train":
             positions = self.epoch_pool(0 if self.trainer is None else self.trainer.current_epoch)
         return self._loader(split, self.eval_batch_size, pool=None if positions is None else lambda _: positions)
