@@ -14,10 +14,10 @@ import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
+
+from _runs import commit, decimals, reserved, sanm
 
 RESULTS = Path("results/cifar10_small_quality.json")
 NETWORK = '{"width": 24, "stem_stride": 2, "blocks": [1, 1, 1, 1]}'
@@ -44,17 +44,6 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 """Name and options of each row; AUDIT is replaced by the folder of an audit of the same images and labels."""
 
 
-def sanm(*words: str, log: Path) -> None:
-    """Run a command line in a process of its own, on one thread."""
-    with log.open("w") as out:
-        command = [sys.executable, "-m", "sanm_lightning", *words]
-        code = subprocess.run(
-            command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-        ).returncode
-    if code:
-        raise SystemExit(f"expected the command to succeed, got exit status {code}; see {log}")
-
-
 def audit(root: str, seed: int, runs: Path) -> str:
     """Audit the training images of a seed, unless it is done; return the folder."""
     folder = runs / f"audit_of_{seed}"
@@ -67,11 +56,11 @@ def audit(root: str, seed: int, runs: Path) -> str:
 def fit(root: str, arm: str, seed: int, runs: Path) -> None:
     """Train one row with one seed, unless it is done or another process does it."""
     folder = runs / f"{arm}_{seed}"
-    if str(seed) in recorded().get(arm, {}) or finished(folder) or (runs / f"{folder.name}.lock").exists():
+    if str(seed) in recorded().get(arm, {}) or finished(folder):
         return
-    lock = runs / f"{folder.name}.lock"
-    lock.touch()
-    try:
+    with reserved(folder) as free:
+        if not free:
+            return
         words = [audit(root, seed, runs) if word == "AUDIT" else word for word in ARMS[arm][1]]
         sanm(
             "fit", "--config", "configs/method/cross_entropy.yaml", "--data", "ImageFolder",
@@ -81,8 +70,6 @@ def fit(root: str, arm: str, seed: int, runs: Path) -> None:
             "--trainer.check_val_every_n_epoch", "2", "--trainer.enable_progress_bar", "false",
             "--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), log=runs / f"{folder.name}.log",
         )  # fmt: skip
-    finally:
-        lock.unlink()
 
 
 def finished(folder: Path) -> dict | None:
@@ -99,13 +86,6 @@ def recorded() -> dict:
     return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
 
 
-def commit() -> str:
-    """Return the commit of the code."""
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def collect(runs: Path, code: str) -> dict:
     """Return the results of the results file and of all finished runs, by row and seed; ``code`` is the commit of new ones."""
     kept = ("test_accuracy_best", "test_accuracy_last", "quality_auc", "seconds", "label_issues")
@@ -117,11 +97,6 @@ def collect(runs: Path, code: str) -> dict:
                 if seed not in found.setdefault(arm, {}):
                     found[arm][seed] = {"commit": code, **{key: result[key] for key in kept}}
     return found
-
-
-def decimals(value: float) -> str:
-    """Format an accuracy with three decimals, without the leading zero."""
-    return f"{value:.3f}".removeprefix("0")
 
 
 def table(results: dict) -> str:

@@ -52,14 +52,14 @@ def find_duplicates(
     first = np.full(content.max() + 1, -1)
     first[content[::-1]] = np.arange(size)[::-1]
     left, right = [np.arange(size)], [first[content]]  # each sample and the first with identical content
-    pixels = thumbs.reshape(size, -1).astype(np.float32)
+    pixels = thumbs.reshape(size, -1)
     length = np.maximum(np.linalg.norm(features, axis=1), 1e-12)
     for start in range(0, size, 4096):
         rows = np.arange(start, min(start + 4096, size))
         for column in neighbors[rows, :5].T:
             cosine = np.einsum("nd,nd->n", features[rows], features[column]) / (length[rows] * length[column])
             here, there = rows[cosine >= COSINE], column[cosine >= COSINE]
-            a, b = pixels[here], pixels[there]
+            a, b = pixels[here].astype(np.float32), pixels[there].astype(np.float32)
             alike = (np.abs(a - b).mean(1) <= DIFFERENCE) & (_correlation(a, b) >= CORRELATION)
             left.append(here[alike])
             right.append(there[alike])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
-from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
+from sanm_lightning.audit.features import FeatureTable, FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.audit.label_issues import LabelIssues
 from sanm_lightning.audit.sets import AuditSet
 from sanm_lightning.audit.summary import describe_unreadable, summarize
@@ -22,7 +22,7 @@ from sanm_lightning.functional.noise_model import NoiseModel, deconvolve, fit_no
 from sanm_lightning.models import load_pretrained
 from sanm_lightning.processing import find_device
 
-__all__ = ["AuditResult", "audit_set", "default_cache"]
+__all__ = ["AuditResult", "audit_features", "audit_set", "default_cache"]
 
 DEFAULT_NETWORK = "tf_efficientnet_lite0"
 NUM_NEIGHBORS, NUM_FOLDS = 20, 5
@@ -99,15 +99,15 @@ def audit_set(
         OSError: if a file cannot be written.
     """
     started = time.monotonic()
-    labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
-    if len(np.unique(labels)) < 2:
-        raise ValueError(f"expected images of two classes or more, got {len(np.unique(labels))}; add classes")
+    num_labels = len(np.unique(data.labels))
+    if num_labels < 2:
+        raise ValueError(f"expected images of two classes or more, got {num_labels}; add classes")
     target = find_device(device)
     frozen = load_pretrained(network or (None if checkpoint else DEFAULT_NETWORK), checkpoint)
     size = image_size or default_image_size(frozen, _some_sides(data.images))
     model = FrozenFeatures(frozen.to(target), size)
-    say(f"features: {type(frozen.network).__name__} at {size} pixels on {target}, {len(labels)} images")
-    shape = (len(labels), model.num_features)
+    say(f"features: {type(frozen.network).__name__} at {size} pixels on {target}, {len(data.images)} images")
+    shape = (len(data.images), model.num_features)
     into: Array = (
         np.zeros(shape, np.float32)
         if features_file is None
@@ -115,7 +115,37 @@ def audit_set(
     )
     folder = Path(cache) if cache is not None else default_cache()
     table = compute_features(data.images, model, folder, into, batch_size, num_workers, progress, say)
-    seconds = {"features": time.monotonic() - started}
+    seconds = time.monotonic() - started
+    result = audit_features(data, table, target, seed, say)
+    result.summary["seconds"] = {"features": round(seconds, 1), **result.summary["seconds"]}
+    result.summary["network"] = network or (str(checkpoint) if checkpoint else DEFAULT_NETWORK)
+    result.summary["image_size"] = size
+    return result
+
+
+def audit_features(
+    data: AuditSet,
+    table: FeatureTable,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> AuditResult:
+    """Find samples with likely wrong labels from computed features, see :func:`audit_set`.
+
+    Besides the features of the table, it takes one array of their size, and blocks of 512 rows of similarities.
+
+    Args:
+        data: the images and labels; the images are not read.
+        table: features, from :func:`~sanm_lightning.audit.features.compute_features`.
+        device: device of neighbor search and probe.
+        seed: random seed of the folds.
+        say: function called with one line at the start of each step.
+
+    Raises:
+        ValueError: if there are fewer than two classes or ten readable images.
+    """
+    labels, num_classes = np.asarray(data.labels, np.int64), len(data.class_names)
+    features, seconds = table.features, {}
     readable = np.ones(len(labels), bool)
     readable[list(table.unreadable)] = False
     rows = np.flatnonzero(readable)
@@ -129,8 +159,8 @@ def audit_set(
         )
 
     begun = time.monotonic()
-    standard = standardize(into if len(rows) == len(labels) else into[rows], np.flatnonzero(learn))
-    neighbors = _neighbors(torch.from_numpy(standard).to(target), say)
+    standard = standardize(features if len(rows) == len(labels) else features[rows], np.flatnonzero(learn))
+    neighbors = _neighbors(torch.from_numpy(standard).to(device), say)
     copies = find_duplicates(table.digests[rows], table.thumbs[rows], standard, neighbors, given, splits)
     seconds["neighbors"], begun = time.monotonic() - begun, time.monotonic()
 
@@ -138,7 +168,7 @@ def audit_set(
     folds = assign_folds(
         np.where(learn, given, num_classes), copies.group, NUM_FOLDS, seed
     )  # independent of labels outside the training split
-    probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=target)
+    probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=device, overwrite_features=True)
     voters = np.where(learn[neighbors], neighbors, -1)
     prior = np.bincount(given[learn], minlength=num_classes) / learn.sum()
     votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes, prior)
@@ -173,15 +203,13 @@ def audit_set(
     copies = Duplicates(copies.group, *([[int(rows[i]) for i in part] for part in parts] for parts in copies[1:]))
     summary = summarize(data, issues, noise.joint, noise.interval, copies)
     summary |= {
-        "network": network or (str(checkpoint) if checkpoint else DEFAULT_NETWORK),
-        "image_size": size,
         "weight_decay": probe.weight_decay,
         "log_losses": {str(decay): loss for decay, loss in probe.log_losses.items()},
         "probe_weight": round(float(weight), 1),
         "log_loss": min(losses),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    return AuditResult(issues, whole, into, noise, copies, summary)
+    return AuditResult(issues, whole, features, noise, copies, summary)
 
 
 def _some_sides(images: Any) -> list[int]:
@@ -208,7 +236,7 @@ def _neighbors(features: Tensor, say: Callable[[str], None]) -> Array:
     (sample @ features.T).topk(k)
     expected = (time.monotonic() - begun) * len(features) / len(sample)
     say(f"nearest neighbors: exact, among {len(features)} images, about {max(1, round(expected))} s")
-    return nearest_neighbors(features, k).cpu().numpy()
+    return nearest_neighbors(features, k, chunk=512).cpu().numpy()
 
 
 def _posterior(probs: Array, given: Array, splits: list[str], learn: Array, noise: NoiseModel) -> Array:

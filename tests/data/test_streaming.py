@@ -45,9 +45,9 @@ class Streamed(Toy):
         labels, images, *_ = super().load_train()
         return Source(labels, Counted(images, self.log))
 
-    def pass_dataloader(self, split="train"):
+    def pass_dataloader(self, split="train", positions=None):
         self.passes += 1
-        return super().pass_dataloader(split)
+        return super().pass_dataloader(split, positions)
 
     def decoded(self) -> list[int]:
         return [int(line) for line in self.log.read_text().splitlines()]
@@ -274,7 +274,7 @@ class Balanced(Toy):
 
 
 @pytest.mark.parametrize("name", ["CrossEntropy", "DivideMix", "SSR"])
-def test_a_pool_that_the_data_redraw_is_what_an_epoch_draws_from_and_passes_walk(name, encoder):  # noqa: F811
+def test_a_pool_that_the_data_redraw_is_what_an_epoch_draws_from(name, encoder):  # noqa: F811
     module, source, rows = made(name, encoder, **({"k": 3} if name == "SSR" else {})), Balanced(seed=3), Rows()
     with empty_sets_allowed():
         trainer(2, callbacks=[rows]).fit(module, source)
