@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sanm_lightning.data.checks import check_arguments
 from sanm_lightning.data.image_store import ImageStore
+from sanm_lightning.data.instance_noise import Pixels
 from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
@@ -207,8 +208,8 @@ class NoisyDataModule(Splits):
 
     @property
     def noise_rate(self) -> float | None:
-        """Requested noise rate, in [0, 1]; None without noise, or with labels from a file."""
-        return None if self.noise.kind in ("none", "file") else self.noise.rate
+        """Requested noise rate, in [0, 1]; None without noise, with a transition matrix, or with labels from a file."""
+        return self.noise.asked_rate
 
     @property
     def measured_noise_rate(self) -> float | None:
@@ -301,8 +302,7 @@ class NoisyDataModule(Splits):
         file = self.noise.read(source.labels, self.class_names, source.paths, others)
         self._tables |= label_tables(
             source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.held_out_fraction,
-            self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
-            file, least=int(self._holds_out),
+            self.curated, Pixels(source.images, self.mean, self.std), file, least=int(self._holds_out),
         )  # fmt: skip
         if file is not None and not file.kept.all():
             dropped = int((~file.kept).sum())

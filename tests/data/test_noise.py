@@ -269,7 +269,7 @@ class TestReadLabels:
             ("a.csv", b"a,b\n0,1\n", "c", r"expected a column 'c' in .*, got columns \['a', 'b'\]"),
             ("a.csv", b"0,1\n0,2\n1,1\n2,1\n", None, "each once"),
             ("a.csv", b"0,1\n1\n", None, "expected 2 columns in every row of .*, got 1 in row 1"),
-            ("a.txt", b"0\n", None, r"extension \.csv, \.npy, \.npz, got"),
+            ("a.txt", b"0\n", None, r"extension \.csv, \.json, \.npy, \.npz, \.pt, got"),
         ],
     )
     def test_refuses_with_one_sentence(self, tmp_path, name, content, key, match) -> None:  # type: ignore[no-untyped-def]
