@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "run"]
 COMMANDS = {
     "audit": "sanm_lightning.commands.audit",
     "export": "sanm_lightning.commands.export",
+    "noise": "sanm_lightning.commands.noise",
     "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",
 }

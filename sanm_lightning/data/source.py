@@ -1,5 +1,6 @@
 """Original data sets, before subset, noise and splits."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ class Source(NamedTuple):
 
     labels: Tensor
     images: Tensor | ImageDataset
-    paths: list[str] | None = None
+    paths: Sequence[str] | None = None
 
 
 def check_source(source: Source, num_classes: int, size: tuple[int, int], what: str) -> None:

@@ -48,15 +48,23 @@ class Division(History):
     @property
     def done(self) -> bool:
         """Whether the data have been divided."""
-        return len(self) > 0 and int(self.count[0]) > 0
+        return len(self) > 0 and int(self.count.max()) > 0
 
-    def divide(self, losses: Tensor, max_iter: int) -> None:
-        """Add the losses (2, N) of an epoch, and fit a mixture to each network's mean over the epochs."""
+    def divide(self, losses: Tensor, max_iter: int, index: Tensor | None = None) -> None:
+        """Add the losses (2, M) of an epoch, and fit a mixture to each network's mean over the epochs.
+
+        Args:
+            losses: losses of both networks, shape (2, M).
+            max_iter: maximum number of iterations of the fit.
+            index: positions of the samples, shape (M,); the others keep their probabilities. None: all N samples.
+        """
+        index = torch.arange(len(self), device=losses.device) if index is None else index
         low, high = losses.amin(1, keepdim=True), losses.amax(1, keepdim=True)
         scaled = (losses - low) / torch.where(high > low, high - low, 1)
-        self.append(torch.arange(len(self), device=losses.device), scaled.T)
-        means = self.mean().T  # not normalized again, as in the code
-        self.clean = torch.stack([clean_probability(mean, max_iter=max_iter, normalize=False) for mean in means], 1)
+        self.append(index, scaled.T)
+        means = self.mean(index).T  # not normalized again, as in the code
+        found = [clean_probability(mean, max_iter=max_iter, normalize=False) for mean in means]
+        self.clean = self.clean.index_copy(0, index, torch.stack(found, 1))
 
     def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Convert history (E, 2, N) and clean probabilities (2, N) of an earlier version."""
@@ -193,9 +201,10 @@ class DivideMix(NoisyLabelModule):
     # Once per epoch: divide
 
     def begin_epoch(self) -> None:
-        """Compute the losses of all training samples with both networks, and fit the mixtures, after the warm-up."""
+        """Compute the losses of the epoch's samples with both networks, and fit the mixtures, after the warm-up."""
         if self.stage.name != "warmup":
-            self.division.divide(self.predict_train("loss", network=None)["loss"], self.mixture_iterations)
+            found = self.predict_train("loss", network=None, pool_only=True)
+            self.division.divide(found["loss"], self.mixture_iterations, found["index"])
 
     def label_quality(self) -> Tensor | None:
         """Return the mean of both networks' clean probabilities, (N,); None before the first division."""

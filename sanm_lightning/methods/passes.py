@@ -17,7 +17,12 @@ Quantity = Literal["logits", "features", "loss", "labels", "predictions"]
 
 
 def predict_split(
-    module: Any, split: str, quantities: tuple[Quantity, ...], network: int | None = 0, view: str = "none"
+    module: Any,
+    split: str,
+    quantities: tuple[Quantity, ...],
+    network: int | None = 0,
+    view: str = "none",
+    pool_only: bool = False,
 ) -> dict[str, Tensor]:
     """Run networks on a whole split, in evaluation mode and without gradient. A collective operation.
 
@@ -29,6 +34,8 @@ def predict_split(
             ``"predictions"`` (N,) int64, the predicted classes.
         network: number of the network; None runs all networks and adds a leading dimension, as in (2, N, C).
         view: policy of the view; ``"none"`` is the image without augmentation.
+        pool_only: whether the rows are those of the samples of the epoch's pool instead of all samples of ``"train"``, with
+            their positions (M,) as ``"index"``.
 
     Returns:
         The quantities by name, on the module's device, indexed by position in the split; float32, except
@@ -37,6 +44,8 @@ def predict_split(
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
     found: dict[str, Tensor] = {}
+    pool = data.pass_pool().to(module.device) if pool_only else None
+    rows_in_all = data.split_size(split) if pool is None else len(pool)
     generator = named_generator("pass", module.sanm.seed, process_rank(), module.current_epoch)
     with torch.no_grad(), module.trainer.precision_plugin.forward_context(), evaluation_mode(module):
         for item in data.pass_dataloader(split):
@@ -47,13 +56,16 @@ def predict_split(
             for name in quantities:
                 value = torch.stack([row[name] for row in rows])
                 if name not in found:
-                    size = (len(networks), data.split_size(split), *value.shape[2:])
+                    size = (len(networks), rows_in_all, *value.shape[2:])
                     found[name] = torch.zeros(size, dtype=value.dtype, device=value.device)
-                found[name][:, batch.index] = value
+                found[name][:, batch.index if pool is None else torch.searchsorted(pool, batch.index.contiguous())] = (
+                    value
+                )
     if several_processes():
         for value in found.values():
             torch.distributed.all_reduce(value)
-    return {name: value if network is None and name != "labels" else value[0] for name, value in found.items()}
+    result = {name: value if network is None and name != "labels" else value[0] for name, value in found.items()}
+    return result if pool is None else {**result, "index": pool}
 
 
 def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quantity, ...]) -> dict[str, Tensor]:

@@ -88,11 +88,12 @@ class LabelStore(SampleState):
             if self.num_classes is not None:
                 self.targets = F.one_hot(self.labels, self.num_classes).float()
 
-    def update(self, **tables: Tensor) -> None:
-        """Replace whole tables of N rows, which must be the same in all processes."""
+    def update(self, index: Tensor | None = None, **tables: Tensor) -> None:
+        """Replace whole tables of N rows, or their rows at positions ``index`` (M,), the same in all processes."""
         for name, rows in tables.items():
             old = getattr(self, name)
-            setattr(self, name, rows.to(old.device, old.dtype).clone())
+            new = rows.to(old.device, old.dtype)
+            setattr(self, name, new.clone() if index is None else old.index_copy(0, index.to(old.device), new))
         self.filled = True
 
     def get_extra_state(self) -> dict[str, Any]:
