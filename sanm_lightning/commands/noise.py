@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -17,7 +18,7 @@ from sanm_lightning.safe_files import atomic_write
 
 __all__ = ["label_transition", "main", "noise"]
 
-SHOWN = 20
+SHOWN = 10
 """Number of classes up to which the whole matrix is printed."""
 
 
@@ -96,7 +97,7 @@ def noise(data: Any, out: str | None = None, matrix: str | None = None) -> int:
 def _print(console: Console, found: Tensor, names: list[str]) -> None:
     """Print the matrix, or the most frequent changes of many classes."""
     if len(names) <= SHOWN:
-        table = Table(title="Given label (columns) by true class (rows), %")
+        table = Table(title="Given label (columns) by true class (rows), %", box=SIMPLE, padding=(0, 0, 0, 1))
         table.add_column("", no_wrap=True)
         for label in range(len(names)):
             table.add_column(str(label), justify="right")
