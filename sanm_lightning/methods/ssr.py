@@ -136,6 +136,11 @@ class SSR(NoisyLabelModule):
             return
         found = self.predict_train("labels", "features", "logits", pool_only=True)
         given, features = found["labels"], found["features"]
+        if len(given) < self.k:
+            raise ValueError(
+                f"expected at least k = {self.k} samples in the pool of an epoch, one per neighbor, got {len(given)}; raise "
+                "data.samples_per_epoch, or lower k"
+            )
         labels = relabel(given, found["logits"].softmax(1), self.theta_r)
         votes = balanced_votes(knn_vote(features, labels, self.k, self.num_classes, self.chunk), labels)
         agreeing, given_agreeing = (votes.gather(1, part[:, None])[:, 0] for part in (labels, given))

@@ -142,3 +142,9 @@ class TestDivision:
         assert torch.equal(module.selection.labels[outside], data.labels[outside])
         assert bool((module.selection.quality[outside] == 1).all())
         assert bool((module.selection.quality[~outside] != 1).any())
+
+    def test_ssr_refuses_a_pool_with_fewer_samples_than_neighbors(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"expected at least k = 20 samples in the pool of an epoch, .* got 12; raise data"
+        ):
+            trainer(1).fit(SSR(**SMALL, k=20), Rare(seed=3, balanced=True, samples_per_epoch=12, batch_size=4))

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sanm_lightning import CIFAR10N, CIFAR100N, Animal10N, Clothing1M, CrossEntropy, Food101N, Noise, WebVision
 from sanm_lightning.audit import LabelAudit, audit_set_of
+from sanm_lightning.data import list_files
 from sanm_lightning.data.cifar_n import coarse_of
 from sanm_lightning.predictions import PredictionRecord
 from tests.methods.toy import same, trainer
@@ -248,6 +249,36 @@ class TestClothing1M:
             FileNotFoundError, match=r"expected the lists .*missing: clean_label_kv\.txt\).*Cysu/noisy_label"
         ):
             Clothing1M(str(tmp_path), **SMALL).setup()
+
+
+class TestLists:
+    """Files that are longer than the part that is parsed at once."""
+
+    @pytest.fixture(autouse=True)
+    def _short_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(list_files, "LINES_AT_ONCE", 3)
+
+    def test_every_line_is_read_in_its_order(self, tmp_path: Path) -> None:
+        write(tmp_path / "pairs.txt", *(f"a b/{n}.jpg\t{n % 5}" if n % 4 else "" for n in range(20)), end="\r\n")
+        listed = list_files.read_pairs(tmp_path / "pairs.txt", 5)
+        assert [path.decode() for path in listed.paths.tolist()] == [f"a b/{n}.jpg" for n in range(20) if n % 4]
+        assert listed.labels.tolist() == [n % 5 for n in range(20) if n % 4]
+        below = list_files.read_pairs(tmp_path / "pairs.txt", 3, below=True)
+        assert below.labels.tolist() == [n % 5 for n in range(20) if n % 4 and n % 5 < 3]
+
+    def test_a_broken_line_is_named_by_its_number_in_the_file(self, tmp_path: Path) -> None:
+        write(tmp_path / "pairs.txt", *(f"{n}.jpg 0" for n in range(7)), "8.jpg zero")
+        with pytest.raises(ValueError, match=r"got another line 8, '8\.jpg zero'; correct or remove it"):
+            list_files.read_pairs(tmp_path / "pairs.txt", 5)
+
+    def test_a_byte_order_mark_is_no_part_of_a_path(self, tmp_path: Path) -> None:
+        write(tmp_path / "keys.txt", "\ufeffa.jpg", "b.jpg")
+        assert list_files.read_keys(tmp_path / "keys.txt").tolist() == [b"a.jpg", b"b.jpg"]
+
+    def test_an_empty_file_is_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / "keys.txt", "", " ")
+        with pytest.raises(ValueError, match=r"expected one image per line in .*keys\.txt', got none; check the file"):
+            list_files.read_keys(tmp_path / "keys.txt")
 
 
 class TestAnimal10N:
