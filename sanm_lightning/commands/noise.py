@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import torch
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -124,6 +123,8 @@ def main(words: list[str]) -> int:
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True, help="data module with its noise")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise, if the data module has none")
     parsed = parser.parse_args(words)
-    torch.manual_seed(parsed.seed)  # the default seed of data modules, as in a fit with --seed_everything
+    options = parsed.data.get("init_args") or {}
+    if "seed" in options and options["seed"] is None:  # as in a fit with this --seed_everything
+        options["seed"] = parsed.seed
     made = parser.instantiate_classes(parsed).as_dict()
     return noise(**{key: value for key, value in made.items() if key not in ("config", "seed")})

@@ -215,11 +215,14 @@ class NoisyDataModule(EpochPools):
 
     def original_labels(self) -> LabelTable:
         """Return the labels of the whole original training set with this noise, without subset and validation split."""
+        if "original" in self._tables:
+            return self._tables["original"]
         source = self._source("train")
         file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
         pixels = Pixels(source.images, self.mean, self.std)
         args = source.labels, self.num_classes, self.seed, self.noise
-        return label_tables(*args, curated=self.curated, images=pixels, file=file)["train"]
+        self._tables["original"] = label_tables(*args, curated=self.curated, images=pixels, file=file)["train"]
+        return self._tables["original"]
 
     def save_labels(self, path: str | Path, original: bool = False) -> None:
         """Write the labels of the training split to a ``.npz`` file, atomically.
