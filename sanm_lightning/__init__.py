@@ -2,7 +2,22 @@
 
 from sanm_lightning._version import __version__
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.data import CIFAR10, CIFAR100, CSVImages, Digits, FromDataset, ImageFolder, Noise, NoisyDataModule
+from sanm_lightning.data import (
+    CIFAR10,
+    CIFAR10N,
+    CIFAR100,
+    CIFAR100N,
+    Animal10N,
+    Clothing1M,
+    CSVImages,
+    Digits,
+    Food101N,
+    FromDataset,
+    ImageFolder,
+    Noise,
+    NoisyDataModule,
+    WebVision,
+)
 from sanm_lightning.methods import (
     C2D,
     CDR,
@@ -23,16 +38,21 @@ __all__ = [
     "C2D",
     "CDR",
     "CIFAR10",
+    "CIFAR10N",
     "CIFAR100",
+    "CIFAR100N",
     "ELR",
     "SANM",
     "SSR",
+    "Animal10N",
     "CSVImages",
+    "Clothing1M",
     "CoTeaching",
     "CrossEntropy",
     "Digits",
     "DivideMix",
     "ELRPlus",
+    "Food101N",
     "FromDataset",
     "ImageFolder",
     "Noise",
@@ -42,5 +62,6 @@ __all__ = [
     "SANMCallback",
     "SANMMixin",
     "SimCLR",
+    "WebVision",
     "__version__",
 ]

@@ -39,11 +39,14 @@ FRACTIONS = [-1e308, -0.5, 1e-30, 0.5, 1.5, 1e30, 1e308, float("inf"), float("-i
 
 
 def recipes() -> list[list[Path]]:
-    """Each job and method alone, with each setting, and with each overlay that is made for it."""
+    """Each job and method alone, with each setting for CIFAR, and with each overlay that is made for it."""
     cifar10 = CONFIGS / "data" / "cifar10.yaml"
     methods = {path.stem: [path, cifar10] for path in sorted(CONFIGS.glob("method/*.yaml"))}
     jobs = [[CONFIGS / "quickstart.yaml"], [CONFIGS / "image_folder.yaml"], *methods.values()]
-    settings = [[*methods[path.parent.name], path] for path in sorted(CONFIGS.glob("setting/*/*.yaml"))]
+    files = [
+        path for path in sorted(CONFIGS.glob("setting/*/*.yaml")) if path.stem.split("-")[0] in ("cifar10", "cifar100")
+    ]
+    settings = [[*methods[path.parent.name], path] for path in files]
     sanms = [CONFIGS / "sanm.yaml", *sorted(CONFIGS.glob("sanm/*.yaml"))]
     noises = sorted(CONFIGS.glob("noise/*.yaml"))
     labelled = [job for job in jobs if job[0].stem != "simclr"]

@@ -34,7 +34,7 @@ class TestParser:
         [
             (["--model.netwrk", "cnn9"], "expected an option of CrossEntropy, got 'model.netwrk'; near: model.network"),
             (["--model", "CrosEntropy"], "expected the name of a class for model, got 'CrosEntropy'; near: CrossEntropy"),
-            (["--data", "CIFAR1"], "expected the name of a class for data, got 'CIFAR1'; near: CIFAR10, CIFAR100"),
+            (["--data", "CIFAR1"], "expected the name of a class for data, got 'CIFAR1'; near: CIFAR10, CIFAR10N, CIFAR100"),
             (["--model", "Unknown"], "expected the name of a class for model, got 'Unknown'; choose one of C2D, CDR, CoT"),
             (["--model.sanm", "SAN"], "expected the name of a class for model.sanm, got 'SAN'; near: SANM"),
             (["--model.sanm", "SANM", "--model.sanm.muu", "1"], "expected an option of SANM, got 'model.sanm.muu'; near: m"),
@@ -75,10 +75,10 @@ class TestParser:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ("fti", "expected a command among fit, validate, test, predict, audit, check-data, export, relabel, got 'fti'; "),
+            ("fti", "expected a command among fit, validate, test, predict, audit, check-data, export, noise, relabel, got "),
             ("", "expected a command among fit, "),
             ("fit", "expected a value for --model and --data, got none; see 'sanm fit --help'"),
-            ("audit --data NoSuch", "expected the name of a class for data, got 'NoSuch'; choose one of CIFAR10, CIFAR100, "),
+            ("audit --data NoSuch", "expected the name of a class for data, got 'NoSuch'; choose one of Animal10N, CIFAR10, "),
             ("audit x --batch_size two", "expected batch_size of type int, got 'two'; use a value of this type"),
             ("audit x --seeed 3", "expected an option of sanm audit, got '--seeed'; near: --seed"),
             ("export --out x", "expected a value for --ckpt_path, got none; see 'sanm export --help'"),

@@ -14,6 +14,7 @@ COMMANDS = {
     "audit": "sanm_lightning.commands.audit",
     "check-data": "sanm_lightning.commands.check_data",
     "export": "sanm_lightning.commands.export",
+    "noise": "sanm_lightning.commands.noise",
     "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",
 }

@@ -8,10 +8,12 @@ import torchvision
 from sanm_lightning.data.datamodule import NoisyDataModule, Source
 from sanm_lightning.data.noise import CIFAR100_SUPERCLASSES
 
-__all__ = ["CIFAR10", "CIFAR100"]
+__all__ = ["CIFAR10", "CIFAR100", "CIFARFiles"]
 
 
-class _CIFAR(NoisyDataModule):
+class CIFARFiles(NoisyDataModule):
+    """Base class of CIFAR-10 and CIFAR-100."""
+
     files: ClassVar[type[torchvision.datasets.CIFAR10]]
     names: ClassVar[tuple[str, ...]]
 
@@ -78,7 +80,7 @@ class _CIFAR(NoisyDataModule):
             ) from error
 
 
-class CIFAR10(_CIFAR):
+class CIFAR10(CIFARFiles):
     """CIFAR-10: 32 x 32 color images of 10 balanced classes.
 
     Args:
@@ -106,7 +108,7 @@ class CIFAR10(_CIFAR):
         super().__init__(root=root, download=download, mean=mean, std=std, **kwargs)
 
 
-class CIFAR100(_CIFAR):
+class CIFAR100(CIFARFiles):
     """CIFAR-100: 32 x 32 color images of 100 balanced classes (the fine labels).
 
     Args:

@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.data.checks import check_arguments
+from sanm_lightning.data.epoch_pools import EpochPools
 from sanm_lightning.data.image_store import ImageStore
+from sanm_lightning.data.instance_noise import Pixels
 from sanm_lightning.data.label_table import LabelTable, label_tables, save_label_table
 from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.data.source import Source, check_source
-from sanm_lightning.data.splits import Splits
 
 __all__ = ["NoisyDataModule", "Source"]
 
 NO_NOISE = Noise()
 
 
-class NoisyDataModule(Splits):
+class NoisyDataModule(EpochPools):
     """Base class of data sets with noisy labels.
 
     A subclass defines `num_classes` and `image_size`, `load_train` and `load_test`, which return a `Source`, and
@@ -58,6 +59,9 @@ class NoisyDataModule(Splits):
         std: channel standard deviations of the training images, used likewise.
         holdout_fraction: fraction of the training samples, in [0, 1), held out as ``val`` if the data have neither a
             test nor a validation split and ``val_fraction`` is 0. Their labels are as noisy as the training labels.
+        samples_per_epoch: size of the subset of the training split that an epoch uses, sampled anew in every epoch, and
+            separately for each network of a method that selects its samples. Default: all samples.
+        balanced: whether the subset has equal class sizes; without ``samples_per_epoch``, C times the smallest class.
         seed: seed of subset, noise, split, order and augmentation. Default: torch's initial seed (``seed_everything``).
 
     Raises:
@@ -70,6 +74,8 @@ class NoisyDataModule(Splits):
     """Channel means of the training images, in [0, 1]; None if unknown."""
     std: tuple[float, ...] | None = None
     """Channel standard deviations of the training images; None if unknown."""
+    top_k: int | None = None
+    """Evaluations also log the fraction of labels among the k most probable classes; None disables it."""
 
     def __init__(
         self,
@@ -90,10 +96,13 @@ class NoisyDataModule(Splits):
         std: tuple[float, ...] | None = None,
         holdout_fraction: float = 0.1,
         drop_last: bool = False,
+        samples_per_epoch: int | None = None,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         check_arguments(
-            {"batch_size": batch_size, "eval_batch_size": eval_batch_size},
+            {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+            | ({} if samples_per_epoch is None else {"samples_per_epoch": samples_per_epoch}),
             {"crop_padding": crop_padding, "resident_bytes": resident_bytes, "num_workers": num_workers},
             {"val_fraction": val_fraction, "holdout_fraction": holdout_fraction},
             seed,
@@ -106,6 +115,8 @@ class NoisyDataModule(Splits):
         self.noise = noise
         self.val_fraction = val_fraction
         self.holdout_fraction = holdout_fraction
+        self.samples_per_epoch = samples_per_epoch
+        self.balanced = balanced
         self.crop_padding = crop_padding
         self.flip = flip
         self.track_test = track_test
@@ -142,21 +153,6 @@ class NoisyDataModule(Splits):
         """(H, W) of decoded images in pixels, at least ``image_size``; every view is cropped to ``image_size``."""
         return self.image_size
 
-    def epoch_pool(self, epoch: int, peer: int = 0) -> Tensor:
-        """Return the positions that an epoch samples from, (M,), the same in every process. Default: all positions.
-
-        Override it to resample a balanced subset, of constant size, for every epoch. Methods sample from the pool;
-        DivideMix and SSR divide or relabel its samples only.
-
-        Args:
-            epoch: epoch number, from 0.
-            peer: number of the network, 0 or 1.
-
-        Returns:
-            Positions, shape (M,), int64.
-        """
-        return torch.arange(self.num_samples)
-
     @abstractmethod
     def load_train(self) -> Source:
         """Return the whole original training set. Called once; images should be decoded on access only."""
@@ -164,6 +160,8 @@ class NoisyDataModule(Splits):
     @abstractmethod
     def load_test(self) -> Source:
         """Return the whole test set, whose labels are assumed correct. Called once."""
+
+    # `load_` and the name of the split: data with further test sets in `own_splits` define one method for each.
 
     def load_val(self) -> Source:
         """Return the whole validation set, if `own_splits` includes ``val``; its labels may be wrong. Called once."""
@@ -208,39 +206,45 @@ class NoisyDataModule(Splits):
 
     @property
     def noise_rate(self) -> float | None:
-        """Requested noise rate, in [0, 1]; None without noise, or with labels from a file."""
-        return None if self.noise.kind in ("none", "file") else self.noise.rate
+        """Requested noise rate, in [0, 1]; None without noise, with a transition matrix, or with labels from a file."""
+        return self.noise.asked_rate
 
     @property
     def measured_noise_rate(self) -> float | None:
         """Fraction of wrong labels in the training split, in [0, 1]; None if the true labels are unknown."""
         return self.table("train").noise_rate
 
-    def save_labels(self, path: str | Path) -> None:
+    def original_labels(self) -> LabelTable:
+        """Return the labels of the whole original training set with this noise, without subset and validation split."""
+        if "original" in self._tables:
+            return self._tables["original"]
+        source = self._source("train")
+        file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
+        pixels = Pixels(source.images, self.mean, self.std)
+        args = source.labels, self.num_classes, self.seed, self.noise
+        self._tables["original"] = label_tables(*args, curated=self.curated, images=pixels, file=file)["train"]
+        return self._tables["original"]
+
+    def save_labels(self, path: str | Path, original: bool = False) -> None:
         """Write the labels of the training split to a ``.npz`` file, atomically.
 
         The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``paths`` (N,) and
         ``true_labels`` (N,) if known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan if
-        there is none) and ``seed``. Without a subset and a validation split, ``Noise(kind="file", path=...,
-        key="labels")`` reads the file. With several processes, call it in one of them.
+        there is none) and ``seed``. Without a subset and a validation split, or with ``original``, ``Noise(kind="file",
+        path=..., key="labels")`` reads the file. With several processes, call it in one of them.
 
         Args:
             path: output file with extension ``.npz``; missing folders are created.
+            original: write `original_labels`.
 
         Raises:
             ValueError: if the extension is not ``.npz``.
             OSError: if the file cannot be written; a previous file is kept.
         """
+        table = self.original_labels() if original else self.table("train")
+        paths = self._source("train").paths if original else self.sample_paths()
         noise_seed = self.seed if self.noise.seed is None else self.noise.seed
-        save_label_table(
-            path,
-            self.table("train"),
-            self.class_names,
-            self.noise_kind,
-            self.noise_rate,
-            noise_seed,
-            self.sample_paths(),
-        )
+        save_label_table(path, table, self.class_names, self.noise_kind, self.noise_rate, noise_seed, paths)
 
     # Splits --------------------------------------------------------------------------------------------------------
 
@@ -269,9 +273,8 @@ class NoisyDataModule(Splits):
 
     def _source(self, name: str) -> Source:
         if name not in self._sources:
-            load = {"train": self.load_train, "val": self.load_val, "test": self.load_test}[name]
-            source = load()
-            what = {"train": "training", "val": "validation", "test": "test"}[name]
+            source = getattr(self, f"load_{name}")()
+            what = {"train": "training", "val": "validation"}.get(name, name)
             check_source(source, self.num_classes, self.decode_size, what, self.channels)
             self._sources[name] = source
         return self._sources[name]
@@ -296,15 +299,11 @@ class NoisyDataModule(Splits):
                 f"expected val_fraction 0 for data with a validation split, got {self.val_fraction}; omit it"
             )
         source = self._source("train")
-        others: list[str] = []
-        if self.noise.kind == "file" and source.paths is not None:  # a file may also contain rows of the other splits
-            parts = [source, *map(self._source, self.own_splits)]
-            others = [path for part in parts for path in (*(part.paths or []), *part.left_out)]
-        file = self.noise.read(source.labels, self.class_names, source.paths, others)
+        file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
         self._tables |= label_tables(
             source.labels, self.num_classes, self.seed, self.noise, self.max_train_samples, self.held_out_fraction,
-            self.curated, lambda kept: torch.stack([source.images[i] for i in kept.tolist()]),
-            file, least=int(self._holds_out), true_labels=source.true_labels,
+            self.curated, Pixels(source.images, self.mean, self.std), file, least=int(self._holds_out),
+            true_labels=source.true_labels,
         )  # fmt: skip
         if file is not None and not file.kept.all():
             dropped = int((~file.kept).sum())
@@ -318,17 +317,8 @@ class NoisyDataModule(Splits):
             self._say(f"held-out split 'val': no samples of {empty}, which have too few training samples")
         return self._tables[split]
 
-    def sample_paths(self, split: str = "train") -> list[str] | None:
-        """Return the path of each sample of a split, relative to the root, with ``/``; None without files."""
-        table, paths = self.table(split), self._source(split if split in self.own_splits else "train").paths
-        return None if paths is None else [paths[row] for row in table.origin.tolist()]
-
-    def source_images(self, split: str = "train") -> Any:
-        """Return the original images of a split, uint8 (C, H, W), indexed by ``table(split).origin`` and decoded on access."""
-        return self._source(split if split in self.own_splits else "train").images
-
     def store(self, split: str) -> ImageStore:
-        """Return the images of ``train``, ``val`` or ``test``."""
+        """Return the images of a split."""
         if split not in self._stores:
             table, images = self.table(split), self.source_images(split)
             self._stores[split] = ImageStore(
@@ -371,9 +361,9 @@ class NoisyDataModule(Splits):
         return self.test_dataloader()
 
     def pass_dataloader(self, split: str = "train", positions: Tensor | None = None) -> IndexLoader:
-        """Return an ordered loader of ``positions`` (M,), of the epoch's pool for ``train``, or of the whole split."""
+        """Return an ordered loader of ``positions`` (M,), of `pass_pool` for ``train``, or of the whole split."""
         if positions is None and split == "train":
-            positions = self.epoch_pool(0 if self.trainer is None else self.trainer.current_epoch)
+            positions = self.pass_pool()
         return self._loader(split, self.eval_batch_size, pool=None if positions is None else lambda _: positions)
 
     def _loader(

@@ -1,26 +1,35 @@
 """Read the labels of a training set from a file, without unpickling."""
 
 import csv
+import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["read_labels"]
+_reconstruct = np.ndarray.__reduce__(np.zeros(1))[0]
+"""Numpy's function that restores arrays; its module is private."""
+
+__all__ = ["read_arrays", "read_labels"]
 
 
 def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str | None = None) -> Tensor:
     """Read labels from a file, in the order of the training set, without unpickling.
 
-    Three formats are supported, by file extension:
+    Five formats are supported, by file extension:
 
     - ``.npy``: one array of shape (N,);
     - ``.npz``: the array named ``key``, which is optional for files with a single array;
     - ``.csv``: one column of labels, with or without a header; or two columns, position and label, with rows in any
       order; or any number of columns with a header, where ``key`` is the name of the label column and an optional
-      column ``index`` contains the positions.
+      column ``index`` contains the positions;
+    - ``.json``: a list of N labels, such as the noise file of DivideMix; or an object of lists, where ``key`` is the
+      name of one;
+    - ``.pt``: a dictionary of numpy arrays, tensors or lists written with ``torch.save``, such as that of CIFAR-N, where
+      ``key`` is the name of one.
 
     Args:
         path: path of the file.
@@ -40,7 +49,7 @@ def read_labels(path: str | Path, num_samples: int, num_classes: int, key: str |
         raise FileNotFoundError(
             f"expected a label file in {str(path)!r}, got no such file; check the path of the noise"
         )
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv}
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv, ".json": _read_json, ".pt": _read_pt}
     if path.suffix not in readers:
         raise ValueError(
             f"expected a label file with extension {', '.join(sorted(readers))}, got {str(path)!r}; convert the file"
@@ -69,19 +78,59 @@ def _read_npy(path: Path, key: str | None) -> np.ndarray[Any, Any]:
 
 def _read_npz(path: Path, key: str | None) -> np.ndarray[Any, Any]:
     with np.load(path, allow_pickle=False) as arrays:
-        names = list(arrays.files)
-        if key is None and len(names) != 1:
-            raise ClearError(
-                f"expected one array or a key for the label file {str(path)!r}, got arrays {names}; set key to one of "
-                "them"
-            )
-        name = names[0] if key is None else key
-        if name not in names:
-            raise ClearError(
-                f"expected an array {key!r} in the label file {str(path)!r}, got arrays {names}; set key to one of them"
-            )
-        array: np.ndarray[Any, Any] = arrays[name]
+        array: np.ndarray[Any, Any] = arrays[_chosen(path, list(arrays.files), key)]
         return array
+
+
+def _chosen(path: Path, names: list[str], key: str | None) -> str:
+    """Return the name of the array to read: the key, or the only array."""
+    if key is None and len(names) != 1:
+        raise ClearError(
+            f"expected one array or a key for the label file {str(path)!r}, got arrays {names}; set key to one of them"
+        )
+    name = names[0] if key is None else key
+    if name not in names:
+        raise ClearError(
+            f"expected an array {key!r} in the label file {str(path)!r}, got arrays {names}; set key to one of them"
+        )
+    return name
+
+
+def _read_json(path: Path, key: str | None) -> np.ndarray[Any, Any]:
+    held = json.loads(path.read_text(encoding="utf-8-sig"))
+    return np.asarray(held[_chosen(path, list(held), key)] if isinstance(held, dict) else held)
+
+
+def _read_pt(path: Path, key: str | None) -> np.ndarray[Any, Any]:
+    held = read_arrays(path)
+    return held[_chosen(path, list(held), key)]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """Read a dictionary of arrays written with ``torch.save``, without executing pickled code.
+
+    Args:
+        path: path of the file.
+
+    Raises:
+        ValueError: if the file contains anything but a dictionary of numpy arrays, tensors and lists of numbers.
+    """
+    safe: list[Any] = [np.ndarray, np.dtype, *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQfd"}]
+    # numpy 1 and 2 pickle arrays under different module names
+    safe += [(_reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals(safe):
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ClearError(
+            f"expected arrays of numbers in the label file {str(path)!r}, got a file that contains other objects, none of "
+            "which was loaded; save it as .npz"
+        ) from error
+    if not isinstance(held, dict):
+        raise ClearError(
+            f"expected a dictionary of arrays in the label file {str(path)!r}, got {type(held).__name__}; save it as .npz"
+        )
+    return {str(name): np.asarray(values) for name, values in held.items()}
 
 
 def _read_csv(path: Path, key: str | None) -> np.ndarray[Any, Any]:

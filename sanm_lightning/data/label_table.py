@@ -1,8 +1,7 @@
 """Labels of a training set: subset, noise, validation split. Independent of images and trainer."""
 
 import zlib
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sanm_lightning.data.instance_noise import Pixels
 from sanm_lightning.data.label_rows import FileLabels
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.random_streams import named_generator
@@ -105,7 +105,7 @@ def label_tables(
     max_train_samples: int | None = None,
     val_fraction: float = 0.0,
     curated: bool = True,
-    images: Callable[[Tensor], Any] | None = None,
+    images: Pixels | None = None,
     file: FileLabels | None = None,
     least: int = 0,
     true_labels: Tensor | None = None,
@@ -120,7 +120,7 @@ def label_tables(
         max_train_samples: size of a class-balanced subset; None uses all samples.
         val_fraction: fraction that is held out with its noisy labels, in [0, 1).
         curated: whether the labels of the original set are known to be correct.
-        images: function that decodes the images at given positions; called by instance-dependent noise only.
+        images: images of the original set, read by instance-dependent noise only.
         file: labels and kept samples from a label file, which replace the noise.
         least: minimum number of held-out samples.
         true_labels: true labels of the original set, shape (N,), int64, if its labels are noisy.
@@ -139,9 +139,8 @@ def label_tables(
     if file is not None:  # a file contains the labels of the whole original set
         given = file.labels[kept]
     else:
-        given = noise.apply(labels[kept], num_classes, seed, None if images is None else partial(images, kept))
-    injected = noise.kind not in ("none", "file")
-    true = labels[kept] if curated or injected else None
+        given = noise.apply(labels[kept], num_classes, seed, None if images is None else images.at(kept))
+    true = labels[kept] if curated or noise.injects else None
     true = true if true_labels is None else true_labels[kept]
     held_out = max(least, round(val_fraction * len(kept)))
     if val_fraction > 0 and held_out < len(kept):
@@ -168,7 +167,7 @@ def save_label_table(
     noise_kind: str,
     noise_rate: float | None,
     seed: int,
-    paths: list[str] | None = None,
+    paths: Sequence[str] | None = None,
 ) -> None:
     """Write a label table to a ``.npz`` file, atomically.
 

@@ -7,16 +7,36 @@ report the kind together with the rate. Released codes that truncate ``rate * N`
 (Co-teaching, CDR, ELR on CIFAR-100), have other counts, by one sample or by the spread of a binomial distribution.
 """
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
+from sanm_lightning.data.instance_noise import PixelScale
 from sanm_lightning.data.label_files import read_labels
 from sanm_lightning.data.label_rows import FileLabels, read_label_file
+from sanm_lightning.data.noise_functions import (
+    asymmetric,
+    asymmetric_sequential,
+    check_labels,
+    check_rate,
+    pair_flip,
+    symmetric,
+    symmetric_exclusive,
+)
+from sanm_lightning.data.noise_kinds import (
+    Asymmetric,
+    AsymmetricSequential,
+    FromFile,
+    InstanceDependent,
+    LabelNoise,
+    NoNoise,
+    PairFlip,
+    Symmetric,
+    SymmetricExclusive,
+    Transition,
+)
 from sanm_lightning.data.noise_maps import (
     CIFAR10_MAP,
     CIFAR100_SUPERCLASSES,
@@ -25,6 +45,7 @@ from sanm_lightning.data.noise_maps import (
     cifar100_superclass_map,
     class_map,
 )
+from sanm_lightning.data.transition_noise import read_matrix, transition
 from sanm_lightning.random_streams import named_generator
 
 __all__ = [
@@ -40,148 +61,14 @@ __all__ = [
     "read_labels",
     "symmetric",
     "symmetric_exclusive",
+    "transition",
 ]
 
-NoiseKind = Literal["none", "symmetric", "symmetric_exclusive", "asymmetric", "asymmetric_sequential", "pair", "file"]
-
-
-def symmetric(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Apply symmetric noise that **may keep** the label: ``round(rate * N)`` labels are sampled from all C classes.
-
-    This is the definition of DivideMix (Li et al., ICLR 2020) and the methods based on it. The fraction of wrong labels
-    is about ``rate * (C - 1) / C``, lower than the requested rate.
-
-    Args:
-        labels: shape (N,), int64, in [0, C).
-        rate: fraction of samples with a resampled label, in [0, 1].
-        num_classes: C.
-        generator: random generator.
-
-    Returns:
-        Noisy labels, shape (N,), int64.
-
-    Raises:
-        ValueError: if labels or rate are invalid.
-    """
-    chosen = _choose(labels, rate, num_classes, generator)
-    drawn = torch.randint(num_classes, (len(chosen),), generator=generator, device=generator.device)
-    return _replaced(labels, chosen, drawn.to(labels.device))
-
-
-def symmetric_exclusive(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Apply symmetric noise that **always flips**: ``round(rate * N)`` labels are sampled from the other C - 1 classes.
-
-    This is the definition of Co-teaching (Han et al., NeurIPS 2018). The fraction of wrong labels is the requested
-    rate. Arguments, return value and errors as for `symmetric`; fewer than two classes raise ValueError.
-    """
-    chosen = _choose(labels, rate, num_classes, generator)
-    if num_classes < 2:
-        raise ValueError(f"expected 2 or more classes for noise that flips labels, got {num_classes}; use other noise")
-    step = torch.randint(1, num_classes, (len(chosen),), generator=generator, device=generator.device)
-    return _replaced(labels, chosen, (labels[chosen] + step.to(labels.device)) % num_classes)
-
-
-def asymmetric(
-    labels: Tensor, rate: float, num_classes: int, generator: torch.Generator, mapping: Mapping[int, int]
-) -> Tensor:
-    """Apply asymmetric noise: a class-to-class map is applied to ``round(rate * N)`` samples of **all** classes.
-
-    Classes that are not in the map keep their label, so the fraction of wrong labels is the rate times the fraction of
-    samples in mapped classes (half the rate for balanced CIFAR-10). The map is applied to the original labels: a cat
-    relabeled as dog is not mapped back. Some released code maps class by class in place, which gives different noise.
-
-    Args:
-        labels: shape (N,), int64, in [0, C).
-        rate: fraction of samples that the map is applied to, in [0, 1].
-        num_classes: C.
-        generator: random generator.
-        mapping: map from class to class, both in [0, C).
-
-    Returns:
-        Noisy labels, shape (N,), int64.
-
-    Raises:
-        ValueError: if labels, rate or map are invalid.
-    """
-    chosen = _choose(labels, rate, num_classes, generator)
-    _check_mapping(mapping, num_classes)
-    table = torch.arange(num_classes, device=labels.device)
-    table[list(mapping.keys())] = torch.tensor(list(mapping.values()), dtype=torch.int64, device=labels.device)
-    return _replaced(labels, chosen, table[labels[chosen]])
-
-
-def asymmetric_sequential(
-    labels: Tensor, rate: float, num_classes: int, generator: torch.Generator, mapping: Mapping[int, int]
-) -> Tensor:
-    """Apply a class-to-class map **class by class, in place**: relabeled samples count for classes with a larger id.
-
-    Source: the released codes of ELR and CDR for CIFAR-10. At rate .4, 24 % of the cats remain labeled as dogs, because a
-    part of the cats that were relabeled as dogs is relabeled as cats again; 40 % of the dogs are labeled as cats.
-    Arguments, return value and errors as for `asymmetric`; ``ceil(rate * n)`` of the n samples that have the label of a
-    class at its turn are relabeled.
-    """
-    _check_labels(labels, num_classes, "labels")
-    _check_rate(rate)
-    _check_mapping(mapping, num_classes)
-    noisy = labels.clone()
-    for label in range(num_classes):
-        if label in mapping:
-            members = (noisy == label).nonzero()[:, 0]
-            order = torch.randperm(len(members), generator=generator, device=generator.device).to(labels.device)
-            noisy[members[order[: math.ceil(rate * len(members))]]] = mapping[label]
-    return noisy
-
-
-def pair_flip(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Apply pair noise: ``round(rate * N)`` labels change from i to (i + 1) mod C (Han et al., NeurIPS 2018).
-
-    Arguments, return value and errors as for `symmetric_exclusive`; the fraction of wrong labels is the rate.
-    """
-    chosen = _choose(labels, rate, num_classes, generator)
-    if num_classes < 2:
-        raise ValueError(f"expected 2 or more classes for noise that flips labels, got {num_classes}; use other noise")
-    return _replaced(labels, chosen, (labels[chosen] + 1) % num_classes)
-
-
-def _choose(labels: Tensor, rate: float, num_classes: int, generator: torch.Generator) -> Tensor:
-    """Return the indices of exactly ``round(rate * N)`` random samples, after a check of the arguments."""
-    _check_labels(labels, num_classes, "labels")
-    _check_rate(rate)
-    order = torch.randperm(len(labels), generator=generator, device=generator.device)
-    return order[: round(rate * len(labels))].to(labels.device)
-
-
-def _replaced(labels: Tensor, chosen: Tensor, values: Tensor) -> Tensor:
-    noisy = labels.clone()
-    noisy[chosen] = values
-    return noisy
-
-
-def _check_mapping(mapping: Mapping[int, int], num_classes: int) -> None:
-    outside = sorted(c for c in {*mapping.keys(), *mapping.values()} if not 0 <= c < num_classes)
-    if outside:
-        raise ValueError(
-            f"expected a noise mapping of classes in 0 to {num_classes - 1}, got classes {outside[:5]}; choose a "
-            "mapping for this data set"
-        )
-
-
-def _check_rate(rate: float) -> None:
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
-        raise ValueError(f"expected a noise rate in [0, 1], got {rate!r}; use 0.5 for half of the samples")
-
-
-def _check_labels(labels: Tensor, num_classes: int, what: str) -> None:
-    if labels.dim() != 1 or labels.dtype != torch.int64:
-        raise ValueError(
-            f"expected {what} of shape (N,) and type int64, got shape {tuple(labels.shape)} and type {labels.dtype}; "
-            "use one class index per sample"
-        )
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
-        raise ValueError(
-            f"expected {what} in 0 to {num_classes - 1}, got {int(labels.min())} to {int(labels.max())}; number the "
-            "classes from 0 and check the number of classes"
-        )
+NoiseKind = Literal[
+    "none", "symmetric", "symmetric_exclusive", "asymmetric", "asymmetric_sequential", "pair", "transition", "instance",
+    "file",
+]  # fmt: skip
+WITHOUT_RATE = ("none", "transition", "file")
 
 
 @dataclass(frozen=True)
@@ -191,13 +78,19 @@ class Noise:
     Args:
         kind: ``none``; ``symmetric`` (uniform over all classes, may keep the label); ``symmetric_exclusive`` (always
             another class); ``asymmetric`` (class map); ``asymmetric_sequential``
-            (class map, class by class in place); ``pair`` (next class); ``file`` (labels read from a file for the
-            whole original training set).
-        rate: fraction of the training samples that is selected, in [0, 1]; not used by ``none`` and ``file``.
+            (class map, class by class in place); ``pair`` (next class); ``transition`` (transition matrix);
+            ``instance`` (the image determines the wrong label); ``file`` (labels read from a file for the whole original
+            training set).
+        rate: fraction of the training samples that is selected, in [0, 1]; for ``instance``, the mean flip rate; not used
+            by ``none``, ``transition`` and ``file``.
         mapping: for both asymmetric kinds: ``cifar10``, ``cifar100_superclass``, ``cifar100_blocks_of_five``, or a map from
             class index to class index.
-        path: for ``file``: a ``.npy``, ``.npz`` or ``.csv`` file, see `read_label_file` and `read_labels`.
+        path: for ``file``: a ``.npy``, ``.npz``, ``.csv``, ``.json`` or ``.pt`` file, see `read_label_file` and
+            `read_labels`.
         key: for ``file``: name of the array or column, if there are several.
+        matrix: for ``transition``: C rows of C probabilities, row i for class i; or a ``.npy`` or ``.csv`` file of them.
+        pixels: for ``instance``: scale of the pixel values, ``raw`` (0 to 255, as in the code of the source) or
+            ``normalized`` (by mean and std of the data).
         seed: seed of the noise; default: the seed of the data module.
 
     Raises:
@@ -210,13 +103,15 @@ class Noise:
     path: str | None = None
     key: str | None = None
     seed: int | None = None
+    matrix: list[list[float]] | str | None = None
+    pixels: PixelScale = "raw"
 
     def __post_init__(self) -> None:
         kinds = get_args(NoiseKind)
         if self.kind not in kinds:
             raise ValueError(f"expected a noise kind among {list(kinds)}, got {self.kind!r}; choose one of them")
-        _check_rate(self.rate)
-        if self.kind in ("none", "file") and self.rate:
+        check_rate(self.rate)
+        if self.kind in WITHOUT_RATE and self.rate:
             raise ValueError(
                 f"expected no rate for noise of kind {self.kind!r}, got {self.rate}; omit the rate, or choose a kind "
                 "with a rate, such as 'symmetric'"
@@ -230,12 +125,20 @@ class Noise:
             raise ValueError(
                 f"expected the path of a label file for noise of kind 'file', got {self.path!r}; set noise.path"
             )
+        if (self.kind == "transition") != (self.matrix is not None):
+            got = "none" if self.matrix is None else f"one for kind {self.kind!r}"
+            raise ValueError(
+                f"expected a transition matrix for noise of kind 'transition' and for no other, got {got}; set noise.matrix "
+                "together with noise.kind transition"
+            )
+        if self.pixels not in get_args(PixelScale):
+            raise ValueError(f"expected pixels 'raw' or 'normalized', got {self.pixels!r}; choose one of them")
         if isinstance(self.mapping, str):
             class_map(self.mapping)
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"expected a noise seed of 0 or more, got {self.seed}; choose another, such as 0")
 
-    def build(self, num_classes: int) -> "LabelNoise":
+    def build(self, num_classes: int) -> LabelNoise:
         """Create the noise of this kind for C classes, as a callable (labels, generator, images=None) -> labels.
 
         Args:
@@ -252,9 +155,23 @@ class Noise:
                 return kind(self.rate, num_classes, mapping or {})
             case "pair":
                 return PairFlip(self.rate, num_classes)
+            case "transition":
+                return Transition(read_matrix(self.matrix or "", num_classes))
+            case "instance":
+                return InstanceDependent(self.rate, num_classes, self.pixels)
             case "file":
                 return FromFile(str(self.path), num_classes, self.key)
         return NoNoise()
+
+    @property
+    def injects(self) -> bool:
+        """Whether the noise changes the given labels, so that these are the true labels."""
+        return self.kind not in ("none", "file")
+
+    @property
+    def asked_rate(self) -> float | None:
+        """Requested rate, in [0, 1]; None for kinds without one."""
+        return None if self.kind in WITHOUT_RATE else self.rate
 
     def read(
         self,
@@ -278,7 +195,7 @@ class Noise:
             labels: shape (N,), int64, in [0, C).
             num_classes: C, number of classes.
             seed: seed to use if the noise has no ``seed``.
-            images: images of the samples, or a callable that returns them, for instance-dependent noise.
+            images: images of the samples for instance-dependent noise: ``Pixels``, or a tensor (N, 3, H, W), uint8.
 
         Returns:
             Noisy labels, shape (N,), int64.
@@ -287,92 +204,6 @@ class Noise:
             ValueError: if labels, rate, mapping or file are invalid.
             FileNotFoundError: if the label file does not exist.
         """
-        _check_labels(labels, num_classes, "labels")
+        check_labels(labels, num_classes, "labels")
         generator = named_generator("noise", seed if self.seed is None else self.seed)
         return self.build(num_classes)(labels, generator, images)
-
-
-class LabelNoise(Protocol):
-    """Label noise: a callable of labels (N,), a generator and optional images that returns new labels (N,)."""
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class NoNoise:
-    """No noise: labels are unchanged."""
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return a copy of the labels."""
-        return labels.clone()
-
-
-@dataclass(frozen=True)
-class Symmetric:
-    """Noise of :func:`symmetric`, which may keep the label."""
-
-    rate: float
-    num_classes: int
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return noisy labels."""
-        return symmetric(labels, self.rate, self.num_classes, generator)
-
-
-@dataclass(frozen=True)
-class SymmetricExclusive:
-    """Noise of :func:`symmetric_exclusive`, which always changes the label."""
-
-    rate: float
-    num_classes: int
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return noisy labels."""
-        return symmetric_exclusive(labels, self.rate, self.num_classes, generator)
-
-
-@dataclass(frozen=True)
-class Asymmetric:
-    """Noise of :func:`asymmetric`, with a map from class to class."""
-
-    rate: float
-    num_classes: int
-    mapping: Mapping[int, int]
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return noisy labels."""
-        return asymmetric(labels, self.rate, self.num_classes, generator, self.mapping)
-
-
-@dataclass(frozen=True)
-class AsymmetricSequential(Asymmetric):
-    """Noise of :func:`asymmetric_sequential`, with a map from class to class that is applied class by class."""
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return noisy labels."""
-        return asymmetric_sequential(labels, self.rate, self.num_classes, generator, self.mapping)
-
-
-@dataclass(frozen=True)
-class PairFlip:
-    """Noise of :func:`pair_flip`, to the next class."""
-
-    rate: float
-    num_classes: int
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return noisy labels."""
-        return pair_flip(labels, self.rate, self.num_classes, generator)
-
-
-@dataclass(frozen=True)
-class FromFile:
-    """Labels of :func:`read_labels`, which replace the given labels."""
-
-    path: str
-    num_classes: int
-    key: str | None = None
-
-    def __call__(self, labels: Tensor, generator: torch.Generator, images: Any = None) -> Tensor:
-        """Return the labels of the file."""
-        return read_labels(self.path, len(labels), self.num_classes, self.key).to(labels.device)

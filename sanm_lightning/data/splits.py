@@ -11,6 +11,8 @@ from torch import Tensor
 from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable
+from sanm_lightning.data.list_files import PathList
+from sanm_lightning.data.noise import Noise
 from sanm_lightning.data.serving import ServedBatches
 from sanm_lightning.data.source import Source
 
@@ -30,6 +32,7 @@ class Splits(ServedBatches):
     holdout_fraction: float
     track_test: bool
     _seed_is_given: bool
+    noise: Noise
     _sources: dict[str, Source]
     _tables: dict[str, LabelTable]
     _stores: dict[str, ImageStore]
@@ -51,9 +54,13 @@ class Splits(ServedBatches):
     def decode_size(self) -> tuple[int, int]:
         """(H, W) of decoded images in pixels; available after construction."""
 
+    @abstractmethod
+    def _source(self, name: str) -> Source:
+        """Return the original set of ``train`` or one of `own_splits`, loaded once."""
+
     @property
     def own_splits(self) -> tuple[str, ...]:
-        """Splits of the data besides the training set: ``val``, ``test``, both or none."""
+        """Splits of the data besides the training set: ``val``, ``test``, further test sets; or none."""
         return ("test",)
 
     @property
@@ -71,14 +78,36 @@ class Splits(ServedBatches):
 
     @property
     def eval_names(self) -> list[str]:
-        """Names of the loaders of `val_dataloader`, in order: ``val`` if it exists, ``test`` if tracked."""
+        """Names of the loaders of `val_dataloader`, in order: ``val`` if it exists, the test sets if tracked."""
         val = self.held_out_fraction > 0 or "val" in self.own_splits
-        return (["val"] if val else []) + (["test"] if self.track_test and "test" in self.own_splits else [])
+        return (["val"] if val else []) + (self._own_tests if self.track_test else [])
 
     @property
     def test_names(self) -> list[str]:
-        """Names of the loaders of `test_dataloader`, in order: ``test``, or ``val`` without a test split."""
-        return ["test"] if "test" in self.own_splits else self.eval_names
+        """Names of the loaders of `test_dataloader`, in order: the test sets, or ``val`` without one."""
+        return self._own_tests or self.eval_names
+
+    @property
+    def _own_tests(self) -> list[str]:
+        return [name for name in self.own_splits if name != "val"]
+
+    def _other_paths(self) -> list[str]:
+        """Return the paths of the other splits and of files left out, which a label file may also contain."""
+        if self.noise.kind != "file" or self._source("train").paths is None:
+            return []
+        others = [path for name in self.own_splits for path in self._source(name).paths or []]
+        return [*others, *(path for name in ("train", *self.own_splits) for path in self._source(name).left_out)]
+
+    def sample_paths(self, split: str = "train") -> Sequence[str] | None:
+        """Return the path of each sample of a split, relative to the root, with ``/``; None without files."""
+        rows, paths = self.table(split).origin, self._source(split if split in self.own_splits else "train").paths
+        if isinstance(paths, PathList):
+            return paths.at(rows.numpy())
+        return None if paths is None else [paths[row] for row in rows.tolist()]
+
+    def source_images(self, split: str = "train") -> Any:
+        """Return the original images of a split, uint8 (3, H, W), indexed by ``table(split).origin`` and decoded on access."""
+        return self._source(split if split in self.own_splits else "train").images
 
     def _say(self, line: str) -> None:
         """Log a line once, in one process."""

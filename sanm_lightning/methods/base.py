@@ -109,10 +109,10 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         self.accuracy = nn.ModuleDict()
 
     def predict_train(
-        self, *quantities: Quantity, network: int | None = 0, view: str = "none", pool: bool = False
+        self, *quantities: Quantity, network: int | None = 0, view: str = "none", pool_only: bool = False
     ) -> dict[str, Tensor]:
         """Predict the training set, see :func:`~sanm_lightning.methods.passes.predict_split`. Collective."""
-        return predict_split(self, "train", quantities, network, view, pool)
+        return predict_split(self, "train", quantities, network, view, pool_only)
 
     def predict_val(self, *quantities: Quantity, network: int | None = 0, view: str = "none") -> dict[str, Tensor]:
         """Predict the validation split, see :meth:`predict_train`. A collective operation."""

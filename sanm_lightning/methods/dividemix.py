@@ -63,7 +63,8 @@ class Division(History):
         scaled = (losses - low) / torch.where(high > low, high - low, 1)
         self.append(index, scaled.T)
         means = self.mean(index).T  # not normalized again, as in the code
-        fitted = torch.stack([clean_probability(mean, max_iter=max_iter, normalize=False) for mean in means], 1)
+        found = [clean_probability(mean, max_iter=max_iter, normalize=False) for mean in means]
+        fitted = torch.stack(found, 1)
         self.clean = self.clean.to(fitted).index_copy(0, index, fitted)
 
     def upgrade_state(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -201,11 +202,10 @@ class DivideMix(NoisyLabelModule):
     # Once per epoch: divide
 
     def begin_epoch(self) -> None:
-        """Compute the losses of all training samples with both networks, and fit the mixtures, after the warm-up."""
+        """Compute the losses of the epoch's samples with both networks, and fit the mixtures, after the warm-up."""
         if self.stage.name != "warmup":
-            found = self.predict_train("loss", "labels", network=None, pool=True)
-            index = (found["labels"] >= 0).nonzero().squeeze(1)
-            self.division.divide(found["loss"][:, index], self.mixture_iterations, index)
+            found = self.predict_train("loss", network=None, pool_only=True)
+            self.division.divide(found["loss"], self.mixture_iterations, found["index"])
 
     def label_quality(self) -> Tensor | None:
         """Return the mean of both networks' clean probabilities, (N,); None before the first division."""

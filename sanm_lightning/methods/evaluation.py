@@ -61,14 +61,20 @@ class EvaluationSteps(L.LightningModule):
 
     def _evaluate(self, batch: Any, name: str) -> None:
         read = NoisyBatch.from_any(batch)
+        labels = read.labels.argmax(1) if read.labels.is_floating_point() else read.labels
+        top_k = getattr(getattr(self.trainer, "datamodule", None), "top_k", None)
         for ending, logits in self.predictions(read.images).items():
-            key = f"{name}_{ending}".replace(".", "_").removesuffix("_acc")
-            if key not in self.accuracy:
-                self.accuracy[key] = MulticlassAccuracy(self.num_classes, average="micro").to(self.device)
-            metric: Any = self.accuracy[key]
-            labels = read.labels.argmax(1) if read.labels.is_floating_point() else read.labels
-            metric.update(logits, labels)
-            self.log(
-                f"{name}/{ending}", metric, on_epoch=True, add_dataloader_idx=False, prog_bar=True,
-                metric_attribute=f"accuracy.{key}", batch_size=len(read.images),
-            )  # fmt: skip
+            self._log_accuracy(f"{name}/{ending}", logits, labels, 1)
+            if top_k is not None and top_k < self.num_classes:
+                self._log_accuracy(f"{name}/{ending}_top{top_k}", logits, labels, top_k)
+
+    def _log_accuracy(self, name: str, logits: Tensor, labels: Tensor, top_k: int) -> None:
+        key = name.replace("/", "_").replace(".", "_").removesuffix("_acc")
+        if key not in self.accuracy:
+            self.accuracy[key] = MulticlassAccuracy(self.num_classes, average="micro", top_k=top_k).to(self.device)
+        metric: Any = self.accuracy[key]
+        metric.update(logits, labels)
+        self.log(
+            name, metric, on_epoch=True, add_dataloader_idx=False, prog_bar=True, metric_attribute=f"accuracy.{key}",
+            batch_size=len(labels),
+        )  # fmt: skip

@@ -22,7 +22,7 @@ def predict_split(
     quantities: tuple[Quantity, ...],
     network: int | None = 0,
     view: str = "none",
-    pool: bool = False,
+    pool_only: bool = False,
 ) -> dict[str, Tensor]:
     """Run networks on a whole split, in evaluation mode and without gradient. A collective operation.
 
@@ -34,9 +34,8 @@ def predict_split(
             ``"predictions"`` (N,) int64, the predicted classes.
         network: number of the network; None runs all networks and adds a leading dimension, as in (2, N, C).
         view: policy of the view; ``"none"`` is the image without augmentation.
-        pool: predict only the training samples in the pools of the current epoch
-            (:meth:`~sanm_lightning.data.NoisyDataModule.epoch_pool`) of all networks. The rows of other samples are NaN,
-            and -1 in labels and predictions.
+        pool_only: whether the rows are those of the samples of the epoch's pool instead of all samples of ``"train"``, with
+            their positions (M,) as ``"index"``.
 
     Returns:
         The quantities by name, on the module's device, indexed by position in the split; float32, except
@@ -45,32 +44,27 @@ def predict_split(
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
     found: dict[str, Tensor] = {}
-    positions = torch.arange(data.split_size(split))
-    if pool and split == "train":
-        pools = [data.epoch_pool(module.current_epoch, peer).cpu() for peer in range(len(module.networks))]
-        positions = torch.cat(pools).unique()
+    positions = data.pass_pool() if pool_only else torch.arange(data.split_size(split))
+    index = positions.to(module.device)
     generator = named_generator("pass", module.sanm.seed, process_rank(), module.current_epoch)
     with torch.no_grad(), module.trainer.precision_plugin.forward_context(), evaluation_mode(module):
         for item in data.pass_dataloader(split, positions):
             item = move_data_to_device(item, module.device)
             batch = data.pass_batch(item, split, module.device, policy=view, generator=generator)
             batch = module.trainer.precision_plugin.convert_input(batch)
+            place = torch.searchsorted(index, batch.index.contiguous()) if pool_only else batch.index
             rows = [_quantities(net, batch.images, batch.labels, quantities) for net in networks]
             for name in quantities:
                 value = torch.stack([row[name] for row in rows])
                 if name not in found:
-                    size = (len(networks), data.split_size(split), *value.shape[2:])
+                    size = (len(networks), len(positions), *value.shape[2:])
                     found[name] = torch.zeros(size, dtype=value.dtype, device=value.device)
-                found[name][:, batch.index] = value
+                found[name][:, place] = value
     if several_processes():
         for value in found.values():
             torch.distributed.all_reduce(value)
-    if len(positions) < data.split_size(split):
-        outside = torch.ones(data.split_size(split), dtype=torch.bool)
-        outside[positions] = False
-        for value in found.values():
-            value[:, outside.to(value.device)] = torch.nan if value.is_floating_point() else -1
-    return {name: value if network is None and name != "labels" else value[0] for name, value in found.items()}
+    result = {name: value if network is None and name != "labels" else value[0] for name, value in found.items()}
+    return {**result, "index": index} if pool_only else result
 
 
 def _quantities(network: Any, images: Tensor, labels: Tensor, wanted: tuple[Quantity, ...]) -> dict[str, Tensor]:

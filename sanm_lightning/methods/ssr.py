@@ -134,13 +134,16 @@ class SSR(NoisyLabelModule):
         """Relabel and select, after the warm-up."""
         if self.stage.name == "warmup":
             return
-        found = self.predict_train("labels", "features", "logits", pool=True)
-        index = (found["labels"] >= 0).nonzero().squeeze(1)
-        found = {name: rows[index] for name, rows in found.items()}
+        found = self.predict_train("labels", "features", "logits", pool_only=True)
         given, features = found["labels"], found["features"]
+        if len(given) < self.k:
+            raise ValueError(
+                f"expected at least k = {self.k} samples in the pool of an epoch, one per neighbor, got {len(given)}; raise "
+                "data.samples_per_epoch, or lower k"
+            )
         labels = relabel(given, found["logits"].softmax(1), self.theta_r)
         votes = balanced_votes(knn_vote(features, labels, self.k, self.num_classes, self.chunk), labels)
-        agreeing, given_agreeing = (votes.gather(1, judged[:, None])[:, 0] for judged in (labels, given))
+        agreeing, given_agreeing = (votes.gather(1, part[:, None])[:, 0] for part in (labels, given))
         selected = agreeing / votes.max(1).values >= self.theta_s
         if not bool(selected.any()):
             rank_zero_warn(
@@ -149,7 +152,8 @@ class SSR(NoisyLabelModule):
             )
             selected = torch.ones_like(selected)
         quality, given_quality = self._judge(agreeing, given_agreeing)
-        self.selection.update(index, labels=labels, selected=selected, quality=quality, given_quality=given_quality)
+        judged = {"labels": labels, "selected": selected, "quality": quality, "given_quality": given_quality}
+        self.selection.update(found["index"], **judged)
 
     def _judge(self, agreeing: Tensor, given_agreeing: Tensor) -> tuple[Tensor, Tensor]:
         """Return the quality of current and given labels from their fractions of the votes, (N,), in [0, 1]."""

@@ -130,9 +130,8 @@ def pass_over(trainer: Any, pl_module: Any) -> Pass | None:
     classifiers = [network.get_classifier() for network in pl_module.networks]
     if not all(any(p.requires_grad for p in classifier.parameters()) for classifier in classifiers):
         return None
-    found = pl_module.predict_train("loss", "predictions", "labels", network=None, pool=True)
-    positions = (found["labels"].cpu() >= 0).nonzero().squeeze(1)
-    return Pass(positions, found["loss"].cpu()[:, positions], found["predictions"].cpu()[:, positions])
+    found = pl_module.predict_train("loss", "predictions", network=None, pool_only=True)
+    return Pass(found["index"].cpu(), found["loss"].cpu(), found["predictions"].cpu())
 
 
 def losses(parts: list[SANM], last_pass: Pass | None, wrong: Tensor | None) -> list[Losses]:

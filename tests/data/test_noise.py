@@ -1,14 +1,18 @@
 """Label noise: exact counts, frozen copies, files."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor
 
+from sanm_lightning.data import Digits
+from sanm_lightning.data.instance_noise import Pixels, instance_dependent, truncated_normal
 from sanm_lightning.data.noise import (
     CIFAR10_MAP,
     CIFAR100_SUPERCLASSES,
@@ -21,6 +25,7 @@ from sanm_lightning.data.noise import (
     read_labels,
     symmetric,
     symmetric_exclusive,
+    transition,
 )
 
 
@@ -153,6 +158,131 @@ class TestPairFlip:
         assert torch.equal(noisy[changed], (labels[changed] + 1) % c)
 
 
+class TestTransition:
+    matrix = torch.tensor([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]], dtype=torch.float64)
+
+    @quick
+    @given(sizes, seeds)
+    def test_every_count_is_that_of_the_matrix_up_to_one_sample(self, size: int, seed: int) -> None:
+        labels = some_labels(size, 3, seed % 100)
+        noisy = transition(labels, self.matrix, generator(seed))
+        counts = (labels * 3 + noisy).bincount(minlength=9).view(3, 3)
+        assert torch.equal(counts.sum(1), labels.bincount(minlength=3))
+        assert bool(((counts - self.matrix * counts.sum(1, keepdim=True)).abs() < 1).all())
+
+    @pytest.mark.parametrize("ending", ["npy", "csv"])
+    def test_a_matrix_from_a_file_is_that_of_the_rows(self, tmp_path, ending) -> None:  # type: ignore[no-untyped-def]
+        path = tmp_path / f"m.{ending}"
+        if ending == "npy":
+            np.save(path, self.matrix.numpy())
+        else:
+            np.savetxt(path, self.matrix.numpy(), delimiter=",", fmt="%.17g")
+        labels = some_labels(60, 3)
+        read, given_rows = Noise("transition", matrix=str(path)), Noise("transition", matrix=self.matrix.tolist())
+        assert torch.equal(read.apply(labels, 3, 0), given_rows.apply(labels, 3, 0))
+
+    @pytest.mark.parametrize(
+        ("matrix", "match"),
+        [
+            ([[1.0, 0.0], [0.0, 1.0]], r"a transition matrix \(3, 3\), one row per class, got \(2, 2\); use"),
+            ([[1.0, 0.0], [0.0]], "got rows of different lengths; use"),
+            ([[1.0, 0, 0], [0.5, 0.4, 0], [0, 0, 1.0]], r"got 1 others \(first: row 1, \[0\.5, 0\.4, 0\.0\]\); make"),
+            ([[1.0, 0, 0], [1.5, -0.5, 0], [0, 0, 1.0]], r"got 1 others \(first: row 1"),
+            ("matrix.txt", r"in a \.npy or \.csv file, got 'matrix\.txt'; convert"),
+            (
+                "words.csv",
+                r"a table of numbers in '.*words\.csv', got a file that cannot be read \(.*\); write one row",
+            ),
+        ],
+    )
+    def test_refuses_with_one_sentence(self, tmp_path, monkeypatch, matrix, match) -> None:  # type: ignore[no-untyped-def]
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "words.csv").write_text("a,b\nc,d\n")
+        with pytest.raises(ValueError, match=match) as error:
+            Noise("transition", matrix=matrix).apply(some_labels(9, 3), 3, 0)
+        assert "\n" not in str(error.value)
+
+    def test_says_that_the_file_is_missing(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"got no such file; check noise\.matrix"):
+            Noise("transition", matrix="none.csv").apply(some_labels(9, 3), 3, 0)
+
+
+class TestInstanceDependent:
+    """On digits, real images that need no download."""
+
+    @pytest.mark.parametrize("scale", ["raw", "normalized"])
+    @pytest.mark.parametrize("rate", [0.2, 0.5])
+    def test_the_rate_is_that_asked_and_similar_images_get_the_same_wrong_class(self, rate: float, scale: Any) -> None:
+        labels, images, *_ = Digits(image_size=8).load_train()
+        assert isinstance(images, Tensor)
+        pixels = Pixels(images, (0.3, 0.3, 0.3), (0.35, 0.35, 0.35))
+        noisy = instance_dependent(labels, rate, 10, generator(), pixels, scale)
+        wrong = (noisy != labels).nonzero()[:, 0]
+        assert len(wrong) / len(labels) == pytest.approx(rate, abs=0.04)
+        # the nearest neighbor of the same class with a wrong label has the same wrong label more often than by chance
+        flat = images[wrong].flatten(1).double()
+        distance = torch.cdist(flat, flat).fill_diagonal_(torch.inf)
+        distance[labels[wrong][:, None] != labels[wrong]] = torch.inf
+        near = float((noisy[wrong][distance.argmin(1)] == noisy[wrong]).double().mean())
+        shuffled = noisy[wrong].clone()
+        for label in range(10):
+            own = (labels[wrong] == label).nonzero()[:, 0]
+            shuffled[own] = shuffled[own[torch.randperm(len(own), generator=generator(label))]]
+        chance = float((shuffled[distance.argmin(1)] == noisy[wrong]).double().mean())
+        assert near > chance + 0.1
+
+    def test_is_the_loop_over_samples(self) -> None:
+        """One sample at a time: a flip rate, the scores of the class's weights, a draw from the mixture of both."""
+        labels, images = (
+            torch.tensor([1, 0, 1, 2]),
+            torch.randint(256, (4, 3, 2, 2), generator=generator(), dtype=torch.uint8),
+        )
+        drawn = generator(5)
+        flip = truncated_normal(4, 0.5, drawn)
+        expected = labels.clone()
+        for label in range(3):
+            weight = torch.randn(12, 3, generator=drawn).double()
+            rows = (labels == label).nonzero()[:, 0].tolist()
+            probs = []
+            for row in rows:
+                score = [float(images[row].double().flatten() @ weight[:, c]) for c in range(3)]
+                top = max(score[c] for c in range(3) if c != label)
+                other = [0.0 if c == label else math.exp(score[c] - top) for c in range(3)]
+                share = [float(flip[row]) * value / sum(other) for value in other]
+                share[label] = 1 - float(flip[row])
+                probs.append(share)
+            expected[rows] = torch.multinomial(torch.tensor(probs, dtype=torch.float64), 1, generator=drawn)[:, 0]
+        assert torch.equal(instance_dependent(labels, 0.5, 3, generator(5), images), expected)
+
+    def test_flip_rates_are_those_of_a_truncated_normal_distribution(self) -> None:
+        drawn = truncated_normal(20_000, 0.1, generator()).numpy()
+        assert drawn.min() >= 0 and drawn.max() <= 1
+        reference = stats.truncnorm(-1, 9, loc=0.1, scale=0.1)
+        assert stats.kstest(drawn, reference.cdf).pvalue > 0.01
+        assert drawn.mean() == pytest.approx(0.129, abs=0.002)
+
+    def test_refuses_labels_without_images_and_normalized_pixels_without_statistics(self) -> None:
+        labels = some_labels(9, 3)
+        with pytest.raises(
+            ValueError, match="expected images for instance-dependent noise, got labels only; pass images"
+        ):
+            Noise("instance", 0.4).apply(labels, 3, 0)
+        with pytest.raises(ValueError, match=r"one image per label .* got 4 images and 9 labels; pass"):
+            Noise("instance", 0.4).apply(labels, 3, 0, torch.zeros(4, 3, 2, 2, dtype=torch.uint8))
+        with pytest.raises(
+            ValueError, match="statistics of the data for noise with pixels 'normalized', got none; set"
+        ):
+            Noise("instance", 0.4, pixels="normalized").apply(labels, 3, 0, torch.zeros(9, 3, 2, 2, dtype=torch.uint8))
+
+    def test_a_data_module_passes_the_images_of_its_subset(self) -> None:
+        data = Digits(image_size=8, noise=Noise("instance", 0.5), max_train_samples=50, seed=0)
+        table, source = data.table("train"), Digits(image_size=8).load_train()
+        assert isinstance(source.images, Tensor) and table.true_labels is not None
+        alone = Noise("instance", 0.5).apply(table.true_labels, 10, 0, source.images[table.origin])
+        assert torch.equal(table.labels, alone)
+        assert data.noise_rate == 0.5 and 0.2 < (data.measured_noise_rate or 0) < 0.8
+
+
 class TestEveryKind:
     kinds = (
         Noise("symmetric", 0.7),
@@ -160,22 +290,25 @@ class TestEveryKind:
         Noise("asymmetric", 0.7, mapping="cifar10"),
         Noise("asymmetric_sequential", 0.7, mapping="cifar10"),
         Noise("pair", 0.7),
+        Noise("transition", matrix=[[0.5 if i in (j, (j + 1) % 10) else 0.0 for i in range(10)] for j in range(10)]),
+        Noise("instance", 0.7),
     )
+    images = torch.randint(256, (100, 3, 4, 4), generator=generator(7), dtype=torch.uint8)
 
     @pytest.mark.parametrize("noise", (*kinds, Noise()), ids=lambda n: n.kind)
     def test_leaves_the_given_labels_alone(self, noise: Noise) -> None:
         labels = some_labels(100, 10)
         before = labels.clone()
-        noise.apply(labels, 10, 0).fill_(-1)
+        noise.apply(labels, 10, 0, self.images).fill_(-1)
         assert torch.equal(labels, before)
 
     @pytest.mark.parametrize("noise", kinds, ids=lambda n: n.kind)
     def test_is_a_function_of_the_seed_and_of_nothing_else(self, noise: Noise) -> None:
         labels = some_labels(100, 10)
-        first = noise.apply(labels, 10, 3)
+        first = noise.apply(labels, 10, 3, self.images)
         torch.rand(5)
-        assert torch.equal(first, noise.apply(labels, 10, 3))
-        assert not torch.equal(first, noise.apply(labels, 10, 4))
+        assert torch.equal(first, noise.apply(labels, 10, 3, self.images))
+        assert not torch.equal(first, noise.apply(labels, 10, 4, self.images))
 
     def test_prefers_its_own_seed(self) -> None:
         labels = some_labels(100, 10)
@@ -222,6 +355,10 @@ class TestReadLabels:
         np.save(tmp_path / "a.npy", labels)
         np.savez(tmp_path / "one.npz", labels)
         np.savez(tmp_path / "two.npz", clean=labels * 0, worse=labels.astype(np.float32))
+        torch.save({"clean": labels * 0, "worse": labels.tolist()}, tmp_path / "two.pt")
+        torch.save({"worse": torch.from_numpy(labels)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+        (tmp_path / "list.json").write_text("[2, 0, 1, 1]")  # as DivideMix writes it
+        (tmp_path / "two.json").write_text('{"clean": [0, 0, 0, 0], "worse": [2, 0, 1, 1]}')
         files = {
             "column.csv": "2\n0\n1\n1\n",
             "header.csv": "label\n2\n0\n1\n1\n",
@@ -232,9 +369,18 @@ class TestReadLabels:
         }
         for name, text in files.items():
             (tmp_path / name).write_text(text, encoding="utf-8", newline="")
-        for name in ("a.npy", "one.npz", "column.csv", "header.csv", "pairs.csv", "pairs_header.csv"):
+        for name in (
+            "a.npy",
+            "one.npz",
+            "list.json",
+            "legacy.pt",
+            "column.csv",
+            "header.csv",
+            "pairs.csv",
+            "pairs_header.csv",
+        ):
             assert read_labels(tmp_path / name, 4, 3).tolist() == [2, 0, 1, 1], name
-        for name in ("two.npz", "named.csv", "named_index.csv"):
+        for name in ("two.npz", "two.json", "two.pt", "named.csv", "named_index.csv"):
             read = read_labels(tmp_path / name, 4, 3, key="worse")
             assert read.tolist() == [2, 0, 1, 1] and read.dtype == torch.int64, name
 
@@ -248,6 +394,10 @@ class TestReadLabels:
         for name in ("a.npy", "a.npz"):
             with pytest.raises(ValueError, match="cannot be read"):
                 read_labels(tmp_path / name, 1, 2)
+        for content in ({"labels": Bomb()}, {"labels": np.array([Bomb()], dtype=object)}):
+            torch.save(content, tmp_path / "a.pt")
+            with pytest.raises(ValueError, match="contains other objects, none of which was loaded; save it as"):
+                read_labels(tmp_path / "a.pt", 1, 2)
 
     @pytest.mark.parametrize(
         ("name", "content", "key", "match"),
@@ -269,7 +419,11 @@ class TestReadLabels:
             ("a.csv", b"a,b\n0,1\n", "c", r"expected a column 'c' in .*, got columns \['a', 'b'\]"),
             ("a.csv", b"0,1\n0,2\n1,1\n2,1\n", None, "each once"),
             ("a.csv", b"0,1\n1\n", None, "expected 2 columns in every row of .*, got 1 in row 1"),
-            ("a.txt", b"0\n", None, r"extension \.csv, \.npy, \.npz, got"),
+            ("a.json", b'{"x": [0], "y": [0]}', None, r"got arrays \['x', 'y'\]; set key"),
+            ("a.json", b"[0, 1,", None, "cannot be read"),
+            ("a.json", b'["cat", "dog", "cat", "dog"]', None, "whole numbers"),
+            ("a.pt", b"no zip", None, "cannot be read|other objects"),
+            ("a.txt", b"0\n", None, r"extension \.csv, \.json, \.npy, \.npz, \.pt, got"),
         ],
     )
     def test_refuses_with_one_sentence(self, tmp_path, name, content, key, match) -> None:  # type: ignore[no-untyped-def]
@@ -303,6 +457,10 @@ class TestNoise:
                 r"among \['cifar10', 'cifar100_blocks_of_five', 'cifar100_superclass'\], got 'cifar'",
             ),
             ({"kind": "file"}, "expected the path of a label file"),
+            ({"kind": "transition"}, "expected a transition matrix for noise of kind 'transition' .* got none; set"),
+            ({"kind": "transition", "rate": 0.2, "matrix": "a.csv"}, "no rate for noise of kind 'transition', got 0.2"),
+            ({"kind": "pair", "matrix": "a.csv"}, "and for no other, got one for kind 'pair'; set"),
+            ({"kind": "instance", "pixels": "bytes"}, "expected pixels 'raw' or 'normalized', got 'bytes'; choose"),
             ({"seed": -1}, "0 or more"),
         ],
     )

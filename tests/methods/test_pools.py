@@ -51,17 +51,21 @@ class TestPredictTrain:
         assert torch.equal(found["labels"], source.labels)
 
     @pytest.mark.parametrize("networks", [1, 2])
-    def test_leaves_the_rows_outside_of_the_pools_of_all_networks_out_if_asked(self, networks):
+    def test_returns_the_rows_of_the_pools_of_all_networks_with_their_positions_if_asked(self, networks):
         module = method() if networks == 1 else DivideMix(**SMALL, warmup_epochs=1)
-        source, passes = Thirds(seed=3), Passes("logits", "loss", "labels", "predictions", network=None, pool=True)
+        source, passes = Thirds(seed=3), Passes("logits", "loss", "labels", "predictions", network=None, pool_only=True)
         with empty_sets_allowed():
             trainer(2, callbacks=[passes]).fit(module, source)
         for epoch, found in enumerate(passes.found):
-            mask = outside(source, epoch, networks)
-            assert torch.equal(found["loss"].isnan(), mask.expand(networks, -1))
-            assert torch.equal(found["logits"].isnan(), mask.view(1, -1, 1).expand_as(found["logits"]))
-            assert torch.equal(found["labels"] == -1, mask)
-            assert torch.equal(found["predictions"] == -1, mask.expand(networks, -1))
+            index = (~outside(source, epoch, networks)).nonzero().squeeze(1)
+            assert torch.equal(found["index"], index)
+            assert torch.equal(found["labels"], source.labels[index])
+            assert found["logits"].shape == (networks, len(index), 4)
+            assert torch.equal(found["predictions"], found["logits"].argmax(2))
+            expected = [
+                torch.nn.functional.cross_entropy(rows, found["labels"], reduction="none") for rows in found["logits"]
+            ]
+            torch.testing.assert_close(found["loss"], torch.stack(expected))
 
 
 def test_the_files_after_a_fit_are_those_of_all_samples():
