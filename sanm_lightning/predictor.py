@@ -64,7 +64,7 @@ class Predictor(nn.Module):
 
 
 def _used_parts(module: NoisyLabelModule) -> NoisyLabelModule:
-    """Copy a method without the modules that its forward does not call, such as decoders and per-sample state."""
+    """Copy a method without the modules that its forward does not call, such as decoders, and without its own state."""
     slim = copy.deepcopy(module).eval().requires_grad_(False)
     used: set[str] = set()
     handles = [
@@ -79,6 +79,8 @@ def _used_parts(module: NoisyLabelModule) -> NoisyLabelModule:
     for name, _ in list(slim.named_children()):
         if name not in used:
             delattr(slim, name)
+    for name, _ in list(slim.named_buffers(recurse=False)):
+        delattr(slim, name)
     return slim
 
 

@@ -104,7 +104,12 @@ def merged(configs: list[Path]) -> dict[str, Any]:
 
     for path in configs:
         lay(whole, yaml.safe_load(path.read_text()))
-    if whole["model"].get("class_path") in ("CDR", "CoTeaching"):  # they require it, on the command line
+    if whole["model"].get("class_path") in (
+        "CDR",
+        "CoTeaching",
+        "CoTeachingPlus",
+        "SELFIE",
+    ):  # they require it, on the command line
         whole["model"]["init_args"].setdefault("noise_rate", 0.5)
     place = (((whole["model"].get("init_args") or {}).get("sanm") or {}).get("init_args") or {}).get("place")
     if isinstance(place, dict):  # its weights would be downloaded

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sanm_lightning.data.decode import ImageFileList
 from sanm_lightning.data.image_folder import ImageFiles
@@ -59,6 +60,10 @@ class ListedImages(ImageFiles):
         paths = PathList(listed.paths, str(Path(self.root)) + "/")
         files = ImageFileList(paths, self._decoded, self.channels, self.resize)
         return Source(torch.from_numpy(listed.labels), files, PathList(listed.paths))
+
+    def classes_without(self, labels: Tensor) -> str:
+        """Return no names: the classes are those of the official lists, whatever a split contains."""
+        return ""
 
     def _require(self, *names: str) -> None:
         """Check that files or folders exist in the root.

@@ -110,9 +110,8 @@ class ForwardCorrection(NoisyLabelModule):
         self.transition = estimate_transition(self.predict_train("logits")["logits"].softmax(1), self.percentile)
 
     def label_quality(self) -> Tensor | None:
-        """Return the posterior probability of each given label, (N,); None before the matrix is known."""
-        known = len(self.posterior) > 0 and self.stage.name == "corrected"
-        return self.posterior.given_quality if known else None
+        """Return the posterior probability of each given label, (N,); None before the first corrected step."""
+        return self.posterior.given_quality if self.posterior.filled else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""

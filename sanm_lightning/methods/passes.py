@@ -44,11 +44,14 @@ def predict_split(
     data = module.trainer.datamodule
     networks = module.networks if network is None else [module.networks[network]]
     found: dict[str, Tensor] = {}
-    positions = data.pass_pool() if pool_only else torch.arange(data.split_size(split))
+    size = data.split_size(split)
+    pool = data.pass_pool() if split == "train" and hasattr(data, "pass_pool") else torch.arange(size)
+    positions = pool if pool_only else torch.arange(size)
     index = positions.to(module.device)
+    loader = data.pass_dataloader(split) if len(positions) == len(pool) else data.pass_dataloader(split, positions)
     generator = named_generator("pass", module.sanm.seed, process_rank(), module.current_epoch)
     with torch.no_grad(), module.trainer.precision_plugin.forward_context(), evaluation_mode(module):
-        for item in data.pass_dataloader(split, positions):
+        for item in loader:
             item = move_data_to_device(item, module.device)
             batch = data.pass_batch(item, split, module.device, policy=view, generator=generator)
             batch = module.trainer.precision_plugin.convert_input(batch)
@@ -57,8 +60,8 @@ def predict_split(
             for name in quantities:
                 value = torch.stack([row[name] for row in rows])
                 if name not in found:
-                    size = (len(networks), len(positions), *value.shape[2:])
-                    found[name] = torch.zeros(size, dtype=value.dtype, device=value.device)
+                    shape = (len(networks), len(positions), *value.shape[2:])
+                    found[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
                 found[name][:, place] = value
     if several_processes():
         for value in found.values():

@@ -96,11 +96,8 @@ class PENCIL(NoisyLabelModule):
         ]
 
     def label_quality(self) -> Tensor | None:
-        """Return the probability of each given label in its distribution, (N,); None in the first stage."""
-        if self.stage.name == "warmup" or not len(self.labels):
-            return None
-        given = self.given_labels
-        return self.labels.logits.softmax(1).gather(1, given[:, None])[:, 0]
+        """Return the probability of each given label in its distribution, (N,); None before the first step."""
+        return self.agreement.given_quality if self.agreement.filled else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch; in the second stage, take a gradient step on its label distributions."""
@@ -110,16 +107,18 @@ class PENCIL(NoisyLabelModule):
             out = self.learn(batch, given)
             loss = out.classification()
         else:
-            learned = self.labels.logits[index]
-            out = self.learn(batch, learned.softmax(1), quality=self.agreement.quality[index])
+            learned = self.labels(index)
+            out = self.learn(batch, learned.detach().softmax(1), quality=self.agreement.quality[index])
             loss = reverse_kl(out.logits, out.targets).mean() / self.num_classes
         assert out.clean_logits is not None
         if self.stage.name == "labels":
             loss = loss + self.beta * entropy(out.logits).mean() / self.num_classes
-            gradient = label_step(learned, out.clean_logits, given, self.alpha, twice=self.released_compatibility)
-            self.labels.update(index, gradient, self.label_lr)
-        overlap = self.labels.logits[index].softmax(1) * out.clean_logits.detach().float().softmax(1)
+            learned.grad = label_step(learned, out.clean_logits, given, self.alpha, twice=self.released_compatibility)
+            self.labels.sgd_step(index, self.label_lr)
+        distribution = self.labels.logits[index].softmax(1)
+        overlap = distribution * out.clean_logits.detach().float().softmax(1)
         self.agreement.write("quality", index, overlap.sum(1))
+        self.agreement.write("given_quality", index, (distribution * given).sum(1))
         return loss + out.reconstruction
 
 

@@ -11,37 +11,25 @@ from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import consistent_votes, small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.elr import require_index
-from sanm_lightning.per_sample import History, SampleState
+from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["SELFIE", "Refurbished"]
 
 
-class Refurbished(SampleState):
+class Refurbished(LabelStore):
     """Labels that were replaced, and the noise rate of the current run.
 
     Args:
         noise_rate: fraction of each batch that is not selected by its loss.
     """
 
-    labels: Tensor
-    """(N,) int64: given labels, or those that replace them."""
     replaced: Tensor
-    """(N,) bool."""
-    quality: Tensor
-    """(N,) float32 in [0, 1]: quality of ``labels``."""
+    """(N,) bool: whether the given label was replaced."""
 
     def __init__(self, noise_rate: float) -> None:
         super().__init__()
         self.noise_rate = noise_rate
-        self.add_state("labels", dtype=torch.int64)
         self.add_state("replaced", dtype=torch.bool)
-        self.add_state("quality", default=1.0)
-
-    def reset(self, num_samples: int, labels: Tensor | None = None) -> None:
-        """Reset to the given labels."""
-        super().reset(num_samples)
-        if labels is not None:
-            self.labels = labels.to(self.labels).clone()
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the tables and the noise rate."""
@@ -50,7 +38,7 @@ class Refurbished(SampleState):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore a state."""
         super().set_extra_state(state)
-        self.noise_rate = float(state["noise_rate"])
+        self.noise_rate = float(state.get("noise_rate", self.noise_rate))
 
 
 class SELFIE(NoisyLabelModule):
@@ -162,10 +150,7 @@ class SELFIE(NoisyLabelModule):
 
     def label_quality(self) -> Tensor | None:
         """Return the quality of each given label, (N,), 0 for replaced labels; None in the first stage."""
-        if self.current_epoch < self.warmup_epochs or not len(self.refurbished):
-            return None
-        given = self.given_labels
-        return torch.where(self.refurbished.labels == given, self.refurbished.quality, 0.0)
+        return self.refurbished.given_quality if self.refurbished.filled else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -196,5 +181,7 @@ class SELFIE(NoisyLabelModule):
         rank = losses.argsort().argsort() / max(1, len(losses) - 1)
         store.write("labels", index, labels)
         store.write("replaced", index, replaced)
-        store.write("quality", index, torch.where(replaced, 1 - doubt, 1 - rank))
+        quality = torch.where(replaced, 1 - doubt, 1 - rank)
+        store.write("quality", index, quality)
+        store.write("given_quality", index, torch.where(labels == batch.labels, quality, 0.0))
         return out.cross_entropy(small_loss(losses, kept) | replaced)

@@ -51,9 +51,10 @@ class Normalized(nn.Module):
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         if not 0 < len(mean) == len(std) or min(std) <= 0 or not all(map(math.isfinite, (*mean, *std))):
+            count = ("one", "two", "three", "four")[max(0, min(4, len(mean)) - 1)]
             raise ValueError(
-                f"expected a mean and a positive standard deviation for each channel, got mean {mean} and std {std}; use "
-                "those of the training images"
+                f"expected {count} means and {count} positive standard deviations, got mean {mean} and std {std}; use those of "
+                "the training images, one per channel"
             )
         inner: Any = network
         self.network = inner

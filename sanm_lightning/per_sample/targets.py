@@ -96,8 +96,13 @@ class LabelStore(SampleState):
             setattr(self, name, new.clone() if index is None else old.index_copy(0, index.to(old.device), new))
         self.filled = True
 
+    def write(self, name: str, index: Tensor, rows: Tensor) -> None:
+        """Set rows of a table, see :meth:`SampleState.write`."""
+        super().write(name, index, rows)
+        self.filled = True
+
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the tables, and whether :meth:`update` was called."""
+        """Return the tables, and whether they were written."""
         return {**super().get_extra_state(), "filled": self.filled}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -121,6 +126,7 @@ class LearnableTargets(SampleState):
         super().__init__()
         self.num_classes, self.scale = num_classes, scale
         self.add_state("logits", (num_classes,))
+        self._leaf: Tensor | None = None
 
     def reset(self, num_samples: int, labels: Tensor | None = None) -> None:
         """Reset to the given labels: ``scale`` times their one-hot rows."""
@@ -128,6 +134,18 @@ class LearnableTargets(SampleState):
         if labels is not None:
             self.logits = self.scale * F.one_hot(labels, self.num_classes).to(self.logits)
 
-    def update(self, index: Tensor, gradient: Tensor, lr: float) -> None:
-        """Apply a gradient step with learning rate ``lr`` to the rows ``index`` (B,); ``gradient`` has shape (B, C)."""
-        self.write("logits", index, self.logits[index] - lr * gradient)
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the logits (B, C) of samples ``index`` (B,), as a leaf tensor with gradient."""
+        self._leaf = self.logits[index].clone().requires_grad_()
+        return self._leaf
+
+    def sgd_step(self, index: Tensor, lr: float) -> None:
+        """Apply a gradient step to the rows of the last :meth:`forward`, once the gradient of its result is known.
+
+        Args:
+            index: positions in the training set, shape (B,), as in the last :meth:`forward`.
+            lr: learning rate.
+        """
+        if self._leaf is not None and self._leaf.grad is not None:
+            self.write("logits", index, self._leaf.detach() - lr * self._leaf.grad)
+        self._leaf = None

@@ -202,23 +202,24 @@ class FeatureQuality(TableQuality):
             if module.current_epoch == 0:
                 return  # the network is untrained
             if (self.fits + 1) % self.every == 0:
-                network, size = _network_of(self, module), int(module.trainer.datamodule.num_samples)
-                found = module.predict_train("features", "labels", network=network, pool_only=True)
-                self._renew(found["features"], found["labels"], found["index"], size)
+                found = module.predict_train("features", "labels", network=_network_of(self, module), pool_only=True)
+                seen = torch.zeros(int(module.trainer.datamodule.num_samples), dtype=torch.bool)
+                seen[found["index"].cpu()] = True
+                self._renew(found["features"], found["labels"], seen)
             self.fits += 1
         elif bool(self.recorded.seen.any()):
             if (self.fits + 1) % self.every == 0:
-                index = self.recorded.seen.nonzero().squeeze(1)
-                features, labels = self.recorded.features[index], self.recorded.label[index]
-                self._renew(features, labels, index, len(self.recorded.seen))
+                seen = self.recorded.seen
+                self._renew(self.recorded.features[seen], self.recorded.label[seen], seen)
             self.fits += 1
 
-    def _renew(self, features: Tensor, labels: Tensor, index: Tensor, size: int) -> None:
-        quality = self.table.quality.cpu().clone() if len(self.table) == size else torch.ones(size)
+    def _renew(self, features: Tensor, labels: Tensor, seen: Tensor) -> None:
+        """Update the quality of the samples that are ``seen`` (N,), from their features (M, D) and labels (M,)."""
+        quality = self.table.quality.cpu().clone() if len(self.table) == len(seen) else torch.ones(len(seen))
         given = labels.cpu().numpy()
         if len(np.unique(given)) < 2 or len(given) < 10:
             return
-        quality[index.cpu()] = torch.from_numpy(self._quality(features.detach().cpu().float().numpy(), given))
+        quality[seen.cpu()] = torch.from_numpy(self._quality(features.detach().cpu().float().numpy(), given))
         if self.momentum and bool(self.table.known.any()):
             quality = self.momentum * self.table.quality.cpu() + (1 - self.momentum) * quality
         self._set(quality.clamp(0, 1))
