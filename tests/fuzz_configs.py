@@ -109,7 +109,7 @@ def merged(configs: list[Path]) -> dict[str, Any]:
         "CoTeaching",
         "CoTeachingPlus",
         "SELFIE",
-    ):  # they require it, on the command line
+    ):  # required
         whole["model"]["init_args"].setdefault("noise_rate", 0.5)
     place = (((whole["model"].get("init_args") or {}).get("sanm") or {}).get("init_args") or {}).get("place")
     if isinstance(place, dict):  # its weights would be downloaded

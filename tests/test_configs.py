@@ -21,6 +21,7 @@ from sanm_lightning import Noise, config_paths
 from sanm_lightning.cli import SANMCLI, main
 from sanm_lightning.models import create_network
 from sanm_lightning.sanm import FeatureQuality
+from tests.full import FULL
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -165,7 +166,8 @@ def same(stated: Any, parsed: Any) -> bool:
 class TestComposition:
     @pytest.mark.parametrize("method", METHODS, ids=name)
     def test_a_method_goes_with_every_data_set(self, parse, method):
-        for data in DATA:
+        """In ``make test``, with CIFAR-10 and one of the others in turn."""
+        for data in DATA if FULL else {CIFAR10, DATA[METHODS.index(method) % len(DATA)]}:
             settings = parse(method, data)
             for path, value, _ in [*stated(read(method)), *stated(read(data))]:
                 assert same(value, value_of(settings, path)), (data.stem, path)
@@ -396,6 +398,7 @@ def slim(monkeypatch):
     """Shrink what the configs ask for, so that a step takes no second: the config is the test, not the arithmetic."""
     from sanm_lightning.models import preact_resnet, resnet_cifar
 
+    monkeypatch.setattr(sys.modules["sanm_lightning.models.cnn9"], "WIDTHS", ((4, 4, 4), (4, 4, 4), (8, 8, 8)))
     monkeypatch.setattr(resnet_cifar, "CHANNELS", (4, 4, 8, 8))
     plain = preact_resnet.PreActResNet.__init__
     monkeypatch.setattr(
@@ -429,8 +432,18 @@ def test_a_method_runs_a_step(monkeypatch, encoder, config):
     assert cli.datamodule.noise_kind == ("symmetric_exclusive" if config.stem == "quickstart" else "none")
 
 
-@pytest.mark.parametrize("overlay", [CONFIGS / "sanm.yaml", CONFIGS / "sanm" / "features.yaml"], ids=name)
-@pytest.mark.parametrize("config", [config for config in [*METHODS, *JOBS] if config.stem != "simclr"], ids=name)
+FEATURES = CONFIGS / "sanm" / "features.yaml"
+UNDER_SANM = [
+    (config, overlay)
+    for config in [*METHODS, *JOBS]
+    for overlay in (CONFIGS / "sanm.yaml", FEATURES)
+    if config.stem != "simclr"
+    and (FULL or overlay != FEATURES or config.stem in ("cross_entropy", "co_teaching", "ssr"))
+]
+"""Quality from features over every method in ``make test-all``, over three of them in ``make test``."""
+
+
+@pytest.mark.parametrize(("config", "overlay"), UNDER_SANM, ids=name)
 def test_a_method_runs_a_step_under_sanm(monkeypatch, encoder, config, overlay):
     slim(monkeypatch)
     cli = one_step(monkeypatch, *with_data(config), overlay, words=words_for(config, encoder))

@@ -91,11 +91,11 @@ class ForwardCorrection(NoisyLabelModule):
             raise ValueError(f"expected direction 'forward' or 'backward', got {direction!r}; choose one of them")
         if percentile is not None and not 0 < percentile <= 100:
             raise ValueError(f"expected percentile in (0, 100] or null, got {percentile}; use 97 or null")
-        matrix = torch.eye(num_classes) if transition is None else check_transition(transition, num_classes)
+        known = None if transition is None else check_transition(transition, num_classes)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.direction, self.percentile, self.renew, self.known = direction, percentile, reset, transition is not None
         self.needs_data_module = not self.known
-        self.register_buffer("transition", matrix)
+        self.register_buffer("transition", torch.eye(num_classes) if known is None else known)
         self.posterior = LabelStore()
         self.posterior.required = self.sanm.enabled
 

@@ -10,6 +10,10 @@ from sanm_lightning.models.pooled import PooledClassifier, own_options
 __all__ = ["CNN9", "cnn9"]
 
 
+WIDTHS = ((128, 128, 128), (256, 256, 256), (512, 256, 128))
+"""Number of channels of the convolutions of each group."""
+
+
 class CNN9(PooledClassifier):
     """Nine 3 x 3 convolutions, each with batch norm and leaky ReLU, in three groups.
 
@@ -25,7 +29,7 @@ class CNN9(PooledClassifier):
     """
 
     def __init__(self, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.25) -> None:
-        super().__init__(128, num_classes)
+        super().__init__(WIDTHS[2][-1], num_classes)
 
         def group(inputs: int, *outputs: int, padding: int) -> list[nn.Module]:
             layers: list[nn.Module] = []
@@ -35,13 +39,13 @@ class CNN9(PooledClassifier):
             return layers
 
         self.layers = nn.Sequential(
-            *group(in_chans, 128, 128, 128, padding=1),
+            *group(in_chans, *WIDTHS[0], padding=1),
             nn.MaxPool2d(2),
             nn.Dropout2d(drop_rate),
-            *group(128, 256, 256, 256, padding=1),
+            *group(WIDTHS[0][-1], *WIDTHS[1], padding=1),
             nn.MaxPool2d(2),
             nn.Dropout2d(drop_rate),
-            *group(256, 512, 256, 128, padding=0),
+            *group(WIDTHS[1][-1], *WIDTHS[2], padding=0),
         )
         self.reset_classifier(num_classes)
 

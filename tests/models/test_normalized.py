@@ -58,7 +58,7 @@ class TestNormalized:
     def test_refuses_statistics_that_do_not_normalise(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         with pytest.raises(
             ValueError,
-            match="expected (one|three) means and (one|three) positive standard deviations, got .*; use those of",
+            match=r"expected (one|three) means and (one|three) positive standard deviations, got .*; use those of",
         ):
             Normalized(small(), mean, std)
 
