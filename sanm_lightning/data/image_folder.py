@@ -85,7 +85,9 @@ class ImageFiles(SquareImages):
 
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"expected listing or complete_source in {type(self).__name__}, got neither; define one"
+        )
 
     def complete_source(self, split: str) -> Source:
         """Return the files of ``train``, ``val`` or ``test``, and log their number; a fault raises its error."""

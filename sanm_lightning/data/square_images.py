@@ -1,5 +1,6 @@
 """Base class of data sets whose images are decoded on access to squares of one size."""
 
+from abc import abstractmethod
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -82,9 +83,9 @@ class SquareImages(NoisyDataModule):
         """False: the given labels may be wrong."""
         return False
 
+    @abstractmethod
     def complete_source(self, split: str) -> Source:
         """Return the images of ``train``, ``val`` or ``test``, including those that cannot be decoded."""
-        raise NotImplementedError
 
     def known_bad(self, source: Source) -> dict[int, str]:
         """Return the rows of a source that are known to be bad, with reasons."""

@@ -14,7 +14,7 @@ from sanm_lightning.data.views import select_rows
 __all__ = ["NAMES", "NUMBER", "Stage", "apply_stage", "coin"]
 
 CACHED = 2**20
-"""Bytes of images that an operation processes at once on the CPU; two to six times faster at 224 pixels than a batch."""
+"""Bytes of images that an operation processes at once on the CPU; two to five times faster at 224 pixels than a batch."""
 
 NAMES = list(OPERATIONS)
 NUMBER = {name: number for number, name in enumerate(NAMES)}

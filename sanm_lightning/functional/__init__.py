@@ -25,7 +25,14 @@ from sanm_lightning.functional.losses import (
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.functional.neighbors import balanced_votes, knn_vote, nearest_neighbors
-from sanm_lightning.functional.ramps import critical_fraction, ema_decay, forget_rate, linear_ramp, sigmoid_ramp
+from sanm_lightning.functional.ramps import (
+    critical_fraction,
+    ema_decay,
+    forget_rate,
+    linear_ramp,
+    sigmoid_ramp,
+    step_thirds,
+)
 from sanm_lightning.functional.selection import (
     class_balanced_draw,
     consistent_votes,
@@ -87,6 +94,7 @@ __all__ = [
     "small_loss",
     "small_loss_among",
     "soft_cross_entropy",
+    "step_thirds",
     "threshold_split",
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",

@@ -2,7 +2,7 @@
 
 import math
 
-__all__ = ["critical_fraction", "ema_decay", "forget_rate", "linear_ramp", "sigmoid_ramp"]
+__all__ = ["critical_fraction", "ema_decay", "forget_rate", "linear_ramp", "sigmoid_ramp", "step_thirds"]
 
 
 def linear_ramp(epochs: float, length: float) -> float:
@@ -46,3 +46,8 @@ def critical_fraction(epoch: int, noise_rate: float, schedule: str, num_gradual:
     if schedule == "gradual" and epoch < num_gradual:
         return 1 - noise_rate * epoch / max(1, num_gradual - 1)
     return 1 - noise_rate
+
+
+def step_thirds(step: int, steps: int, factor: float = 0.1) -> float:
+    """Return 1, ``factor`` and its square in the first, second and last third of ``steps`` steps."""
+    return float(factor ** min(2, 3 * step // max(1, steps)))

@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
-from torch import nn
+from torch import Tensor, nn
+
+from sanm_lightning.batch import NoisyBatch
 
 __all__ = [
     "check_arguments",
     "check_callbacks",
     "check_num_classes",
     "refuse_other_weights",
+    "require_index",
     "size_pair",
 ]
 
@@ -83,3 +86,17 @@ def check_callbacks(pl_module: Any) -> None:
             f"expected a submodule 'backbone' for BackboneFinetuning, got none in {type(pl_module).__name__}; remove the "
             "callback, or define stages() with Stage(frozen=...) in a subclass"
         )
+
+
+def require_index(batch: NoisyBatch, method: str) -> Tensor:
+    """Return the positions (B,) of a batch's samples in the training set.
+
+    Raises:
+        ValueError: if the batch has no index.
+    """
+    if batch.index is None:
+        raise ValueError(
+            f"expected batches with an index for {method}, which stores predictions of each sample, got none; use a "
+            "data module of this package, or batches NoisyBatch(images, labels, index)"
+        )
+    return batch.index

@@ -9,8 +9,8 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import forget_rate as forget_rate_at
 from sanm_lightning.functional import masked_mean, small_loss_among, soft_cross_entropy
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.co_teaching import CoTeaching
-from sanm_lightning.methods.elr import require_index
 
 __all__ = ["CoTeachingPlus"]
 

@@ -7,23 +7,10 @@ from torch import Tensor
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.functional import clamped_probs, early_learning_regularization
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import EMATargets
 
 __all__ = ["ELR", "require_index"]
-
-
-def require_index(batch: NoisyBatch, method: str) -> Tensor:
-    """Return the positions (B,) of a batch's samples in the training set.
-
-    Raises:
-        ValueError: if the batch has no index.
-    """
-    if batch.index is None:
-        raise ValueError(
-            f"expected batches with an index for {method}, which stores predictions of each sample, got none; use a "
-            "data module of this package, or batches NoisyBatch(images, labels, index)"
-        )
-    return batch.index
 
 
 class ELR(NoisyLabelModule):

@@ -17,7 +17,7 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import EMATargets
 

@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import generalized_cross_entropy, truncated_generalized_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import LabelStore
 
 __all__ = ["GCE"]

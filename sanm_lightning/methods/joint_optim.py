@@ -8,9 +8,9 @@ from torch import Tensor
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.callbacks.stages import locate
-from sanm_lightning.functional import entropy, prior_kl
+from sanm_lightning.functional import entropy, prior_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["JointOptim"]
@@ -35,7 +35,7 @@ class JointOptim(NoisyLabelModule):
             40 % asymmetric noise.
         beta: weight of the entropy, >= 0; published likewise: 0.8 and 0.4.
         update_epochs: length of the second stage, in which labels are replaced in every epoch; None uses 130 of 250 epochs
-            after the first stage, as published.
+            after the first stage, as published; set it if ``max_epochs`` may be raised in a resumed run.
         window: epochs whose predictions are averaged.
         prior: class probabilities, C values; None is the uniform prior.
         retrain_lr: initial learning rate of the third stage, divided by 10 after one third and two thirds of it.
@@ -82,7 +82,7 @@ class JointOptim(NoisyLabelModule):
         return [
             Stage("warmup", self.warmup_epochs),
             Stage("update", self.fraction_of_run(130, 250) if self.update_epochs is None else self.update_epochs),
-            Stage("retrain", reset="network", lr=self.retrain_lr, factor=_thirds),
+            Stage("retrain", reset="network", lr=self.retrain_lr, factor=step_thirds),
         ]
 
     def begin_epoch(self) -> None:
@@ -111,8 +111,3 @@ class JointOptim(NoisyLabelModule):
         self.predicted.append(index, out.clean_logits.detach().float().softmax(1))
         prior = None if self.prior is None else self.prior.to(out.logits.device)
         return out.cross_entropy() + self.alpha * prior_kl(out.logits, prior) + self.beta * entropy(out.logits).mean()
-
-
-def _thirds(step: int, steps: int) -> float:
-    """Return 1, 0.1 and 0.01 in the thirds of a stage."""
-    return 0.1 ** min(2, 3 * step // max(1, steps))

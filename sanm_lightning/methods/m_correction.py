@@ -105,13 +105,14 @@ class MCorrection(NoisyLabelModule):
         return [Stage("warmup", self.warmup_epochs), *guided, Stage("bootstrap")]
 
     def begin_epoch(self) -> None:
-        """Fit the mixture to the losses of all training samples, after the first stage."""
+        """Fit the mixture to the losses of the epoch's samples, after the first stage."""
         if self.stage.name == "warmup":
             return
-        losses = self.predict_train("loss", view=self.tracking_view)["loss"]
+        found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
+        losses = found["loss"]
         for name, value in fit_beta_mixture(losses, max_iter=self.mixture_iterations)._asdict().items():
             setattr(self, f"mixture_{name}", value)
-        self.judged.update(given_quality=1 - beta_mixture_posterior(self.mixture, losses))
+        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, losses))
 
     def label_quality(self) -> Tensor | None:
         """Return the probability that each given label is correct, (N,); None before the first fit."""

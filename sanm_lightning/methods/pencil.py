@@ -7,9 +7,9 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.functional import entropy, label_step, reverse_kl
+from sanm_lightning.functional import entropy, label_step, reverse_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import LabelStore, LearnableTargets
 
 __all__ = ["PENCIL"]
@@ -37,7 +37,8 @@ class PENCIL(NoisyLabelModule):
         beta: weight of the entropy, >= 0. 0.4 in the paper, 0.1 by default in the code.
         label_lr: learning rate of the label distributions for the loss of one sample, >= 0.
         label_scale: K, initial logit of the given label; published: 10.
-        label_epochs: length of the second stage; None uses 130 of 250 epochs after the first stage, as published.
+        label_epochs: length of the second stage; None uses 130 of 250 epochs after the first stage, as published; set it if
+            ``max_epochs`` may be raised in a resumed run.
         finetune_lr: initial learning rate of the third stage, divided by 10 after one third and two thirds of it.
         released_compatibility: whether the compatibility applies a softmax to d once more, as in the code.
         released_rates: whether the learning rate of the third stage is 0 after one third of it, which is the result of an
@@ -88,7 +89,7 @@ class PENCIL(NoisyLabelModule):
 
     def stages(self) -> list[Stage]:
         """Return the stages with given labels, with learned and with fixed label distributions."""
-        factor = partial(_thirds, later=0.0 if self.released_rates else 0.1)
+        factor = partial(step_thirds, factor=0.0 if self.released_rates else 0.1)
         return [
             Stage("warmup", self.warmup_epochs),
             Stage("labels", self.fraction_of_run(130, 250) if self.label_epochs is None else self.label_epochs),
@@ -120,8 +121,3 @@ class PENCIL(NoisyLabelModule):
         self.agreement.write("quality", index, overlap.sum(1))
         self.agreement.write("given_quality", index, (distribution * given).sum(1))
         return loss + out.reconstruction
-
-
-def _thirds(step: int, steps: int, later: float) -> float:
-    """Return 1, ``later`` and its square in the thirds of a stage."""
-    return later ** min(2, 3 * step // max(1, steps))

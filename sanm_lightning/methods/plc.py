@@ -8,7 +8,7 @@ from torch import Tensor
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["PLC"]

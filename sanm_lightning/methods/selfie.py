@@ -10,7 +10,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import consistent_votes, small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.elr import require_index
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["SELFIE", "Refurbished"]
@@ -66,7 +66,8 @@ class SELFIE(NoisyLabelModule):
         history: number of the last predictions of a sample; None is the published 15, or the number of epochs of a run if that
             is smaller.
         restarts: number of further runs; published: 2.
-        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; None divides ``max_epochs`` equally.
+        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; None divides ``max_epochs`` equally;
+            set it if ``max_epochs`` may be raised in a resumed run.
         released_zero_history: whether missing predictions count as class 0.
         warmup_epochs: length of the first stage of every run, in which all samples are used.
 
@@ -157,11 +158,7 @@ class SELFIE(NoisyLabelModule):
         batch = NoisyBatch.from_any(batch)
         index, store = require_index(batch, type(self).__name__), self.refurbished
         warmup = self.stage.name.startswith("warmup")
-        labels, replaced, doubt = (
-            store.labels[index],
-            store.replaced[index],
-            torch.zeros_like(index, dtype=torch.float32),
-        )
+        labels, replaced = store.labels[index], store.replaced[index]
         if not warmup:
             votes, count = self.predicted.votes(index, self.num_classes), self.predicted.count[index]
             if self.released_zero_history:
@@ -181,7 +178,7 @@ class SELFIE(NoisyLabelModule):
         rank = losses.argsort().argsort() / max(1, len(losses) - 1)
         store.write("labels", index, labels)
         store.write("replaced", index, replaced)
-        quality = torch.where(replaced, 1 - doubt, 1 - rank)
+        quality = torch.where(agreed, 1 - doubt, torch.where(replaced, store.quality[index], 1 - rank))
         store.write("quality", index, quality)
         store.write("given_quality", index, torch.where(labels == batch.labels, quality, 0.0))
         return out.cross_entropy(small_loss(losses, kept) | replaced)
