@@ -252,6 +252,19 @@ class TestSELFIE:
         fresh.refurbished.set_extra_state(state)
         assert fresh.refurbished.noise_rate == pytest.approx(0.25)
 
+    def test_a_restart_does_not_raise_the_noise_rate(self):
+        module = ready(SELFIE(**SMALL, noise_rate=0.5, warmup_epochs=1, restarts=1, run_epochs=3), 3)
+        module.refurbished.replaced[: N // 4] = True
+        module.begin_stage()
+        assert module.refurbished.noise_rate == 0.5
+
+    def test_a_label_replaced_before_a_restart_keeps_its_quality_until_predictions_agree_again(self):
+        module, given = ready(SELFIE(**SMALL, noise_rate=0.5, warmup_epochs=1), 1), batch()
+        module.refurbished.replaced[given.index[0]] = True
+        module.refurbished.quality[given.index[0]] = 0.9
+        module.training_step(given, 0)
+        assert float(module.refurbished.quality[given.index[0]]) == pytest.approx(0.9)
+
     def test_runs_divide_the_epochs_equally(self):
         module = ready(SELFIE(**SMALL, noise_rate=0.5, warmup_epochs=2, restarts=2), max_epochs=12)
         assert [stage.epochs for stage in module.stages()] == [2, 2, 2, 2, 2, None]
