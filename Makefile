@@ -1,13 +1,14 @@
 # make quickstart: train on real images with wrong labels.  make test: the tests.  make test-all: every method in every variant.
 # make browser: the report of an audit in a real headless Chromium (Debian's package chromium; skipped without it).
 # make check: tests, ruff, types.
+# make tables: write the tables of README.md and docs/ from results/.  make docs: build the documentation into site/.
 # make bench: the speed of every part, as ratios (a quarter of an hour on 2 cores).
 # Each does all the set-up it needs: a virtual environment in .venv with everything installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all browser check lint bench clean
+.PHONY: quickstart test test-all browser check lint bench tables docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -25,6 +26,12 @@ check: test lint
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
+
+tables: $(VENV)/.installed
+	$(BIN)/python scripts/tables.py
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(VENV)/.check
 	$(BIN)/ruff check .
@@ -50,5 +57,9 @@ $(VENV)/.check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,check]'
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) site build dist *.egg-info
