@@ -2,8 +2,8 @@
 
     python scripts/tables.py            # or: make tables
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, with NAME from :data:`TABLES`. Text outside of the marks is
-not changed. Numbers are edited in results/ only; tests/docs/test_tables.py fails if a page differs.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``, with NAME from :data:`TABLES`. Text outside of the marks
+is not changed. Numbers are edited in results/ only; tests/docs/test_tables.py fails if a page differs.
 """
 
 import json
@@ -221,7 +221,9 @@ def audit_table(part: str, number: int) -> str:
 def audit_or_training() -> str:
     """Return the table of the lists of ``sanm audit`` and cleanlab, and of the lists of trainings."""
     columns = ("p100", "p500", "p1000", "auroc", "ap")
-    runs = [run["methods"] for name, run in load("audit_cifar10")["runs"].items() if name.startswith("subset/symmetric")]
+    runs = [
+        run["methods"] for name, run in load("audit_cifar10")["runs"].items() if name.startswith("subset/symmetric")
+    ]
     rows = []
     for method, name in {
         "audit": "`sanm audit` (ImageNet weights, features from the cache)",
@@ -327,7 +329,9 @@ def regenerated(page: str) -> str:
         ValueError: if a mark has a name that is not in :data:`TABLES`, or a table has no end.
     """
     if page.count("<!-- table: ") != len(MARKED.findall(page)):
-        raise ValueError("expected '<!-- end -->' after each '<!-- table: NAME -->', got a mark without it; add the end")
+        raise ValueError(
+            "expected '<!-- end -->' after each '<!-- table: NAME -->', got a mark without it; add the end"
+        )
 
     def write(found: re.Match[str]) -> str:
         name = found["name"]
