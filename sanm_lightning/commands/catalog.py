@@ -43,7 +43,7 @@ def catalog(what: str) -> list[tuple[str, ...]]:
 
 def _methods() -> list[tuple[str, ...]]:
     """Return config, class, source and recorded runs of every method."""
-    rows = [("method", "class", "source", "recorded runs (results/)")]
+    rows: list[tuple[str, ...]] = [("method", "class", "source", "recorded runs (results/)")]
     recorded = _recorded()
     for path in _configs("method"):
         name = _class_of(path, "model")
