@@ -30,8 +30,8 @@ bench: $(VENV)/.installed
 tables: $(VENV)/.installed
 	$(BIN)/python scripts/tables.py
 
-docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/.test
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.check
 	$(BIN)/ruff check .
@@ -50,15 +50,11 @@ $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test,docs]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,check]'
-	touch $@
-
-$(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,docs]'
 	touch $@
 
 clean:
