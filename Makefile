@@ -31,7 +31,7 @@ tables: $(VENV)/.installed
 	$(BIN)/python scripts/tables.py
 
 docs: $(VENV)/.test
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.check
 	$(BIN)/ruff check .

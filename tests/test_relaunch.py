@@ -156,20 +156,17 @@ class TestAuto:
         main(epochs(1, *words))
         assert main(epochs(2, *words)).trainer.global_step == 2 * 3
 
-    def test_is_refused_with_other_settings_and_with_a_damaged_checkpoint(self, monkeypatch, capsys):
-        main(epochs(1))
-        said = refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto", "--model.optimizer", "Adam"))
-        assert "expected the settings of the checkpoint" in said
-        last = FIRST / "checkpoints" / "last.ckpt"
-        last.write_bytes(last.read_bytes()[:1000])
-        assert "resume from another checkpoint" in refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto"))
-
-    def test_is_refused_for_an_evaluation(self, monkeypatch, capsys):
+    def test_is_refused_for_an_evaluation_with_other_settings_and_with_a_damaged_checkpoint(self, monkeypatch, capsys):
         main(epochs(1))
         assert refused(monkeypatch, capsys, "test", *epochs(1)[1:-2], "--ckpt_path", "auto").startswith(
             "sanm: expected --ckpt_path FILE, best or last for an evaluation, got auto, which may start from random weights; "
             "use --ckpt_path last"
         )
+        said = refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto", "--model.optimizer", "Adam"))
+        assert "expected the settings of the checkpoint" in said
+        last = FIRST / "checkpoints" / "last.ckpt"
+        last.write_bytes(last.read_bytes()[:1000])
+        assert "resume from another checkpoint" in refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto"))
 
 
 def everything(folder: Path) -> dict[Path, tuple[int, bytes]]:
