@@ -60,7 +60,7 @@ def resolve_ckpt_path(trainer: Any, asked: str | None, fitting: bool = True) -> 
     """
     if asked == "auto" and not fitting:
         raise MisconfigurationException(
-            "expected --ckpt_path FILE, best or last for an evaluation, got auto, which may start from random weights; use "
+            "expected --ckpt_path FILE or last for an evaluation, got auto, which may start from random weights; use "
             "--ckpt_path last"
         )
     root = Path(trainer.default_root_dir)

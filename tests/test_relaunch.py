@@ -159,7 +159,7 @@ class TestAuto:
     def test_is_refused_for_an_evaluation_with_other_settings_and_with_a_damaged_checkpoint(self, monkeypatch, capsys):
         main(epochs(1))
         assert refused(monkeypatch, capsys, "test", *epochs(1)[1:-2], "--ckpt_path", "auto").startswith(
-            "sanm: expected --ckpt_path FILE, best or last for an evaluation, got auto, which may start from random weights; "
+            "sanm: expected --ckpt_path FILE or last for an evaluation, got auto, which may start from random weights; "
             "use --ckpt_path last"
         )
         said = refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto", "--model.optimizer", "Adam"))

@@ -55,5 +55,6 @@ def test_refuses(page, said):
 
 def test_means_are_rounded_half_up_and_an_unmeasured_quantity_is_an_empty_cell():
     assert SCRIPT["mean"]([{"a": 0.5936}, {"a": 0.6294}], "a") == ".612"  # 0.6115
+    assert SCRIPT["decimals"](0.0125) == ".013"
     assert SCRIPT["mean"]([{"a": None}], "a") == ""
     assert SCRIPT["decimals"](1.0) == "1.000"
