@@ -1,13 +1,14 @@
 # make quickstart: train on real images with wrong labels.  make test: the tests.  make test-all: every method in every variant.
 # make browser: the report of an audit in a real headless Chromium (Debian's package chromium; skipped without it).
 # make check: tests, ruff, types.
+# make tables: write the tables of README.md and docs/ from results/.  make docs: build the documentation into site/.
 # make bench: the speed of every part, as ratios (a quarter of an hour on 2 cores).
 # Each does all the set-up it needs: a virtual environment in .venv with everything installed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-all browser check lint bench clean
+.PHONY: quickstart test test-all browser check lint bench tables docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python examples/quickstart.py
@@ -26,6 +27,12 @@ check: test lint
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks
 
+tables: $(VENV)/.installed
+	$(BIN)/python scripts/tables.py
+
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 lint: $(VENV)/.check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,7 +50,7 @@ $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test,docs]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
@@ -51,4 +58,4 @@ $(VENV)/.check: $(VENV)/.test
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) site build dist *.egg-info

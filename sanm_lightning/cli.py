@@ -172,11 +172,11 @@ class SANMCLI(LightningCLI):
         return trainer
 
     def before_fit(self) -> None:
-        """Resolve ``--ckpt_path last``, which raises an error without a checkpoint; or load ``--weights``."""
+        """Resolve ``--ckpt_path last`` and ``auto``, or load ``--weights``."""
         options, fitting = self.config_init[self.subcommand], self.subcommand == "fit"
         asked = options["ckpt_path"]
         options["ckpt_path"] = resolve_ckpt_path(self.trainer, asked, fitting)
-        if fitting and options["ckpt_path"] != asked:  # a file is compared when it is parsed
+        if fitting and options["ckpt_path"] not in (None, asked):  # a file is compared when it is parsed
             refuse_other_settings(self._settings, settings_of(read_checkpoint(options["ckpt_path"])))
         weights = options["weights"]
         if weights and not fitting:

@@ -1,4 +1,4 @@
-"""Resume a run: find the checkpoint of ``--ckpt_path last`` and continue in its run directory."""
+"""Resume a run: find the checkpoint of ``--ckpt_path last`` or ``auto`` and continue in its run directory."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 __all__ = ["ContinueRun", "resolve_ckpt_path"]
@@ -35,32 +35,39 @@ class _Found(NamedTuple):
 
 
 def resolve_ckpt_path(trainer: Any, asked: str | None, fitting: bool = True) -> str | None:
-    """Resolve ``last`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
+    """Resolve ``last``, ``auto`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
 
     ``last`` is the checkpoint with the most optimizer steps in the newest run: the run with the highest version number
     that has checkpoints. Times of files are compared last, because a copy changes them. Searched are the directories that
     this trainer writes to, with their subdirectories: those of every ``ModelCheckpoint``, those of all runs of its logger
     (``lightning_logs/version_*/checkpoints``), and the files saved on a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is
-    the last of the latter. Lightning searches the directory of the new run only, and trains from scratch if it is empty.
+    the last of the latter. ``auto`` is ``last`` if there is a checkpoint, and otherwise a new run. For ``last``, Lightning
+    searches the directory of the new run only, and trains from scratch if it is empty.
     A Lightning logger with numbered runs continues in the run of the checkpoint, see :class:`ContinueRun`.
 
     Args:
         trainer: a trainer that has not run yet.
-        asked: value of ``--ckpt_path``. Values other than ``last`` and ``hpc`` are returned unchanged; None under
-            SLURM means ``hpc`` if such a file exists, as in Lightning.
+        asked: value of ``--ckpt_path``. Values other than ``last``, ``auto`` and ``hpc`` are returned unchanged; None
+            under SLURM means ``hpc`` if such a file exists, as in Lightning.
         fitting: whether the run is a fit; an evaluation writes to a new run directory.
 
     Returns:
-        Path of the checkpoint, or None.
+        Path of the checkpoint; None for a new run.
 
     Raises:
-        MisconfigurationException: if there is no such checkpoint; the message lists the searched directories.
+        MisconfigurationException: if there is no checkpoint for ``last`` or ``hpc``, with a list of the searched
+            directories; or for ``auto`` in an evaluation.
     """
+    if asked == "auto" and not fitting:
+        raise MisconfigurationException(
+            "expected --ckpt_path FILE or last for an evaluation, got auto, which may start from random weights; use "
+            "--ckpt_path last"
+        )
     root = Path(trainer.default_root_dir)
     signalled = sorted(root.glob("hpc_ckpt_*.ckpt"), key=lambda path: int(re.sub(r"\D", "", path.stem) or 0))
     if asked is None and signalled and SLURMEnvironment.detect():
         asked = "hpc"
-    if asked not in ("last", "hpc"):
+    if asked not in ("last", "auto", "hpc"):
         return asked
     runs = _runs(trainer)
     given = [
@@ -73,13 +80,18 @@ def resolve_ckpt_path(trainer: Any, asked: str | None, fitting: bool = True) -> 
     else:
         searched = [*given, *(run / "checkpoints" for run in runs or [_folder(trainer) / "*"]), root]
         files = [path for folder in searched[:-1] for path in folder.rglob("*.ckpt")] + signalled
+    places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
+    if not files and asked == "auto":
+        rank_zero_info(f"--ckpt_path auto: no checkpoint in {places}; starting at epoch 0")
+        return None
     if not files:
-        places = ", ".join(dict.fromkeys(repr(str(folder)) for folder in searched))
         raise MisconfigurationException(
             f"expected a checkpoint for --ckpt_path {asked}, got none in {places}; set the directory of the run "
-            "with --trainer.default_root_dir, or omit --ckpt_path to start at epoch 0"
+            "with --trainer.default_root_dir, or use --ckpt_path auto to start at epoch 0"
         )
     newest = max(_found(path, runs) for path in files)
+    if asked == "auto":
+        rank_zero_info(f"--ckpt_path auto: continuing from {str(newest.path)!r}")
     if fitting:
         trainer.callbacks.insert(0, ContinueRun(runs[newest.run] if runs else None, trainer))
     return str(newest.path)

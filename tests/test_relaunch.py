@@ -137,6 +137,38 @@ class TestLast:
         assert "expected a checkpoint for --ckpt_path last, got none in " in refused(monkeypatch, capsys, *words)
 
 
+class TestAuto:
+    def test_starts_a_run_and_then_continues_it_to_the_weights_of_an_uninterrupted_one(self):
+        whole = main(epochs(3, "--trainer.default_root_dir", "whole")).model
+        first = main(epochs(2, "--ckpt_path", "auto")).trainer
+        assert first.ckpt_path is None and first.global_step == 2 * 3
+        again = main(epochs(3, "--ckpt_path", "auto"))
+        assert again.trainer.ckpt_path == str(FIRST / "checkpoints" / "last.ckpt")
+        assert [path.name for path in FIRST.parent.iterdir()] == ["version_0"]
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.model.parameters(), strict=True))
+        before = results(FIRST)
+        assert main(epochs(3, "--ckpt_path", "auto")).trainer.global_step == 3 * 3, "a finished run trains no step"
+        assert {**results(FIRST), "seconds": 0} == {**before, "seconds": 0}
+
+    def test_continues_a_run_that_started_from_weights(self):
+        main(epochs(1, "--trainer.default_root_dir", "other", "--seed_everything", "1"))
+        words = ["--weights", "other/lightning_logs/version_0/checkpoints/last.ckpt", "--ckpt_path", "auto"]
+        main(epochs(1, *words))
+        assert main(epochs(2, *words)).trainer.global_step == 2 * 3
+
+    def test_is_refused_for_an_evaluation_with_other_settings_and_with_a_damaged_checkpoint(self, monkeypatch, capsys):
+        main(epochs(1))
+        assert refused(monkeypatch, capsys, "test", *epochs(1)[1:-2], "--ckpt_path", "auto").startswith(
+            "sanm: expected --ckpt_path FILE or last for an evaluation, got auto, which may start from random weights; "
+            "use --ckpt_path last"
+        )
+        said = refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto", "--model.optimizer", "Adam"))
+        assert "expected the settings of the checkpoint" in said
+        last = FIRST / "checkpoints" / "last.ckpt"
+        last.write_bytes(last.read_bytes()[:1000])
+        assert "resume from another checkpoint" in refused(monkeypatch, capsys, *epochs(2, "--ckpt_path", "auto"))
+
+
 def everything(folder: Path) -> dict[Path, tuple[int, bytes]]:
     """Modification time and content of each file."""
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}

@@ -13,7 +13,9 @@ __all__ = ["COMMANDS", "run"]
 COMMANDS = {
     "audit": "sanm_lightning.commands.audit",
     "check-data": "sanm_lightning.commands.check_data",
+    "doctor": "sanm_lightning.commands.doctor",
     "export": "sanm_lightning.commands.export",
+    "list": "sanm_lightning.commands.catalog",
     "noise": "sanm_lightning.commands.noise",
     "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",
