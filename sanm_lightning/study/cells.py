@@ -92,7 +92,8 @@ class Cell:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "Cell":
         """Return the cell of a JSON object that was made with ``dataclasses.asdict``."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        lists: dict[str, Any] = {name: tuple(content[name]) for name in ("configs", "differences")}
+        return cls(**{**content, **lists})
 
 
 def cells_of(study: Study, data_root: str | None = None) -> list[Cell]:
@@ -109,14 +110,13 @@ def cells_of(study: Study, data_root: str | None = None) -> list[Cell]:
     found: dict[str, Cell] = {}
     for grid in study.grids:
         for cell in _product(replace(grid, options={**grid.options, **root})):
-            if cell.folder in found:
-                raise ValueError(
-                    f"expected one cell per folder, got two for {cell.folder!r}; remove one, or give its grid a name"
-                )
-            if cell.after and cell.after not in found:
-                first = _pretraining(cell, grid, root)
-                found[first.folder] = first
-            found[cell.folder] = cell
+            first = [_pretraining(cell, grid, root)] if cell.after else []
+            for part in (*first, cell):
+                known = found.setdefault(part.folder, part)
+                if known is not part and (part is cell or known.digest != part.digest):
+                    raise ValueError(
+                        f"expected one cell per folder, got two for {part.folder!r}; remove one, or give its grid a name"
+                    )
     return list(found.values())
 
 
@@ -156,9 +156,9 @@ def _cell(grid: Grid, method: str, data: str, noise: str, sanm: str, overlay: st
     }
     epochs = measured.get("trainer.max_epochs")
     return Cell(
-        *map(_name, (method, sanm, data, noise)), overlay if overlay == "none" else _name(overlay), grid.name, seed,
-        tuple(configs), options, after, epochs if isinstance(epochs, int) else None,
-        _differences(recipe, options, overlay), _digest([measured, after]),
+        method=_name(method), sanm=_name(sanm), data=_name(data), noise=_name(noise), overlay=_name(overlay), name=grid.name,
+        seed=seed, configs=tuple(configs), options=options, after=after, epochs=epochs if isinstance(epochs, int) else None,
+        differences=_differences(recipe, options, overlay), digest=_digest([measured, after]),
     )  # fmt: skip
 
 

@@ -106,11 +106,12 @@ def forward_passes(cells: Sequence[Cell], console: Console | None = None) -> dic
     costs: dict[str, float | None] = {}
     for cell in cells:
         configs = [config for config in cell.configs if Path(config).parent.name not in ("data", "noise")]
-        key = (*configs, "model.noise_rate" in cell.options, cell.after is not None)
+        rate, pretrained = "model.noise_rate" in cell.options, cell.after is not None
+        key = (*configs, rate, pretrained)
         if key not in found:
             if console is not None and console.is_terminal:
                 console.print(f"measuring {cell.method} {cell.sanm} ...", end="\r")
-            found[key] = passes_per_image(configs, *key[-2:])
+            found[key] = passes_per_image(configs, rate, pretrained)
         images, passes = images_per_epoch(cell), found[key]
         if images is None or passes is None or cell.epochs is None:
             costs[cell.folder] = None
@@ -122,7 +123,8 @@ def forward_passes(cells: Sequence[Cell], console: Console | None = None) -> dic
 def images_per_epoch(cell: Cell) -> int | None:
     """Return the number of training images per epoch of a cell; None if it is unknown."""
     settings = {**settings_of(cell.configs), **cell.options}
-    size = settings.get("data.samples_per_epoch") or settings.get("data.max_train_samples") or SIZES.get(cell.data)
+    drawn = settings.get("data.samples_per_epoch", SIZES.get(cell.data))  # null is the whole set
+    size = settings.get("data.max_train_samples") or drawn
     return None if size is None else round(size * (1 - (settings.get("data.val_fraction") or 0)))
 
 
@@ -156,7 +158,8 @@ def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretraine
             )
         except (Exception, SystemExit):  # a method that requires more than these options: its cost is unknown
             return None
-    counter = next(part for part in run.trainer.callbacks if isinstance(part, PassCounter))
+    trainer: Any = run.trainer
+    counter = next(part for part in trainer.callbacks if isinstance(part, PassCounter))
     return counter.epochs[-1] / IMAGES
 
 

@@ -1,4 +1,4 @@
-"""Run one cell in a process of its own; what submitit pickles and starts."""
+"""Run one cell in a process of its own; what submitit pickles and starts. Only the standard library is imported."""
 
 import contextlib
 import fcntl
@@ -6,12 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sanm_lightning.study.record import LOCK, State, read_state, write_state
+from sanm_lightning.study.state import LOCK, State, read_state, write_state
 
 __all__ = ["Launch", "last_line"]
 
@@ -24,12 +23,14 @@ class Launch:
     """Run a command of ``sanm`` in a run folder, from its last checkpoint if there is one.
 
     Args:
+        program: the program ``sanm``.
         folder: absolute run folder.
         command: arguments of ``sanm``.
         cwd: working directory.
         env: environment variables to be set.
     """
 
+    program: tuple[str, ...]
     folder: str
     command: tuple[str, ...]
     cwd: str
@@ -64,7 +65,7 @@ class Launch:
         resume = ["--ckpt_path", "last"] if any((folder / "checkpoints").glob("*.ckpt")) else []
         with (folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "sanm_lightning", *self.command, *resume],
+                [*self.program, *self.command, *resume],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=self.cwd, env={**os.environ, **self.env},
                 start_new_session=True, pass_fds=(lock,),
             )  # fmt: skip

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from sanm_lightning.study.cells import Cell
-from sanm_lightning.study.record import Record, State
+from sanm_lightning.study.record import Record
+from sanm_lightning.study.state import State
 
 __all__ = ["Progressed"]
 
@@ -38,7 +39,7 @@ class Progressed:
             states: their states by folder.
             jobs: number of cells that run at once.
         """
-        counts = Counter(states[cell.folder].state for cell in cells)
+        counts: Counter[str] = Counter(states[cell.folder].state for cell in cells)
         found = [(cell, record.results(cell)) for cell in cells]
         paces: dict[tuple[str, ...], list[float]] = {}
         for cell, results in found:

@@ -1,60 +1,17 @@
 """The folder of a study: ``cells.json``, and a run folder per cell with its state and its results."""
 
-import fcntl
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sanm_lightning.safe_files import atomic_write
 from sanm_lightning.study.cells import Cell
+from sanm_lightning.study.state import State, read_json, read_state
 
-__all__ = ["Record", "State", "is_locked", "read_state", "write_state"]
+__all__ = ["Record"]
 
-CELLS, STATE, RESULTS, LOCK = "cells.json", "state.json", "results.json", "lock"
-
-
-@dataclass(frozen=True)
-class State:
-    """State of a cell.
-
-    Attributes:
-        state: what happened to the cell; ``interrupted`` cells can be resumed.
-        reason: last line of the error of a failed or interrupted cell.
-        attempts: number of times that the cell was started.
-    """
-
-    state: Literal["not run", "running", "finished", "failed", "interrupted"] = "not run"
-    reason: str = ""
-    attempts: int = 0
-
-
-def is_locked(folder: Path) -> bool:
-    """Return whether a process runs in this run folder; the lock of a killed process is released by the system."""
-    try:
-        with (folder / LOCK).open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
-
-
-def read_state(folder: Path) -> State:
-    """Return the state of a cell from its run folder."""
-    content = _read(folder / STATE)
-    if content is None:
-        return State()
-    state = State(**content)
-    if state.state == "running" and not is_locked(folder):
-        return State("interrupted", "the process was killed", state.attempts)
-    return state
-
-
-def write_state(folder: Path, state: State) -> None:
-    """Write the state of a cell to its run folder."""
-    _write(folder / STATE, asdict(state))
+CELLS, RESULTS = "cells.json", "results.json"
 
 
 class Record:
@@ -77,7 +34,7 @@ class Record:
 
     def results(self, cell: Cell) -> dict[str, Any]:
         """Return the results of a cell so far; empty if there are none."""
-        return _read(self.folder(cell) / RESULTS) or {}
+        return read_json(self.folder(cell) / RESULTS) or {}
 
     def read(self) -> tuple[str, str | None, list[Cell]]:
         """Return name, table of published values and cells of the study in this folder.
@@ -85,7 +42,7 @@ class Record:
         Raises:
             FileNotFoundError: if the folder is not that of a study.
         """
-        content = _read(self.root / CELLS)
+        content = read_json(self.root / CELLS)
         if content is None:
             raise FileNotFoundError(
                 f"expected the folder of a study, got {str(self.root)!r} without {CELLS}; run 'sanm study FILE --out "
@@ -119,13 +76,12 @@ class Record:
             )
         new = {cell.folder: cell for cell in cells}
         for cell in known:
-            if self.state(cell).state != "not run":
-                if cell.digest != new.setdefault(cell.folder, cell).digest:
-                    raise ValueError(
-                        f"expected the study as it was when {cell.folder} was run, got other settings ("
-                        f"{_change(cell, new[cell.folder])}); choose another folder with --out, or remove "
-                        f"{str(self.folder(cell))!r}"
-                    )
+            if self.state(cell).state != "not run" and cell.digest != new.setdefault(cell.folder, cell).digest:
+                raise ValueError(
+                    f"expected the study as it was when {cell.folder} was run, got other settings ("
+                    f"{_change(cell, new[cell.folder])}); choose another folder with --out, or remove "
+                    f"{str(self.folder(cell))!r}"
+                )
         return list(new.values())
 
     def write(self, name: str, published: str | None, cells: list[Cell]) -> None:
@@ -140,7 +96,9 @@ class Record:
             OSError: if the folder cannot be written.
         """
         listed = [asdict(cell) for cell in cells]
-        _write(self.root / CELLS, {"study": name, "published": published, "cells": listed})
+        content = {"study": name, "published": published, "cells": listed}
+        with atomic_write(self.root / CELLS) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _change(before: Cell, now: Cell) -> str:
@@ -150,18 +108,3 @@ def _change(before: Cell, now: Cell) -> str:
         return f"{names[0]} {now.options.get(names[0], 'not given')} instead of {before.options.get(names[0], 'not given')}"
     other = sorted(set(before.configs) ^ set(now.configs))
     return f"config {other[0]}" if other else "the content of a config"
-
-
-def _read(path: Path) -> Any:
-    """Return the content of a JSON file; None if it does not exist."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"expected a JSON file, got {str(path)!r} ({error}); remove the file") from error
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    with atomic_write(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sanm_lightning.study import launch, state
 from sanm_lightning.study.cells import Cell
 from sanm_lightning.study.launch import Launch
 from sanm_lightning.study.progress import Progressed
-from sanm_lightning.study.record import Record, State, is_locked
+from sanm_lightning.study.record import Record
+from sanm_lightning.study.state import State, is_locked
 
 __all__ = ["run_cells", "submitit_executor"]
 
+PROGRAM = (sys.executable, "-m", "sanm_lightning")
 MINUTES = {"slurm": 24 * 60, "local": 366 * 24 * 60, "debug": 366 * 24 * 60}
 """Default time limit of a cell in minutes."""
 WAIT = {"slurm": 10.0, "local": 0.5, "debug": 0.05}
@@ -39,11 +43,14 @@ def submitit_executor(kind: str, folder: Path, options: dict[str, Any]) -> Any:
         ValueError: if there is no SLURM, or a parameter is unknown.
     """
     try:
+        import cloudpickle
         import submitit
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "expected submitit for a study, got an environment without it; install the extra 'study'"
         ) from error
+    for module in (launch, state):
+        cloudpickle.register_pickle_by_value(module)
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=kind)
         executor.update_parameters(**{"name": "sanm-study", "timeout_min": MINUTES[kind], **options})
@@ -85,8 +92,9 @@ def run_cells(
     queue = _Queue(record, cells, executor, kind, jobs, console, threads)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeElapsedColumn(),
                TextColumn("{task.fields[left]}"))  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0, left="")
+    bar = Progress(*columns, console=console)
+    task = bar.add_task("", total=1.0, left="")
+    with bar if console.is_terminal else contextlib.nullcontext():
         try:
             while queue.step():
                 seen = Progressed.of(record, cells, queue.states, jobs)
@@ -150,37 +158,37 @@ class _Queue:
         return any(cell.folder == folder for cell in (*self.waiting, *(cell for cell, _ in self.jobs.values())))
 
     def _start(self, cell: Cell) -> None:
-        state = self.record.state(cell)
+        before = self.record.state(cell)
         self.waiting.remove(cell)
-        if state.state == "finished":  # meanwhile, by another study
-            self.states[cell.folder] = state
+        if before.state == "finished":  # meanwhile, by another study
+            self.states[cell.folder] = before
             return
         slot = next(number for number in range(self.size) if number not in self.jobs)
         env = {} if self.kind == "slurm" else {"OMP_NUM_THREADS": str(self.threads)}
         if self.devices:
             env["CUDA_VISIBLE_DEVICES"] = self.devices[slot % len(self.devices)]
         folder = self.record.folder(cell).absolute()
-        launch = Launch(str(folder), tuple(cell.command(self.record.root)), os.getcwd(), env)
-        self.states[cell.folder] = State("running", attempts=state.attempts + 1)
-        self.console.print(f"{'resumes' if state.attempts else 'starts'}: {escape(cell.folder)}", soft_wrap=True)
+        call = Launch(PROGRAM, str(folder), tuple(cell.command(self.record.root)), os.getcwd(), env)
+        self.states[cell.folder] = State("running", attempts=before.attempts + 1)
+        self.console.print(f"{'resumes' if before.attempts else 'starts'}: {escape(cell.folder)}", soft_wrap=True)
         with _stderr_to(self.record.root / "jobs" / "submitit.log"):
-            self.jobs[slot] = cell, self.executor.submit(launch)
+            self.jobs[slot] = cell, self.executor.submit(call)
 
     def _ended(self, cell: Cell, job: Any) -> None:
-        state = self.record.state(cell)
-        if state.state in ("not run", "running", "interrupted"):
+        after = self.record.state(cell)
+        if after.state in ("not run", "running", "interrupted"):
             lines = (job.stderr() or "").strip().splitlines()
-            state = State("interrupted", state.reason or (lines[-1] if lines else "the job ended"), state.attempts)
-        self._report(cell, state)
+            after = State("interrupted", after.reason or (lines[-1] if lines else "the job ended"), after.attempts)
+        self._report(cell, after)
 
-    def _end(self, cell: Cell, state: State) -> None:
+    def _end(self, cell: Cell, after: State) -> None:
         self.waiting.remove(cell)
-        self._report(cell, state)
+        self._report(cell, after)
 
-    def _report(self, cell: Cell, state: State) -> None:
-        self.states[cell.folder] = state
-        reason = f" ({state.reason})" if state.reason else ""
-        self.console.print(f"{state.state}: {escape(cell.folder + reason)}", soft_wrap=True)
+    def _report(self, cell: Cell, after: State) -> None:
+        self.states[cell.folder] = after
+        reason = f" ({after.reason})" if after.reason else ""
+        self.console.print(f"{after.state}: {escape(cell.folder + reason)}", soft_wrap=True)
 
 
 @contextlib.contextmanager
