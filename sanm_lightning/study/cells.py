@@ -1,5 +1,6 @@
 """The cells of a study: one ``sanm fit`` each, with its folder, its command, and its differences from the published one."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -203,8 +204,13 @@ def settings_of(configs: list[str] | tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for config in configs:
         path = Path(config)
-        found.update(_flat(yaml.safe_load((path if path.is_file() else packaged() / path).read_text()) or {}))
+        found.update(_parsed((path if path.is_file() else packaged() / path).read_text()))
     return found
+
+
+@functools.cache
+def _parsed(text: str) -> dict[str, Any]:
+    return _flat(yaml.safe_load(text) or {})
 
 
 def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,8 +10,10 @@ __all__ = ["FORMATS", "csv_table", "latex_table", "markdown_table"]
 
 HEADER = ("method", "SANM", "data", "noise", "seeds", "best", "published", "difference", "last", "published", "difference",
           "epochs", "hours")  # fmt: skip
-TEX = {"\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
-       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
+BEST, PUBLISHED = 5, (6, 7, 9, 10)
+"""Column of the best accuracy; columns that are left out without published values."""
+TEX = {"±": r"$\pm$", "\\": r"\textbackslash{}", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "$": r"\$", "{": r"\{",
+       "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}  # fmt: skip
 
 
 def markdown_table(rows: Sequence[Row], source: str | None) -> str:
@@ -21,13 +23,13 @@ def markdown_table(rows: Sequence[Row], source: str | None) -> str:
         rows: rows of the study.
         source: source of the published values; None if there are none.
     """
-    marks = _marks(rows)
-    lines = [f"| {' | '.join(HEADER)} |", f"|{'---|' * len(HEADER)}"]
+    marks, shown = _marks(rows), _columns(rows)
+    lines = [f"| {' | '.join(HEADER[column] for column in shown)} |", f"|{'---|' * len(shown)}"]
     for row in rows:
-        fields = [field.replace("|", "\\|") for field in _fields(row, " ± ")]
+        fields = [field.replace("|", "\\|") for field in _fields(row)]
         if row.reasons:
-            fields[5] += f" <sup>{marks[row.reasons]}</sup>"
-        lines.append(f"| {' | '.join(fields)} |")
+            fields[BEST] += f" <sup>{marks[row.reasons]}</sup>"
+        lines.append(f"| {' | '.join(fields[column] for column in shown)} |")
     notes = [
         f"<sup>{mark}</sup> not comparable with the published value: {', '.join(why)}" for why, mark in marks.items()
     ]
@@ -41,13 +43,14 @@ def latex_table(rows: Sequence[Row], source: str | None) -> str:
         rows: rows of the study.
         source: source of the published values; None if there are none.
     """
-    marks = _marks(rows)
-    lines = [r"\begin{tabular}{llllr" + "r" * 8 + "}", r"\toprule", " & ".join(HEADER) + r" \\", r"\midrule"]
+    marks, shown = _marks(rows), _columns(rows)
+    heads = " & ".join(HEADER[column] for column in shown)
+    lines = [rf"\begin{{tabular}}{{llll{'r' * (len(shown) - 4)}}}", r"\toprule", heads + r" \\", r"\midrule"]
     for row in rows:
-        fields = [_tex(field).replace(" ± ", r" $\pm$ ") for field in _fields(row, " ± ")]
+        fields = [_tex(field) for field in _fields(row)]
         if row.reasons:
-            fields[5] += rf"\textsuperscript{{{marks[row.reasons]}}}"
-        lines.append(" & ".join(fields) + r" \\")
+            fields[BEST] += rf"\textsuperscript{{{marks[row.reasons]}}}"
+        lines.append(" & ".join(fields[column] for column in shown) + r" \\")
     notes = [
         rf"\textsuperscript{{{mark}}}" + _tex(f" not comparable with the published value: {', '.join(why)}")
         for why, mark in marks.items()
@@ -66,7 +69,7 @@ def csv_table(rows: Sequence[Row], source: str | None) -> str:
     kinds = [f"{kind}_{name}" for kind in ("best", "last") for name in ("mean", "spread", "published", "difference")]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(
-        ["method", "sanm", "data", "noise", "variant", "seeds_finished", "seeds", *kinds, "published_spread", "source",
+        ["method", "sanm", "data", "noise", "variant", "seeds_finished", "seeds", "split", *kinds, "published_spread", "source",
          "epochs", "hours", "missing", "not_comparable"]
     )  # fmt: skip
     for row in rows:
@@ -77,7 +80,7 @@ def csv_table(rows: Sequence[Row], source: str | None) -> str:
         ]
         numbers = ["" if value is None else f"{value:.6g}" for value in values]
         writer.writerow(
-            [row.method, row.sanm, row.data, row.noise, row.variant, len(row.best), row.seeds, *numbers,
+            [row.method, row.sanm, row.data, row.noise, row.variant, len(row.best), row.seeds, row.split, *numbers,
              row.published.get("spread", ""), source if row.published else "", row.epochs, f"{row.hours:.4f}", row.missing,
              "; ".join(row.reasons)]
         )  # fmt: skip
@@ -92,19 +95,27 @@ FORMATS: dict[str, Callable[[Sequence[Row], str | None], str]] = {
 """Functions by the name of their format."""
 
 
-def _fields(row: Row, plus_minus: str) -> list[str]:
+def _columns(rows: Sequence[Row]) -> list[int]:
+    """Return the columns to be shown."""
+    known = any(row.published for row in rows)
+    return [column for column in range(len(HEADER)) if known or column not in PUBLISHED]
+
+
+def _fields(row: Row) -> list[str]:
     """Return the fields of a row as text; what is not finished is in the column of the best accuracy, or of the seeds."""
     seeds = f"{len(row.best)} of {row.seeds}" if row.best and row.missing else str(row.seeds)
     fields = [row.method, f"{row.sanm} {row.variant}".strip(), row.data, row.noise, seeds]
     for kind in ("best", "last"):
         mean, spread = row.mean(kind), row.spread(kind)
-        text = "" if mean is None else f"{mean:.2f}" + ("" if spread is None else f"{plus_minus}{spread:.2f}")
+        text = "" if mean is None else f"{mean:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+        if text and row.split == "val":
+            text += " on val"
         if kind == "best" and row.missing:
             text = f"{text} ({row.missing})" if text else row.missing
         published, difference = row.published.get(kind), row.difference(kind)
         known = "" if published is None else f"{published:g}"
         if kind == "best" and "spread" in row.published:
-            known += f"{plus_minus}{row.published['spread']:g}"
+            known += f" ± {row.published['spread']:g}"
         fields += [text, known, "" if difference is None else f"{difference:+.2f}"]
     return [*fields, row.epochs, f"{row.hours:.2f}" if row.hours else ""]
 
@@ -122,8 +133,8 @@ def _marks(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
 def _caption(source: str | None) -> str:
     published = "" if source is None else f" Published: {source}."
     return (
-        "Accuracy in %: mean ± standard deviation over seeds; best: the highest of all evaluations, selected on the test set; "
-        f"hours: all seeds together.{published}"
+        "Test accuracy in %: mean ± standard deviation over seeds; best: the highest of all evaluations, selected on the test "
+        f"set; hours: all seeds together.{published}"
     )
 
 

@@ -1,5 +1,6 @@
 """Published accuracies, from ``published.yaml``."""
 
+import functools
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ def read_published(table: str) -> Published:
     Raises:
         ValueError: if there is no such table.
     """
-    content: dict[str, Any] = yaml.safe_load(files("sanm_lightning.study").joinpath("published.yaml").read_text())
+    content = _tables()
     if table not in content:
         near = near_names(table, list(content))
         remedy = f"near: {', '.join(near)}" if near else f"choose one of {', '.join(content)}"
@@ -44,3 +45,9 @@ def read_published(table: str) -> Published:
                 if value is not None:
                     values.setdefault((row["method"], row.get("sanm", "base"), data, noise), {})[kind] = value
     return Published(content[table]["source"], values)
+
+
+@functools.cache
+def _tables() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(files("sanm_lightning.study").joinpath("published.yaml").read_text())
+    return content

@@ -26,6 +26,7 @@ MINUTES = {"slurm": 24 * 60, "local": 366 * 24 * 60, "debug": 366 * 24 * 60}
 """Default time limit of a cell in minutes."""
 WAIT = {"slurm": 10.0, "local": 0.5, "debug": 0.05}
 """Seconds between two looks at the jobs."""
+_pause = time.sleep
 CANCELED = 30.0
 """Maximum number of seconds to wait for canceled jobs."""
 
@@ -101,7 +102,7 @@ def run_cells(
                 bar.update(
                     task, description=seen.text(len(queue.jobs)), completed=seen.done, total=seen.total, left=seen.left
                 )
-                time.sleep(WAIT[kind])
+                _pause(WAIT[kind])
         except KeyboardInterrupt:
             queue.cancel()
             raise

@@ -29,6 +29,7 @@ class Row:
         published: published values in percent, with the keys ``best``, ``last`` and ``spread``.
         epochs: epochs of the finished cells, as text; empty without results.
         hours: total hours of all cells, also of unfinished ones.
+        split: ``test``, or ``val`` if the finished cells have no test accuracy.
         missing: what is not finished, such as ``1 of 3 not run``; empty if nothing.
         reasons: why the accuracies cannot be compared with the published ones.
     """
@@ -44,6 +45,7 @@ class Row:
     published: dict[str, float]
     epochs: str
     hours: float
+    split: str
     missing: str
     reasons: tuple[str, ...]
 
@@ -90,7 +92,7 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
     finished = {
         cell.seed: record.results(cell) for cell, state in zip(cells, states, strict=True) if state.state == "finished"
     }
-    names = _metric(finished)
+    split = _split(finished)
     epochs = sorted({results["epochs"] for results in finished.values()})
     return Row(
         method=first.method,
@@ -99,20 +101,21 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
         noise=first.noise,
         variant=" ".join(part for part in (first.overlay, first.name) if part not in ("none", "")),
         seeds=len(cells),
-        best=_percent(finished, f"{names}_best"),
-        last=_percent(finished, f"{names}_last"),
+        best=_percent(finished, f"{split}_accuracy_best"),
+        last=_percent(finished, f"{split}_accuracy_last"),
         published=known,
         epochs=" to ".join(map(str, epochs if len(epochs) < 2 else (epochs[0], epochs[-1]))),
         hours=sum(record.results(cell).get("seconds", 0.0) for cell in cells) / 3600,
+        split=split,
         missing=_missing([(state.state, state.reason) for state in states]),
-        reasons=_reasons(cells, finished, names) if known else (),
+        reasons=_reasons(cells, finished, split) if known else (),
     )
 
 
-def _metric(finished: dict[int, dict[str, Any]]) -> str:
-    """Return the metric of a row: the test accuracy, or that on the split ``val`` if no seed has a test accuracy."""
+def _split(finished: dict[int, dict[str, Any]]) -> str:
+    """Return the split of the accuracies of a row: ``val`` if no seed has a test accuracy."""
     tested = not finished or any(results["test_accuracy_best"] is not None for results in finished.values())
-    return "test_accuracy" if tested else "val_accuracy"
+    return "test" if tested else "val"
 
 
 def _percent(finished: dict[int, dict[str, Any]], name: str) -> dict[int, float]:
@@ -130,10 +133,10 @@ def _missing(states: list[tuple[str, str]]) -> str:
     return ", ".join(parts)
 
 
-def _reasons(cells: list[Cell], finished: dict[int, dict[str, Any]], names: str) -> tuple[str, ...]:
+def _reasons(cells: list[Cell], finished: dict[int, dict[str, Any]], split: str) -> tuple[str, ...]:
     """Return the differences of settings and of results from the published runs, without repetitions."""
     found = [difference for cell in cells for difference in cell.differences]
-    if names == "val_accuracy":
+    if split == "val":
         found.append("other selection split (accuracy on val, without a test set)")
     if any(results.get("noise_kind") == "file" for results in finished.values()):
         found.append("labels from a noise file")
