@@ -40,7 +40,7 @@ def gain(row: Row, base: Row) -> tuple[float, float] | None:
 def gain_figure(rows: Sequence[Row]) -> Figure:
     """Draw the gain of each variant of SANM over its base, one panel per data set, grouped by method and noise.
 
-    Filled marks are measured, with the standard deviation over seeds; open marks are published.
+    Filled marks are measured, with the standard deviation over seeds; open marks are published values of comparable runs.
 
     Args:
         rows: rows of a study.
@@ -78,7 +78,7 @@ def _panels(rows: Sequence[Row]) -> dict[str, list[Bar]]:
         base = bases.get((row.method, row.data, row.noise, row.variant))
         if row.sanm == "base" or base is None:
             continue
-        both = "best" in row.published and "best" in base.published
+        both = "best" in row.published and "best" in base.published and not row.reasons and not base.reasons
         published = row.published["best"] - base.published["best"] if both else None
         measured = gain(row, base)
         if measured or published is not None:

@@ -17,6 +17,9 @@ STUDY = {
     "seeds": [1, 2],
     "options": {"trainer.max_epochs": 3},
 }
+OPEN_LOGS = pytest.mark.filterwarnings(  # submitit's debug executor leaves its log files open
+    "ignore:Exception ignored in. <_io.FileIO name=.*_log.(out|err):pytest.PytestUnraisableExceptionWarning"
+)
 
 
 @pytest.fixture

@@ -172,11 +172,17 @@ class TestFigure:
         assert gain(sanm, Row(**{**vars(base), "best": {3: 90.0}})) is None
 
     def test_shows_each_variant_and_the_published_gain(self):
-        (axis,) = gain_figure(ROWS).axes
+        comparable = Row(**{**vars(ROWS[1]), "reasons": ()})
+        (axis,) = gain_figure([ROWS[0], comparable]).axes
         marks = {line.get_label(): line.get_xdata()[0] for line in axis.lines if len(line.get_xdata()) == 1}
         assert marks["sanm, published"] == pytest.approx(89.7 - 79.4)
         assert [bar.lines[0].get_xdata()[0] for bar in axis.containers] == [85 - 79]
         assert [text.get_text() for text in axis.get_yticklabels()] == ["cross_entropy sym50"]
+
+    def test_a_published_gain_that_is_not_comparable_is_not_shown(self):
+        (axis,) = gain_figure(ROWS).axes
+        assert len(axis.containers) == 1
+        assert not [line for line in axis.lines if str(line.get_label()).endswith("published")]
 
     def test_without_a_pair_there_is_nothing_to_show(self):
         with pytest.raises(
@@ -220,6 +226,9 @@ class TestCommand:
             typed("table", "out", "--figure", "gain.pdf")
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. <_io.FileIO name=.*_log.(out|err):pytest.PytestUnraisableExceptionWarning"
+)
 def test_a_study_of_one_real_cell_from_its_file_to_its_table(write, typed, monkeypatch):
     """The only cell of these tests that runs ``sanm fit``."""
     pytest.importorskip("submitit")
@@ -227,7 +236,7 @@ def test_a_study_of_one_real_cell_from_its_file_to_its_table(write, typed, monke
     options = {"trainer.max_epochs": 1, "trainer.accelerator": "cpu", "model.network": "small_cnn", "audit": False,
                "model.network_args": {"width": 4}, "data.image_size": 8}  # fmt: skip
     path = write(methods=["cross_entropy"], data=["digits"], sanm=["base"], seeds=[1], options=options)
-    status, said = typed("study", path, "--out", "out", "--executor", "local")
+    status, said = typed("study", path, "--out", "out", "--executor", "debug")
     assert status == 0, said
     folder = Path("out/cross_entropy/base/digits/sym50/seed1")
     results = json.loads((folder / "results.json").read_text())
