@@ -1,5 +1,6 @@
 """``sanm table``: the results of a study as a table beside the published values, and the gain of SANM as a figure."""
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from sanm_lightning.safe_files import atomic_write
 from sanm_lightning.study.figure import gain_figure
 from sanm_lightning.study.formats import FORMATS
 from sanm_lightning.study.published import read_published
-from sanm_lightning.study.record import Record
+from sanm_lightning.study.record import open_record
 from sanm_lightning.study.table import rows_of
 
 __all__ = ["main", "table"]
@@ -19,7 +20,7 @@ __all__ = ["main", "table"]
 
 def table(
     folder: str,
-    format: Literal["markdown", "csv", "latex"] = "markdown",
+    format: Literal["markdown", "csv", "latex", "json"] = "markdown",
     out: str | None = None,
     figure: str | None = None,
 ) -> int:
@@ -28,8 +29,8 @@ def table(
     Rows that cannot be compared with the published value are marked, with the reasons in a footnote.
 
     Args:
-        folder: folder of the study, ``--out`` of ``sanm study``.
-        format: format of the table.
+        folder: folder of the study, ``--out`` of ``sanm study``, or a file written with ``--format json``.
+        format: format of the table; json is the cells, states and results of the study in one file.
         out: output file, which is replaced; default: the table is printed.
         figure: output ``.png`` file, which is replaced, of the gain of SANM over its base by method and noise rate.
 
@@ -42,13 +43,16 @@ def table(
     """
     if figure is not None and Path(figure).suffix != ".png":
         raise ValueError(f"expected a file with extension .png for --figure, got {figure!r}; rename it")
-    record = Record(folder)
+    record = open_record(folder)
     _, name, cells = record.read()
     if not any(record.results(cell) for cell in cells):
         raise ValueError(f"expected results of one or more cells, got none in {folder!r}; run 'sanm study' first")
     published = read_published(name) if name else None
     rows = rows_of(record, cells, published)
-    text = FORMATS[format](rows, published.source if published else None)
+    if format == "json":
+        text = json.dumps(record.saved(), indent=1) + "\n"
+    else:
+        text = FORMATS[format](rows, published.source if published else None)
     drawn = gain_figure(rows) if figure is not None else None
     if out is None:
         print(text, end="" if text.endswith("\n") else "\n")
@@ -67,6 +71,6 @@ def main(words: list[str]) -> int:
     parser = CommandParser(
         prog="sanm table", description="Table of the results of a study beside the published values."
     )
-    parser.add_argument("folder", type=str, help="folder of the study")
+    parser.add_argument("folder", type=str, help="folder of the study, or a file of its results")
     parser.add_function_arguments(table, skip={"folder"}, as_group=False)
     return table(**parser.parse_args(words).as_dict())

@@ -9,7 +9,7 @@ from sanm_lightning.safe_files import atomic_write
 from sanm_lightning.study.cells import Cell
 from sanm_lightning.study.state import State, read_json, read_state
 
-__all__ = ["Record"]
+__all__ = ["Record", "SavedRecord", "open_record"]
 
 CELLS, RESULTS = "cells.json", "results.json"
 
@@ -99,6 +99,54 @@ class Record:
         content = {"study": name, "published": published, "cells": listed}
         with atomic_write(self.root / CELLS) as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
+
+    def saved(self) -> dict[str, Any]:
+        """Return cells, states and results as one JSON object, which :class:`SavedRecord` reads."""
+        study, published, cells = self.read()
+        listed = [
+            {"cell": asdict(cell), "state": asdict(self.state(cell)), "results": self.results(cell)} for cell in cells
+        ]
+        return {"study": study, "published": published, "saved": listed}
+
+
+class SavedRecord(Record):
+    """The results of a study in one file.
+
+    Args:
+        path: file written by ``sanm table --format json``.
+
+    Raises:
+        ValueError: if the file has other content.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._content = read_json(self.root)
+        if not isinstance(self._content, dict) or "saved" not in self._content:
+            raise ValueError(
+                f"expected the results of a study in {str(path)!r}, got other content; write the file with 'sanm table FOLDER "
+                f"--format json --out {path}'"
+            )
+        self._parts = {Cell.from_json(part["cell"]).folder: part for part in self._content["saved"]}
+
+    def state(self, cell: Cell) -> State:
+        """Return the state of a cell."""
+        return State(**self._parts[cell.folder]["state"])
+
+    def results(self, cell: Cell) -> dict[str, Any]:
+        """Return the results of a cell; empty if there are none."""
+        results: dict[str, Any] = self._parts[cell.folder]["results"]
+        return results
+
+    def read(self) -> tuple[str, str | None, list[Cell]]:
+        """Return name, table of published values and cells of the study."""
+        cells = [Cell.from_json(part["cell"]) for part in self._parts.values()]
+        return self._content["study"], self._content["published"], cells
+
+
+def open_record(path: str | Path) -> Record:
+    """Return the record of a study: its folder, or a file of its results."""
+    return SavedRecord(path) if Path(path).is_file() else Record(path)
 
 
 def _change(before: Cell, now: Cell) -> str:

@@ -206,6 +206,20 @@ class TestCommand:
             .startswith("| cross_entropy | base | cifar10 | sym50 | 2 | 83.00 ± 1.41")
         )
 
+    def test_the_saved_results_have_the_table_of_the_folder(self, study, typed):
+        record, cells, _ = study()
+        finish_all(record, cells[:5])
+        assert typed("table", "out", "--format", "json", "--out", "saved.json") == (0, "")
+        assert typed("table", "saved.json")[1] == typed("table", "out")[1]
+        assert typed("table", "saved.json", "--format", "json")[1] == Path("saved.json").read_text()
+
+    def test_a_file_without_saved_results(self, typed):
+        Path("other.json").write_text("[]")
+        with pytest.raises(
+            ValueError, match=r"expected the results of a study in 'other.json', got other content; write"
+        ):
+            typed("table", "other.json")
+
     def test_a_folder_that_is_not_that_of_a_study(self, typed):
         with pytest.raises(
             FileNotFoundError, match=r"expected the folder of a study, got 'out' without cells.json; run 'sanm study"
@@ -246,3 +260,10 @@ def test_a_study_of_one_real_cell_from_its_file_to_its_table(write, typed, monke
     }
     row = typed("table", "out")[1].splitlines()[2]
     assert row.startswith(f"| cross_entropy | base | digits | sym50 | 1 | {100 * results['test_accuracy_best']:.2f} |")
+
+
+def test_the_table_in_the_documentation_is_that_of_its_results(typed):
+    said = typed("table", str(ROOT / "results" / "studies" / "smoke.json"))[1]
+    lines = [line for line in said.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 12
+    assert "\n".join(lines) in (ROOT / "docs" / "studies.md").read_text()
