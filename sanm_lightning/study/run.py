@@ -97,12 +97,13 @@ def run_cells(
     task = bar.add_task("", total=1.0, left="")
     with bar if console.is_terminal else contextlib.nullcontext():
         try:
-            while queue.step():
+            going = True
+            while going:
+                going = queue.step()
                 seen = Progressed.of(record, cells, queue.states, jobs)
-                bar.update(
-                    task, description=seen.text(len(queue.jobs)), completed=seen.done, total=seen.total, left=seen.left
-                )
-                _pause(WAIT[kind])
+                text = seen.text(len(queue.jobs))
+                bar.update(task, description=text, completed=seen.done, total=seen.total, left=seen.left)
+                _pause(WAIT[kind] if going else 0.0)
         except KeyboardInterrupt:
             queue.cancel()
             raise

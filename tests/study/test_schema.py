@@ -3,11 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import lightning as L
 import pytest
 
+from sanm_lightning import config_paths
 from sanm_lightning.config_paths import packaged
 from sanm_lightning.study.cells import Cell, cells_of, settings_of
-from sanm_lightning.study.schema import read_study
+from sanm_lightning.study.schema import Study, read_study
+from tests.full import FULL
+from tests.test_configs import Parsed, ParserOnly
 
 
 @pytest.fixture
@@ -163,22 +167,51 @@ STUDIES = sorted((packaged() / "configs" / "studies").glob("*.yaml"))
 METHODS = {path.stem for path in (packaged() / "configs" / "method").glob("*.yaml")}
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_a_packaged_study_names_what_exists(path):
-    """Methods whose config does not exist are left out; the number of the others is asserted."""
-    study = read_study(path)
-    known = [
+@pytest.fixture(scope="module")
+def parser():
+    subclasses = {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
+    with pytest.raises(Parsed) as made:
+        ParserOnly(L.LightningModule, L.LightningDataModule, seed_everything_default=0, **subclasses)
+    found = made.value.args[0]
+    found.exit_on_error = False
+    return found
+
+
+def known_grids(study: Study) -> Study:
+    """A study without the methods whose config does not exist."""
+    grids = [
         dataclasses.replace(
             grid,
             **{key: tuple(name for name in getattr(grid, key) if name in METHODS) for key in ("methods", "known_rate")},
         )
         for grid in study.grids
     ]
+    return dataclasses.replace(study, grids=tuple(grids))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_packaged_study_names_what_exists(path):
+    """All of its names but those of methods without a config, and it has as many cells as the lists say."""
+    study = known_grids(read_study(path))
     size = sum(
         len(grid.methods) * len(grid.sanm) * len(grid.data) * len(grid.noise) * len(grid.overlays) * len(grid.seeds)
-        for grid in known
+        for grid in study.grids
     )
-    cells = cells_of(dataclasses.replace(study, grids=tuple(known)))
+    cells = cells_of(study)
     assert size > 0
     assert len([cell for cell in cells if cell.folder not in {other.after for other in cells}]) == size
     assert all(cell.epochs for cell in cells)
+
+
+PARSED = [path for path in STUDIES if FULL or path.stem == "animal10n"]
+"""Studies whose commands are parsed: all of them in ``make test-all``."""
+
+
+@pytest.mark.parametrize("path", PARSED, ids=lambda path: path.stem)
+def test_the_commands_of_a_packaged_study_are_valid(path, parser):
+    """Each combination of configs and options, as ``sanm fit`` parses it."""
+    commands = {
+        (cell.configs, str(cell.options)): cell.command(Path("out")) for cell in cells_of(known_grids(read_study(path)))
+    }
+    for words in commands.values():
+        parser.parse_args(config_paths.resolve(words))
