@@ -55,9 +55,10 @@ def submitit_executor(kind: str, folder: Path, options: dict[str, Any]) -> Any:
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=kind)
         executor.update_parameters(**{"name": "sanm-study", "timeout_min": MINUTES[kind], **options})
-    except (NameError, TypeError, ValueError) as error:
+    except (AssertionError, NameError, TypeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"expected parameters of submitit under --slurm, got {', '.join(options)} ({error}); see the documentation of "
+            f"expected parameters of submitit under --slurm, got {', '.join(options)} ({reason}); see the documentation of "
             "submitit.AutoExecutor"
         ) from error
     except RuntimeError as error:

@@ -134,9 +134,12 @@ class TestRefused:
             typed("study", write(), *DEBUG)
         assert [path.name for path in Path("out").iterdir()] == ["thesis.txt"]
 
-    def test_unknown_parameters_of_submitit(self, write, typed):
-        with pytest.raises(ValueError, match="expected parameters of submitit under --slurm, got slurm_partion"):
-            typed("study", write(), *DEBUG, "--slurm.slurm_partion", "gpu")
+    @pytest.mark.parametrize(("name", "value"), [("slurm_partion", "gpu"), ("timeout_min", "0.5")])
+    def test_unknown_parameters_of_submitit(self, write, typed, name, value):
+        sentence = rf"expected parameters of submitit under --slurm, got {name} \([^\n]+\); see the documentation"
+        with pytest.raises(ValueError, match=sentence):
+            typed("study", write(), *DEBUG, f"--slurm.{name}", value)
+        assert not Path("out/cells.json").exists()
 
     def test_slurm_where_there_is_none(self, write, typed, monkeypatch):
         monkeypatch.setenv("PATH", "")
