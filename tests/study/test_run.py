@@ -218,12 +218,12 @@ class TestLaunch:
         assert self.launch(tmp_path, "-c", "print(1)")() == "finished"
 
     def test_the_process_inherits_the_lock(self, tmp_path):
-        """A cell whose starting process was killed is still locked while its own process runs."""
-        look = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)"
-        hold = (
-            f"import os, subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {look!r}, sys.argv[1]]) != 1)"
+        """So that a cell whose starting process was killed stays locked while its own process runs."""
+        look = (
+            "import os; print([os.readlink(f'/proc/self/fd/{number}') for number in os.listdir('/proc/self/fd')[:-1]])"
         )
-        assert self.launch(tmp_path, "-c", hold, str(tmp_path / "lock"))() == "finished"
+        assert self.launch(tmp_path, "-c", look)() == "finished"
+        assert repr(str(tmp_path / "lock")) in (tmp_path / "log.txt").read_text()
 
     def test_a_state_of_a_dead_process_is_interrupted(self, tmp_path):
         write_state(tmp_path, State("running", attempts=2))
