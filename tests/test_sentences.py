@@ -75,7 +75,8 @@ class TestParser:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            ("fti", "expected a command among fit, validate, test, predict, audit, check-data, export, noise, relabel, study, table, got "),
+            ("fti", "expected a command among fit, validate, test, predict, audit, check-data, export, noise, relabel, "
+             "study, table, got "),
             ("", "expected a command among fit, "),
             ("fit", "expected a value for --model and --data, got none; see 'sanm fit --help'"),
             ("audit --data NoSuch", "expected the name of a class for data, got 'NoSuch'; choose one of Animal10N, CIFAR10, "),
