@@ -194,6 +194,7 @@ def _content(value: str | None) -> dict[str, Any]:
 def _near(value: str) -> str:
     """Return the part of an error message that lists the most similar configs of the package."""
     known = [path.relative_to(packaged()) for path in sorted((packaged() / "configs").rglob("*.yaml"))]
+    known = [path for path in known if path.parent.name != "studies"]  # files of sanm study
     wanted = Path(value)
     ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}
     near = [str(path) for path in sorted(known, key=lambda path: -ratio[path]) if ratio[path] > 0.7][:3]
