@@ -46,15 +46,15 @@ $(VENV)/.python:
 
 # torch and torchvision in one command, so that their builds fit each other
 $(VENV)/.installed: $(VENV)/.python setup.cfg pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e '.[pretrained]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision -e '.[pretrained,study]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,test,docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,study,test,docs]'
 	touch $@
 
 $(VENV)/.check: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,check]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[pretrained,study,test,docs,check]'
 	touch $@
 
 clean:

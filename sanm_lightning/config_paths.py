@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-__all__ = ["check_order", "check_scheduler", "packaged", "resolve", "unused_setting"]
+__all__ = ["check_order", "check_scheduler", "packaged", "resolve", "setting_for", "unused_setting"]
 
 ORDER = "the order is method, data, setting, noise, sanm"
 OLD_PATH = re.compile(r"configs/(?P<data>cifar100?)/(?P<method>[a-z0-9_]+)(/(?P<noise>[a-z0-9_]+))?\.ya?ml$")
@@ -156,7 +156,7 @@ def unused_setting(args: Sequence[str]) -> str | None:
                 given[folder] = Path(parts[-1]).stem
     if not {"method", "data"} <= given.keys():
         return None
-    best = _setting(given["method"], given["data"], given.get("noise"))
+    best = setting_for(given["method"], given["data"], given.get("noise"))
     as_specific = {given.get("setting"), given["data"] if "setting" in given else None}
     if best is None or Path(best).stem in as_specific:
         return None
@@ -194,6 +194,7 @@ def _content(value: str | None) -> dict[str, Any]:
 def _near(value: str) -> str:
     """Return the part of an error message that lists the most similar configs of the package."""
     known = [path.relative_to(packaged()) for path in sorted((packaged() / "configs").rglob("*.yaml"))]
+    known = [path for path in known if path.parent.name != "studies"]  # files of sanm study
     wanted = Path(value)
     ratio = {path: max(_similarity(str(wanted), str(path)), _similarity(wanted.name, path.name)) for path in known}
     near = [str(path) for path in sorted(known, key=lambda path: -ratio[path]) if ratio[path] > 0.7][:3]
@@ -204,7 +205,7 @@ def _similarity(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
-def _setting(method: str, data: str, noise: str | None) -> str | None:
+def setting_for(method: str, data: str, noise: str | None) -> str | None:
     """Return the most specific existing setting, as a path under ``configs/``."""
     names = [f"{data}-{noise}", data] if noise else [data]
     paths = [f"configs/setting/{method}/{name}.yaml" for name in names]
@@ -223,7 +224,7 @@ def _replacement(old: Sequence[str]) -> str:
     base = next((match for match in matches if match["noise"] is None), matches[0])  # C2D used DivideMix's overlays
     noise = next((match["noise"] for match in matches if match["noise"]), None)
     method, data = base["method"].removesuffix(SMALL), base["data"]
-    setting = _setting(method, data, "small" if base["method"].endswith(SMALL) else noise)
+    setting = setting_for(method, data, "small" if base["method"].endswith(SMALL) else noise)
     paths = [f"configs/method/{method}.yaml", f"configs/data/{data}.yaml", *([setting] if setting else [])]
     words = [f"--config {path}" for path in paths]
     if noise and method in ("cdr", "co_teaching"):  # these overlays set the noise rate only

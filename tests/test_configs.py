@@ -25,7 +25,7 @@ from tests.full import FULL
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
-EVERY = sorted(CONFIGS.rglob("*.yaml"))
+EVERY = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 METHODS = sorted(CONFIGS.glob("method/*.yaml"))
 DATA = sorted(CONFIGS.glob("data/*.yaml"))
 SETTINGS = sorted(CONFIGS.glob("setting/*/*.yaml"))

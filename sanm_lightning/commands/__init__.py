@@ -19,6 +19,8 @@ COMMANDS = {
     "noise": "sanm_lightning.commands.noise",
     "predict --images": "sanm_lightning.commands.predict",
     "relabel": "sanm_lightning.commands.relabel",
+    "study": "sanm_lightning.commands.study",
+    "table": "sanm_lightning.commands.table",
 }
 """Modules by command name; ``predict`` without ``--images`` is a command of LightningCLI."""
 

@@ -1,0 +1,53 @@
+"""Published accuracies, from ``published.yaml``."""
+
+import functools
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import yaml
+
+from sanm_lightning.parsing import near_names
+
+__all__ = ["Published", "read_published"]
+
+
+class Published(NamedTuple):
+    """Published values of a table.
+
+    Attributes:
+        source: paper and table.
+        values: accuracies in percent by (method, SANM, data, noise), with the keys ``best``, ``last`` and ``spread``.
+    """
+
+    source: str
+    values: dict[tuple[str, str, str, str], dict[str, float]]
+
+
+def read_published(table: str) -> Published:
+    """Return the published values of a table.
+
+    Args:
+        table: key in ``published.yaml``, the name of a study.
+
+    Raises:
+        ValueError: if there is no such table.
+    """
+    content = _tables()
+    if table not in content:
+        near = near_names(table, list(content))
+        remedy = f"near: {', '.join(near)}" if near else f"choose one of {', '.join(content)}"
+        raise ValueError(f"expected a table of published values, got {table!r}; {remedy}")
+    columns = [(data, noise) for data, noises in content[table]["columns"].items() for noise in noises]
+    values: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    for row in content[table]["rows"]:
+        for kind in ("best", "last", "spread"):
+            for (data, noise), value in zip(columns, row.get(kind) or [], strict=kind in row):
+                if value is not None:
+                    values.setdefault((row["method"], row.get("sanm", "base"), data, noise), {})[kind] = value
+    return Published(content[table]["source"], values)
+
+
+@functools.cache
+def _tables() -> dict[str, Any]:
+    content: dict[str, Any] = yaml.safe_load(files("sanm_lightning.study").joinpath("published.yaml").read_text())
+    return content
