@@ -86,7 +86,7 @@ class INCV(NoisyLabelModule):
         num_gradual: epochs of the main stage over which the excluded fraction increases from 0; published: 10.
         candidates_after: last epoch of the main stage without candidates, from 0; None is 40 of 200 epochs, or 80 with
             ``symmetric: false`` or a noise rate above 0.6, as published.
-        warmup_epochs: length of each round, >= 1.
+        warmup_epochs: length of each round.
 
     All other arguments are those of :class:`NoisyLabelModule`. The learning rate is multiplied by .5, .25 and .1 after 40, 60
     and 80 % of each round, and divided by 10 after 40, 60 and 80 % of the main stage, and by 2 after 90 %, as published.
@@ -115,7 +115,6 @@ class INCV(NoisyLabelModule):
             ("noise_rate in [0, 1)", noise_rate, noise_rate is None or 0 <= noise_rate < 1),
             ("num_gradual >= 0", num_gradual, num_gradual >= 0),
             ("candidates_after >= 0", candidates_after, candidates_after is None or candidates_after >= 0),
-            ("warmup_epochs >= 1", warmup_epochs, warmup_epochs >= 1),
         ):
             if not good:
                 raise ValueError(f"expected {name}, got {value!r}; use the default")
@@ -161,7 +160,7 @@ class INCV(NoisyLabelModule):
         judge = (1 - half).clamp(max=1)
         losses = found["loss"][judge, row]
         agreed = candidate & (found["predictions"][judge, row] == found["labels"])
-        if number == 0 and self.noise_rate is None:
+        if not store.filled and self.noise_rate is None:
             accuracy = float(agreed.sum() / candidate.sum().clamp(min=1))
             store.noise_rate = cross_validated_noise_rate(accuracy, self.num_classes)
         status = torch.where(agreed, SELECTED, store.status[index])

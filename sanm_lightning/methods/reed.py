@@ -89,7 +89,7 @@ class REED(NoisyLabelModule):
         temperature: temperature of the sharpening, positive.
         alpha: parameter of mixup's Beta distribution, >= 0.
         ramp_epochs: epochs of the second stage over which ``lambda_u`` increases from 0, >= 0.
-        warmup_epochs: length of the first stage, >= 1.
+        warmup_epochs: length of the first stage.
 
     All other arguments are those of :class:`NoisyLabelModule`.
 
@@ -123,7 +123,6 @@ class REED(NoisyLabelModule):
             ("temperature > 0", temperature, temperature > 0),
             ("alpha >= 0", alpha, alpha >= 0),
             ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-            ("warmup_epochs >= 1", warmup_epochs, warmup_epochs >= 1),
         ):
             if not good:
                 raise ValueError(f"expected {name}, got {value!r}; use the default")
