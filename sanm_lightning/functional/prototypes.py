@@ -12,6 +12,8 @@ def density_peaks(features: Tensor, fraction: float = 0.4, chunk: int = 2048) ->
 
     Source: Han et al., ICCV 2019, Eq. 3 to 5. The density of i is the sum over j of sign(S_ij - S_c), with the cosine
     similarity S and the value S_c that ``fraction`` of the similarities exceed. The sample itself adds 1 to every density.
+    Departure: of equal densities, that of the first sample counts as higher. They are integers, and by the formula every
+    sample of the highest density would have the smallest similarity.
 
     Args:
         features: shape (m, D), m >= 1, not necessarily normalized.
@@ -21,17 +23,19 @@ def density_peaks(features: Tensor, fraction: float = 0.4, chunk: int = 2048) ->
 
     Returns:
         Densities (m,), and the largest similarity to a sample of higher density (m,), or the smallest similarity to any
-        sample where there is none. float32.
+        sample for the densest. float32.
     """
     rows = F.normalize(features.float(), dim=1)
     similar = (rows[:chunk] @ rows.T).flatten()
     cut = similar.kthvalue(max(1, len(similar) - int(fraction * len(similar) + 1e-6))).values
     parts = rows.split(chunk)
     density = torch.cat([(part @ rows.T - cut).sign().sum(1) for part in parts])
+    order = density.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     nearest = []
-    for part, own in zip(parts, density.split(chunk), strict=True):
+    for part, own in zip(parts, rank.split(chunk), strict=True):
         similar = part @ rows.T
-        denser = density > own[:, None]
+        denser = rank < own[:, None]
         highest = similar.masked_fill(~denser, float("-inf")).amax(1)
         nearest.append(torch.where(denser.any(1), highest, similar.amin(1)))
     return density, torch.cat(nearest)
