@@ -10,6 +10,8 @@ from sanm_lightning.functional.correction import (
 from sanm_lightning.functional.cross_validation import (
     cross_validated_noise_rate,
     discarded_fraction,
+    largest_losses,
+    random_halves,
     remaining_noise_rate,
 )
 from sanm_lightning.functional.losses import (
@@ -90,6 +92,7 @@ __all__ = [
     "label_margin",
     "label_posterior",
     "label_step",
+    "largest_losses",
     "linear_ramp",
     "masked_mean",
     "members_by_class",
@@ -101,6 +104,7 @@ __all__ = [
     "nested_probabilities",
     "nt_xent",
     "prior_kl",
+    "random_halves",
     "relabel",
     "remaining_noise_rate",
     "repeated_draw",

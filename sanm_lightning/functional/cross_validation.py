@@ -2,7 +2,47 @@
 
 import math
 
-__all__ = ["cross_validated_noise_rate", "discarded_fraction", "remaining_noise_rate"]
+import torch
+from torch import Tensor
+
+__all__ = [
+    "cross_validated_noise_rate",
+    "discarded_fraction",
+    "largest_losses",
+    "random_halves",
+    "remaining_noise_rate",
+]
+
+
+def random_halves(candidate: Tensor, generator: torch.Generator) -> Tensor:
+    """Divide candidates (N,) bool at random: (N,) int64, 0 or 1, the first half being the smaller one; -1 for the others."""
+    order = torch.randperm(len(candidate), generator=generator).to(candidate.device)
+    order = order[candidate[order]]
+    half = torch.full_like(candidate, -1, dtype=torch.int64)
+    half[order] = (torch.arange(len(order), device=order.device) >= len(order) // 2).long()
+    return half
+
+
+def largest_losses(losses: Tensor, agreed: Tensor, half: Tensor, fraction: float) -> Tensor:
+    """Select the samples of each half with the largest losses, ``fraction`` times the number of its agreeing samples.
+
+    Source: the code of Chen et al., ICML 2019, whose agreeing samples are never discarded.
+
+    Args:
+        losses: held-out losses, shape (N,).
+        agreed: whether the held-out prediction is the label, shape (N,), bool.
+        half: half of each sample, shape (N,), 0 or 1, or -1 for samples that are not considered.
+        fraction: >= 0, see :func:`discarded_fraction`.
+
+    Returns:
+        Shape (N,), bool.
+    """
+    largest = torch.zeros_like(agreed)
+    for side in (0, 1):
+        members = half == side
+        count = min(int(fraction * int((agreed & members).sum())), int(members.sum()))
+        largest[losses.masked_fill(~members, float("-inf")).argsort(descending=True)[:count]] = True
+    return largest & ~agreed
 
 
 def cross_validated_noise_rate(accuracy: float, num_classes: int) -> float:

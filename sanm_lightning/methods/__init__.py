@@ -19,7 +19,7 @@ from sanm_lightning.methods.joint_optim import JointOptim as JointOptim
 from sanm_lightning.methods.m_correction import MCorrection as MCorrection
 from sanm_lightning.methods.mixup import Mixup as Mixup
 from sanm_lightning.methods.nested import Nested as Nested
-from sanm_lightning.methods.nested import NestedCoTeaching as NestedCoTeaching
+from sanm_lightning.methods.nested_co_teaching import NestedCoTeaching as NestedCoTeaching
 from sanm_lightning.methods.pencil import PENCIL as PENCIL
 from sanm_lightning.methods.plc import PLC as PLC
 from sanm_lightning.methods.reed import REED as REED

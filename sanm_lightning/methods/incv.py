@@ -14,6 +14,9 @@ from sanm_lightning.functional import (
     clean_probability,
     cross_validated_noise_rate,
     discarded_fraction,
+    largest_losses,
+    linear_ramp,
+    random_halves,
     remaining_noise_rate,
     repeated_draw,
     small_loss,
@@ -122,6 +125,7 @@ class INCV(NoisyLabelModule):
         self.rounds, self.noise_rate, self.symmetric = rounds, noise_rate, symmetric
         self.num_gradual, self.candidates_after = num_gradual, candidates_after
         self.selection = Candidates(noise_rate or 0.0)
+        self.selected_rows = 0  # of a step of the main stage, set with the batches of an epoch
 
     def stages(self) -> list[Stage]:
         """Return the rounds of cross-validation and the main stage, each with new networks."""
@@ -140,15 +144,8 @@ class INCV(NoisyLabelModule):
     # Between stages: select
 
     def halves(self, number: int) -> Tensor:
-        """Return which half each sample belongs to in round ``number``, from 0: (N,) int64, 0 or 1; -1: no candidate."""
-        status = self.selection.status
-        order = torch.randperm(len(status), generator=named_generator("halves", self.sanm.seed, number)).to(
-            status.device
-        )
-        candidates = order[status[order] == CANDIDATE]
-        half = torch.full_like(status, -1)
-        half[candidates] = (torch.arange(len(candidates), device=status.device) >= len(candidates) // 2).long()
-        return half
+        """Return the half of each candidate in round ``number``, from 0: (N,) int64, 0 or 1; -1 for other samples."""
+        return random_halves(self.selection.status == CANDIDATE, named_generator("halves", self.sanm.seed, number))
 
     def begin_stage(self) -> None:
         """Select and discard candidates by the predictions of the network that was not trained on them."""
@@ -156,24 +153,16 @@ class INCV(NoisyLabelModule):
         found = self.predict_train("loss", "predictions", "labels", network=None, pool_only=True)
         index, store = found["index"], self.selection
         half = self.halves(number)[index]
-        candidate, row = half >= 0, torch.arange(len(index), device=index.device)
-        judge = (1 - half).clamp(max=1)
-        losses = found["loss"][judge, row]
-        agreed = candidate & (found["predictions"][judge, row] == found["labels"])
+        candidate, judge = half >= 0, ((1 - half).clamp(max=1), torch.arange(len(index), device=index.device))
+        losses, agreed = found["loss"][judge], candidate & (found["predictions"][judge] == found["labels"])
         if not store.filled and self.noise_rate is None:
             accuracy = float(agreed.sum() / candidate.sum().clamp(min=1))
             store.noise_rate = cross_validated_noise_rate(accuracy, self.num_classes)
         status = torch.where(agreed, SELECTED, store.status[index])
         if self.symmetric:
-            for side in (0, 1):
-                count = int(discarded_fraction(store.noise_rate) * int((agreed & (half == side)).sum()))
-                worst = losses.masked_fill(half != side, float("-inf")).argsort(descending=True)[:count]
-                worst = worst[(half[worst] == side) & ~agreed[worst]]
-                status[worst] = DISCARDED
-        quality = store.given_quality[index].clone()
-        quality[candidate] = clean_probability(losses[candidate])
-        quality[status == SELECTED] = 1.0
-        store.update(index, status=status, given_quality=quality)
+            status[largest_losses(losses, agreed, half, discarded_fraction(store.noise_rate))] = DISCARDED
+        quality = store.given_quality[index].index_put((candidate,), clean_probability(losses[candidate]))
+        store.update(index, status=status, given_quality=torch.where(status == SELECTED, 1.0, quality))
         rank_zero_info(
             f"INCV: {int((store.status == SELECTED).sum())} of {len(store)} samples are selected after round {number + 1}, "
             f"noise rate {store.noise_rate:.3f}"
@@ -186,6 +175,7 @@ class INCV(NoisyLabelModule):
     def epoch_batches(self, plan: EpochPlan) -> Tensor:
         """Sample a batch for each network from its training set; in the main stage, selected samples and candidates."""
         number, stage, first = locate(self.stages(), plan.epoch)
+        self.selected_rows = plan.batch_size
         pool = plan.pool(0)
         status = self.selection.status.cpu()[pool]
         selected, candidates = pool[status == SELECTED], pool[status == CANDIDATE]
@@ -232,7 +222,7 @@ class INCV(NoisyLabelModule):
             ]
             return torch.stack([out.cross_entropy() for out in learned]).sum()
         targets, quality = self.one_hot(batch.labels), self.selection.given_quality[index]
-        kept = self.kept(self.current_epoch - first, len(index)) / len(index)
+        kept = self.kept(self.current_epoch - first, min(len(index), self.selected_rows)) / len(index)
         seen = [self.learn(batch, targets, number, quality=quality) for number in (0, 1)]
         chosen = []
         for out in seen:
@@ -242,8 +232,11 @@ class INCV(NoisyLabelModule):
         return torch.stack(losses).sum()
 
     def kept(self, epoch: int, rows: int) -> int:
-        """Return the number of samples of a step of the main stage that each network selects."""
-        trainer: Any = self.trainer
+        """Return the number of samples that each network selects in a step of the main stage.
+
+        Args:
+            epoch: epoch of the main stage, from 0.
+            rows: number of selected samples of the step.
+        """
         wrong = remaining_noise_rate(self.selection.noise_rate, self.num_classes - 1 if self.symmetric else 1)
-        ramp = min(1.0, epoch / self.num_gradual) if self.num_gradual else 1.0
-        return max(1, round(min(rows, int(trainer.datamodule.batch_size)) * (1 - wrong * ramp)))
+        return max(1, round(rows * (1 - wrong * linear_ramp(epoch, self.num_gradual))))

@@ -124,7 +124,7 @@ class TestINCV:
 
     def test_a_step_of_the_main_stage_is_co_teaching_with_the_remaining_noise(self):
         module = ready(INCV(**SMALL, rounds=1, warmup_epochs=1, noise_rate=0.6, num_gradual=1), 3)
-        module.trainer.datamodule.batch_size = 6
+        module.selected_rows = 6
         given, total = batch(8), 0.0  # six selected samples and two candidates
         count = round(6 * (1 - 0.36 / (0.36 + 3 * 0.16)))
         assert count == 3
