@@ -46,7 +46,7 @@ METHODS = {  # options in addition to the recipe; some methods require the noise
     "Nested": ["--data.val_fraction", "0.1"],
     "NestedCoTeaching": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "15", "--data.val_fraction", "0.1"],
     "INCV": ["--model.rounds", "2", "--model.warmup_epochs", "5"],
-    "REED": ["--model.ramp_epochs", "4", "--model.pretrained", "ENCODER"],
+    "REED": ["--model.warmup_epochs", "8", "--model.ramp_epochs", "4", "--model.pretrained", "ENCODER"],
     "CREMA": ["--model.warmup_epochs", "8"],
     "GCE truncated": ["--model.truncation", "0.5", "--model.prune_every", "5", "--model.warmup_epochs", "15"],
 }
