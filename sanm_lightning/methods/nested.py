@@ -91,12 +91,8 @@ class Nested(NoisyLabelModule):
         super().__init__(num_classes, **kwargs)
         width = pooled_width(self.network)
         if num_features is not None and not 1 <= num_features <= width:
-            raise ValueError(f"expected num_features in 1 to {width}, got {num_features}; lower it")
-        self.num_features, self.lr_warmup_steps, self.freeze_batch_norm = (
-            num_features,
-            lr_warmup_steps,
-            freeze_batch_norm,
-        )
+            raise ValueError(f"expected num_features in 1 to {width}, got {num_features}; use null to choose it")
+        self.lr_warmup_steps, self.freeze_batch_norm = lr_warmup_steps, freeze_batch_norm
         kept = num_features or (width if sigma is None else max(1, round(min(sigma, width))))
         self.choose_features = num_features is None and sigma is not None
         self.norms = [name for name, part in self.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
