@@ -177,6 +177,14 @@ class TestREED:
         assert changed == {"network.fc.weight", "network.fc.bias"}
         assert {key for key in seen[0] if not torch.equal(seen[8][key], seen[10][key])} > changed
 
+    def test_gradients_of_0_do_not_decay_the_encoder(self):
+        module = self.made(0)
+        for parameter in module.parameters():  # as with several processes
+            parameter.grad = torch.zeros_like(parameter)
+        module.on_before_optimizer_step(None)
+        left = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+        assert left == {"network.network.fc.weight", "network.network.fc.bias"}
+
     def test_a_step_of_the_classifier_is_cross_entropy(self):
         module, given = self.made(0), batch()
         plain = ready(CrossEntropy(**SMALL))

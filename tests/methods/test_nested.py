@@ -95,6 +95,13 @@ class TestNested:
         assert same(made.network, again.network)
         assert same(made.dropouts, again.dropouts)
 
+    @pytest.mark.parametrize(("accuracy", "number"), [((0.2, 0.5, 0.5, 0.7, 0.7), 4), ((0.2, 0.5, 0.5, 0.7, 0.8), 5)])
+    def test_the_smallest_of_equally_good_numbers_is_chosen(self, accuracy, number, monkeypatch):
+        monkeypatch.setattr("sanm_lightning.methods.nested.truncated_accuracy", lambda *_: torch.tensor(accuracy))
+        made = module(sigma=2.0)
+        trainer(1, limit_train_batches=1).fit(made, data(val_fraction=0.25))
+        assert int(made.dropouts[0].kept) == number
+
     def test_without_a_validation_split_it_is_sigma(self):
         made = module(sigma=3.4)
         trainer(1).fit(made, data())
