@@ -23,7 +23,7 @@ from rich.table import Table
 from sanm_lightning.cli import main
 
 HOME = Path("runs/digits_methods")
-METHODS = {  # options in addition to the recipe; two methods require the noise rate, as published
+METHODS = {  # options in addition to the recipe; some methods require the noise rate, as published
     "CrossEntropy": [],
     "CoTeaching": ["--model.noise_rate", "RATE", "--model.num_gradual", "3"],
     "CDR": ["--model.noise_rate", "RATE"],
@@ -42,6 +42,12 @@ METHODS = {  # options in addition to the recipe; two methods require the noise 
     "PLC": ["--model.warmup_epochs", "8"],
     "SELFIE": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "8", "--model.history", "5"],
     "ActiveBias": ["--model.warmup_epochs", "8"],
+    "SMP": ["--model.warmup_epochs", "8"],
+    "Nested": ["--data.val_fraction", "0.1"],
+    "NestedCoTeaching": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "15", "--data.val_fraction", "0.1"],
+    "INCV": ["--model.rounds", "2", "--model.warmup_epochs", "5"],
+    "REED": ["--model.warmup_epochs", "8", "--model.ramp_epochs", "4", "--model.pretrained", "ENCODER"],
+    "CREMA": ["--model.warmup_epochs", "8"],
     "GCE truncated": ["--model.truncation", "0.5", "--model.prune_every", "5", "--model.warmup_epochs", "15"],
 }
 

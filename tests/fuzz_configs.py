@@ -108,6 +108,7 @@ def merged(configs: list[Path]) -> dict[str, Any]:
         "CDR",
         "CoTeaching",
         "CoTeachingPlus",
+        "NestedCoTeaching",
         "SELFIE",
     ):  # required
         whole["model"]["init_args"].setdefault("noise_rate", 0.5)

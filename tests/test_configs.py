@@ -410,6 +410,7 @@ def words_for(config: Path, encoder: str) -> list[str]:
     """What a method or a job needs on 24 small images."""
     return {
         "c2d": ["--model.pretrained", encoder],
+        "reed": ["--model.pretrained", encoder],
         "image_folder": [
             "--model.network",
             "small_cnn",

@@ -7,6 +7,13 @@ from sanm_lightning.functional.correction import (
     forward_correction,
     label_posterior,
 )
+from sanm_lightning.functional.cross_validation import (
+    cross_validated_noise_rate,
+    discarded_fraction,
+    largest_losses,
+    random_halves,
+    remaining_noise_rate,
+)
 from sanm_lightning.functional.losses import (
     clamped_probs,
     early_learning_regularization,
@@ -25,12 +32,16 @@ from sanm_lightning.functional.losses import (
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.functional.neighbors import balanced_votes, knn_vote, nearest_neighbors
+from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
+from sanm_lightning.functional.prototypes import class_prototypes, density_peaks, select_peaks
 from sanm_lightning.functional.ramps import (
     critical_fraction,
     ema_decay,
     forget_rate,
     linear_ramp,
     sigmoid_ramp,
+    step_fractions,
+    step_ramp,
     step_thirds,
 )
 from sanm_lightning.functional.selection import (
@@ -40,6 +51,7 @@ from sanm_lightning.functional.selection import (
     members_by_class,
     relabel,
     repeated_draw,
+    sequence_credibility,
     small_loss,
     small_loss_among,
     threshold_split,
@@ -56,11 +68,15 @@ __all__ = [
     "beta_mixture_posterior",
     "clamped_probs",
     "class_balanced_draw",
+    "class_prototypes",
     "clean_probability",
     "co_refine",
     "consistent_votes",
     "critical_fraction",
     "critical_threshold",
+    "cross_validated_noise_rate",
+    "density_peaks",
+    "discarded_fraction",
     "early_learning_regularization",
     "ema_decay",
     "entropy",
@@ -76,6 +92,7 @@ __all__ = [
     "label_margin",
     "label_posterior",
     "label_step",
+    "largest_losses",
     "linear_ramp",
     "masked_mean",
     "members_by_class",
@@ -84,18 +101,26 @@ __all__ = [
     "mixup",
     "nearest_neighbors",
     "negative_entropy",
+    "nested_probabilities",
     "nt_xent",
     "prior_kl",
+    "random_halves",
     "relabel",
+    "remaining_noise_rate",
     "repeated_draw",
     "reverse_kl",
+    "select_peaks",
+    "sequence_credibility",
     "sharpen",
     "sigmoid_ramp",
     "small_loss",
     "small_loss_among",
     "soft_cross_entropy",
+    "step_fractions",
+    "step_ramp",
     "step_thirds",
     "threshold_split",
+    "truncated_accuracy",
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
 ]

@@ -2,7 +2,16 @@
 
 import math
 
-__all__ = ["critical_fraction", "ema_decay", "forget_rate", "linear_ramp", "sigmoid_ramp", "step_thirds"]
+__all__ = [
+    "critical_fraction",
+    "ema_decay",
+    "forget_rate",
+    "linear_ramp",
+    "sigmoid_ramp",
+    "step_fractions",
+    "step_ramp",
+    "step_thirds",
+]
 
 
 def linear_ramp(epochs: float, length: float) -> float:
@@ -51,3 +60,14 @@ def critical_fraction(epoch: int, noise_rate: float, schedule: str, num_gradual:
 def step_thirds(step: int, steps: int, factor: float = 0.1) -> float:
     """Return 1, ``factor`` and its square in the first, second and last third of ``steps`` steps."""
     return float(factor ** min(2, 3 * step // max(1, steps)))
+
+
+def step_fractions(step: int, steps: int, fractions: tuple[float, ...], factors: tuple[float, ...]) -> float:
+    """Return 1, then each of ``factors`` from the same position of ``fractions`` of ``steps`` steps on, in order."""
+    reached = sum(step >= fraction * steps for fraction in fractions)
+    return factors[reached - 1] if reached else 1.0
+
+
+def step_ramp(step: int, steps: int, length: int) -> float:
+    """Return a ramp from 1 / ``length`` to 1 over the first ``length`` of any number of steps."""
+    return min(1.0, (step + 1) / max(1, length))

@@ -12,6 +12,7 @@ __all__ = [
     "members_by_class",
     "relabel",
     "repeated_draw",
+    "sequence_credibility",
     "small_loss",
     "small_loss_among",
     "threshold_split",
@@ -59,6 +60,21 @@ def consistent_votes(votes: Tensor) -> tuple[Tensor, Tensor]:
     share = votes / total.clamp(min=1)
     uncertainty = -(share * share.clamp(min=1e-12).log()).sum(1) / math.log(votes.shape[1])
     return votes.argmax(1), torch.where(total[:, 0] > 0, uncertainty.clamp(0, 1), 1.0)
+
+
+def sequence_credibility(scores: Tensor, count: Tensor) -> Tensor:
+    """Return the geometric mean of the stored probabilities of each sample, the likelihood of a sequence per element.
+
+    Args:
+        scores: probabilities that the label is correct, shape (N, T), of which the first min(count, T) are used.
+        count: number of stored probabilities, shape (N,).
+
+    Returns:
+        Shape (N,), in [0, 1]; 1 without probabilities.
+    """
+    used = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+    logs = torch.where(used, scores.float().clamp(min=1e-12).log(), 0.0)
+    return (logs.sum(1) / used.sum(1).clamp(min=1)).exp()
 
 
 def uncertainty_weights(variance: Tensor, count: Tensor, smoothing: float) -> Tensor:

@@ -1,12 +1,9 @@
 """C2D (Zheltonozhskii et al., WACV 2022): DivideMix with self-supervised pre-training."""
 
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from sanm_lightning.methods.dividemix import DivideMix
-from sanm_lightning.models.checkpoints import load_weights
+from sanm_lightning.methods.encoder import load_encoder
 
 __all__ = ["C2D"]
 
@@ -61,18 +58,5 @@ class C2D(DivideMix):
 
     def setup(self, stage: str) -> None:
         """Load the pre-trained encoder into both networks, unless the run is resumed."""
-        if stage != "fit" or getattr(self.trainer, "ckpt_path", None) is not None:
-            return
-        if self.pretrained is None:
-            raise ValueError(
-                "expected a pre-trained encoder for C2D, got pretrained: null; run first 'sanm fit --config "
-                "configs/method/simclr.yaml --config configs/data/cifar10.yaml', then set --model.pretrained to its "
-                "checkpoint"
-            )
-        for network in self.networks:
-            report = load_weights(network, self.pretrained)
-        rank_zero_info(
-            f"C2D: {len(report.matched)} tensors of {Path(self.pretrained).name} loaded into each network "
-            f"({', '.join(report.matched[:3])}, ...); the classifier is initialized randomly: "
-            f"{', '.join(report.classifier)}"
-        )
+        if stage == "fit":
+            load_encoder(self, self.pretrained)

@@ -44,6 +44,12 @@ class MethodHooks(L.LightningModule):
         data: Any = cast(Any, self.trainer).datamodule
         return cast(Tensor, data.labels.to(self.device))
 
+    @property
+    def has_val_split(self) -> bool:
+        """Whether the data module is one of this package and has a validation split, for ``predict_val``."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        return hasattr(data, "pass_dataloader") and "val" in data.eval_names
+
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in order."""
         return [Stage("train")]

@@ -22,6 +22,9 @@ OPTIONS = {  # what a method needs beside warmup_epochs: 1; the others are found
     "SSR": {"warmup_epochs": 0, "k": 5},
     "CoTeachingPlus": {"noise_rate": 0.5, "num_gradual": 2},
     "SELFIE": {"noise_rate": 0.5, "history": 2, "uncertainty": 0.5},
+    "INCV": {"rounds": 1},
+    "NestedCoTeaching": {"noise_rate": 0.5},
+    "REED": {"ramp_epochs": 1.0, "pretrained": "FILE"},
 }
 BASES = ("NoisyLabelModule", "TwoNetworks", "SimCLR")
 METHODS = {
@@ -225,7 +228,9 @@ class Steps(L.Callback):
 def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_training(make, samples, batch_size):
     name = type(make()).__name__
     module, count = make(**({"k": 1} if name == "SSR" else {})), Steps()
-    refused = {"SSR": min(samples, batch_size) == 1, "DivideMix": samples == 1, "C2D": samples == 1}.get(name, False)
+    refused = {"SSR": min(samples, batch_size) == 1, **dict.fromkeys(("DivideMix", "C2D", "REED"), samples == 1)}.get(
+        name, False
+    )
     sentence = "at least 2 samples per step" if name == "SSR" else "expected 2 or more training samples"
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
         fit(module, data(num_samples=samples, batch_size=batch_size), epochs=2, callbacks=[count])

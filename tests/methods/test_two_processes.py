@@ -36,7 +36,15 @@ from tests.methods.two_processes import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 
-DRAWING = {"ELRPlus", "DivideMix", "C2D", "SSR", "Mixup", "MCorrection"}  # methods that draw, beside views and masks
+DRAWING = {
+    "ELRPlus",
+    "DivideMix",
+    "C2D",
+    "SSR",
+    "Mixup",
+    "MCorrection",
+    "REED",
+}  # methods that draw, beside views and masks
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
@@ -44,6 +52,7 @@ LOSS_BANKS = {
     "ELR",
     "ELRPlus",
     "GCE",
+    "Nested",
 }  # whose label quality is SANM's own estimate
 
 
@@ -127,7 +136,7 @@ def test_the_checkpoint_of_rank_0_knows_every_sample(case):
             assert bool((tables["given_quality"] + tables["quality"] > 0).any())
             looked_at.add("selection")
     expected = {"ELR": {"targets"}, "ELRPlus": {"targets"}, "DivideMix": {"division"}, "C2D": {"division"}}
-    expected |= {"SSR": {"selection"}}
+    expected |= {"SSR": {"selection"}, "INCV": {"selection"}}
     losses = {"losses"} if case.under_sanm and case.method in LOSS_BANKS else set()
     assert looked_at == expected.get(case.method, set()) | losses
 
@@ -136,7 +145,7 @@ def test_the_processes_share_out_every_epoch(case):
     one, other = (process["trained"] for process in case.processes)
     assert list(one) == list(other) == list(range(EPOCHS))
     for epoch in one:
-        if case.method in SCORING and (epoch > 0 or case.method == "SSR"):
+        if case.method in SCORING and (epoch > 0 or case.method in ("SSR", "INCV")):
             continue  # the method chooses, see the next test
         times = Counter(one[epoch] + other[epoch])
         assert sorted(times) == list(range(TRAIN))
@@ -147,9 +156,10 @@ def test_the_sets_that_a_method_chooses_are_shared_out(case):
     if case.method not in SCORING:
         return
     steps = -(-(TRAIN + 1) // 2 // BATCH)
-    blocks = 2 if case.method == "SSR" else 4
+    blocks = {"SSR": 2, "REED": 2, "INCV": 1}.get(case.method, 4)
     one, other = (torch.tensor(process["trained"][EPOCHS - 1]).view(steps, blocks, -1) for process in case.processes)
-    for block in [1] if case.method == "SSR" else range(4):  # the first one of SSR is drawn with replacement
+    # the first one of SSR and of REED is drawn with replacement
+    for block in [1] if case.method in ("SSR", "REED") else range(blocks):
         order = torch.stack([one[:, block].flatten(), other[:, block].flatten()], 1).flatten().tolist()
         pool = set(order)
         assert len(set(order[: len(pool)])) == len(pool), "a sample came again before all had come"

@@ -36,7 +36,13 @@ UNDER = ("alone", "sanm") if FULL else ("sanm",)
 CASES = {f"{name}-{under}": (name, under == "sanm") for name in NAMES for under in UNDER}
 TRAIN, TEST, BATCH = 61, 21, 8  # odd: neither is a multiple of two processes
 EPOCHS = 2  # of four steps
-SCORING = ("DivideMix", "C2D", "SSR")  # methods that pass over the training set at the beginning of an epoch
+SCORING = (
+    "DivideMix",
+    "C2D",
+    "SSR",
+    "INCV",
+    "REED",
+)  # methods that pass over the training set at the beginning of an epoch
 
 
 def stop(method: str) -> int:

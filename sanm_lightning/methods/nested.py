@@ -1,0 +1,150 @@
+"""Nested (Chen et al., CVPR Workshops 2021): ordered dropout of features."""
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.callbacks import Stage
+from sanm_lightning.functional import nested_probabilities, step_ramp, truncated_accuracy
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.models import pooled_width
+
+__all__ = ["Nested", "NestedDropout"]
+
+
+class NestedDropout(nn.Module):
+    """Zero all but the first features of a classifier's input; a pre-hook of the classifier.
+
+    Args:
+        width: D, number of features.
+        sigma: width of the distribution of the number of features in training; None keeps all.
+        kept: number of features outside of training.
+    """
+
+    kept: Tensor
+    """Number of features outside of training, a scalar, int64."""
+    drawn: Tensor
+    """Number of features of the current training step, a scalar, int64."""
+
+    def __init__(self, width: int, sigma: float | None, kept: int) -> None:
+        super().__init__()
+        self.probabilities = None if sigma is None else nested_probabilities(width, sigma)
+        self.register_buffer("kept", torch.tensor(kept))
+        self.register_buffer("drawn", torch.tensor(width), persistent=False)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Sample the number of features of a training step, with a generator on the CPU."""
+        if self.probabilities is not None:
+            self.drawn.fill_(1 + int(torch.multinomial(self.probabilities, 1, generator=generator)))
+
+    def forward(self, classifier: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        """Return the truncated input of the classifier, (B, D)."""
+        (features,) = inputs
+        count = self.drawn if classifier.training else self.kept
+        used = torch.arange(features.shape[1], device=features.device) < count
+        return features * used.to(features.dtype).view(1, -1, *[1] * (features.ndim - 2))
+
+
+class Nested(NoisyLabelModule):
+    """Cross-entropy with nested dropout: in each step, the classifier sees the first k features only, with a random k.
+
+    Source: Chen et al., CVPR Workshops 2021, and the authors' code. k is sampled with probabilities proportional to
+    exp(-(k / sigma)^2). Predictions use the first K features, where K has the best accuracy on the validation split, chosen
+    at every validation.
+
+    Departures: the validation split has noisy labels, where the code uses clean ones (for Animal-10N, the test set). Without
+    a validation split, K is sigma. The classifier keeps its bias.
+
+    Under SANM, images are masked before, features after the pooling. Label quality is the mixture on the losses of the
+    predictions with K features, and the activation map is that of these predictions.
+
+    Args:
+        num_classes: C, number of classes.
+        sigma: width of the distribution of k in features, positive; published: 10 on CIFAR-10, 100 on CIFAR-100, Clothing1M
+            and Animal-10N. None keeps all features, which is the plain network.
+        num_features: K; None chooses it.
+        lr_warmup_steps: steps over which the learning rate increases from 0; published: 6000.
+        freeze_batch_norm: whether batch norm uses running statistics and is not trained; published: for Clothing1M.
+
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
+
+    Raises:
+        ValueError: if an argument is out of its range, or the network has no linear classifier.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        sigma: float | None = 10.0,
+        num_features: int | None = None,
+        lr_warmup_steps: int = 0,
+        freeze_batch_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if sigma is not None and not sigma > 0:
+            raise ValueError(f"expected sigma > 0, got {sigma}; use 10, or null to keep all features")
+        if lr_warmup_steps < 0:
+            raise ValueError(f"expected lr_warmup_steps >= 0, got {lr_warmup_steps}; use 0 for a constant rate")
+        super().__init__(num_classes, **kwargs)
+        width = pooled_width(self.network)
+        if num_features is not None and not 1 <= num_features <= width:
+            raise ValueError(f"expected num_features in 1 to {width}, got {num_features}; use null to choose it")
+        self.lr_warmup_steps, self.freeze_batch_norm = lr_warmup_steps, freeze_batch_norm
+        kept = num_features or (width if sigma is None else max(1, round(min(sigma, width))))
+        self.choose_features = num_features is None and sigma is not None
+        self.norms = [name for name, part in self.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self.dropouts = nn.ModuleList([NestedDropout(width, sigma, kept) for _ in self.networks])
+        for network, sanm, dropout in zip(self.networks, self.sanms, self._dropouts, strict=True):
+            classifier = network.get_classifier()
+            if not isinstance(classifier, nn.Linear) or classifier.in_features != width:
+                raise ValueError(
+                    f"expected a network with a linear classifier on {width} features for {type(self).__name__}, got "
+                    f"{type(classifier).__name__}; use another network, such as resnet18"
+                )
+            classifier.register_forward_pre_hook(dropout)
+            sanm.build(network, self.image_size)  # the map of the truncated logits
+
+    @property
+    def _dropouts(self) -> list[NestedDropout]:
+        return cast(list[NestedDropout], list(self.dropouts))
+
+    def stages(self) -> list[Stage]:
+        """Return the only stage."""
+        return [self.first_stage("train", None)]
+
+    def first_stage(self, name: str, epochs: int | None) -> Stage:
+        """Return the stage of nested dropout on all samples."""
+        factor = partial(step_ramp, length=self.lr_warmup_steps) if self.lr_warmup_steps else None
+        return Stage(name, epochs, factor=factor, frozen=tuple(self.norms) if self.freeze_batch_norm else ())
+
+    def on_validation_start(self) -> None:
+        """Choose K by the accuracy on the validation split, of the smallest K for differences of 1e-5 per feature."""
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if not (fitting and self.choose_features and self.has_val_split):
+            return
+        found = self.predict_val("features", "labels", network=None)
+        classifiers = [network.get_classifier() for network in self.networks]
+        weight = torch.stack([part.weight for part in classifiers]).detach()
+        bias = sum(0.0 if part.bias is None else part.bias.detach() for part in classifiers)
+        accuracy = truncated_accuracy(found["features"], weight, bias, found["labels"])
+        best = (accuracy - 1e-5 * torch.arange(len(accuracy), device=accuracy.device)).argmax() + 1
+        for dropout in self._dropouts:
+            dropout.kept.copy_(best)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the sum of the losses of all networks."""
+        batch = NoisyBatch.from_any(batch)
+        self.prepare_step()
+        outs = [self.learn(batch, self.one_hot(batch.labels), number) for number in range(self.num_networks)]
+        return torch.stack([out.cross_entropy() for out in outs]).sum()
+
+    def prepare_step(self) -> None:
+        """Sample the numbers of features, and set frozen batch norm to evaluation mode."""
+        for number, dropout in enumerate(self._dropouts):
+            dropout.draw(self.stream("nested", number))
+        if self.stage.frozen:
+            for name in self.norms:
+                self.get_submodule(name).eval()
