@@ -104,10 +104,12 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
 
 
 def told(*configs: Path) -> list[str]:
-    """The noise rate, where the method wants to be told: it has no default."""
-    classes = [read(config).get("model", {}).get("class_path") for config in configs]
+    """The noise rate, where the method wants to be told and no setting says it: it has no default."""
+    models = [read(config).get("model", {}) for config in configs]
+    said = any("noise_rate" in model.get("init_args", {}) for model in models)
+    classes = [model.get("class_path") for model in models]
     takes = any(path and "noise_rate" in class_defaults(class_of(path)) for path in classes)
-    return ["--model.noise_rate", "0.5"] if takes else []
+    return ["--model.noise_rate", "0.5"] if takes and not said else []
 
 
 class Parsed(Exception):  # noqa: N818

@@ -9,6 +9,7 @@ __all__ = [
     "class_balanced_draw",
     "consistent_votes",
     "critical_threshold",
+    "label_ratio",
     "members_by_class",
     "relabel",
     "repeated_draw",
@@ -59,6 +60,11 @@ def consistent_votes(votes: Tensor) -> tuple[Tensor, Tensor]:
     share = votes / total.clamp(min=1)
     uncertainty = -(share * share.clamp(min=1e-12).log()).sum(1) / math.log(votes.shape[1])
     return votes.argmax(1), torch.where(total[:, 0] > 0, uncertainty.clamp(0, 1), 1.0)
+
+
+def label_ratio(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the ratio of the probability of each label to the largest one, probs (N, C), labels (N,) -> (N,) in [0, 1]."""
+    return probs.gather(1, labels[:, None])[:, 0] / probs.amax(1).clamp(min=1e-12)
 
 
 def uncertainty_weights(variance: Tensor, count: Tensor, smoothing: float) -> Tensor:
