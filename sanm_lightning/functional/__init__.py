@@ -32,13 +32,17 @@ from sanm_lightning.functional.ramps import (
     linear_ramp,
     sigmoid_ramp,
     step_thirds,
+    temperature_ramp,
 )
 from sanm_lightning.functional.selection import (
+    Refurbishing,
     class_balanced_draw,
     consistent_votes,
     critical_threshold,
     label_ratio,
     members_by_class,
+    refurbish,
+    refurbished_quality,
     relabel,
     repeated_draw,
     small_loss,
@@ -46,15 +50,17 @@ from sanm_lightning.functional.selection import (
     threshold_split,
     uncertainty_weights,
 )
-from sanm_lightning.functional.targets import Mixed, co_refine, guided_mixup, label_step, mixup, sharpen
+from sanm_lightning.functional.targets import Mixed, bootstrapped, co_refine, guided_mixup, label_step, mixup, sharpen
 
 __all__ = [
     "BetaMixture",
     "Mixed",
     "Mixture",
+    "Refurbishing",
     "backward_correction",
     "balanced_votes",
     "beta_mixture_posterior",
+    "bootstrapped",
     "clamped_probs",
     "class_balanced_draw",
     "clean_probability",
@@ -88,6 +94,8 @@ __all__ = [
     "negative_entropy",
     "nt_xent",
     "prior_kl",
+    "refurbish",
+    "refurbished_quality",
     "relabel",
     "repeated_draw",
     "reverse_kl",
@@ -97,6 +105,7 @@ __all__ = [
     "small_loss_among",
     "soft_cross_entropy",
     "step_thirds",
+    "temperature_ramp",
     "threshold_split",
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",

@@ -2,7 +2,15 @@
 
 import math
 
-__all__ = ["critical_fraction", "ema_decay", "forget_rate", "linear_ramp", "sigmoid_ramp", "step_thirds"]
+__all__ = [
+    "critical_fraction",
+    "ema_decay",
+    "forget_rate",
+    "linear_ramp",
+    "sigmoid_ramp",
+    "step_thirds",
+    "temperature_ramp",
+]
 
 
 def linear_ramp(epochs: float, length: float) -> float:
@@ -51,3 +59,8 @@ def critical_fraction(epoch: int, noise_rate: float, schedule: str, num_gradual:
 def step_thirds(step: int, steps: int, factor: float = 0.1) -> float:
     """Return 1, ``factor`` and its square in the first, second and last third of ``steps`` steps."""
     return float(factor ** min(2, 3 * step // max(1, steps)))
+
+
+def temperature_ramp(epoch: int, length: int, last: float = 0.001) -> float:
+    """Return a temperature that falls linearly from 1 to ``last`` over the first ``length`` epochs, counted from 0."""
+    return 1 - (1 - last) * min(epoch, length - 1) / max(1, length - 1)

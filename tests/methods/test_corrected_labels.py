@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sanm_lightning import SANM
-from sanm_lightning.functional import consistent_votes, label_step, reverse_kl, small_loss
+from sanm_lightning.functional import (
+    consistent_votes,
+    label_step,
+    refurbish,
+    refurbished_quality,
+    reverse_kl,
+    small_loss,
+)
 from sanm_lightning.methods import PENCIL, PLC, SELFIE, CrossEntropy, JointOptim
 from tests.methods.reference import SMALL, C, N, batch, predictions, ready, softmax
 from tests.methods.toy import data, trainer
@@ -217,6 +224,15 @@ class TestSELFIE:
         majority, doubt = consistent_votes(votes)
         assert majority[:1].tolist() == [0]
         assert doubt.tolist() == pytest.approx([0.0, 0.5, 1.0, 1.0], abs=1e-6)
+
+    def test_the_quality_is_the_certainty_the_value_before_or_the_rank_of_the_loss(self):
+        votes = torch.tensor([[3.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 2, 0, 0], [2, 1, 0, 0]])
+        replaced = torch.tensor([False, True, False, False, False])
+        found = refurbish(votes, 3, 0.1, torch.tensor([3, 2, 1, 3, 2]), replaced)
+        assert found.labels.tolist() == [0, 2, 1, 3, 2]  # the fourth has two of three predictions
+        assert found.replaced.tolist() == [True, True, False, False, False]
+        quality = refurbished_quality(found, torch.tensor([5.0, 4.0, 1.0, 2.0, 3.0]), torch.full((5,), 0.7))
+        assert quality.tolist() == pytest.approx([1.0, 0.7, 1.0, 0.75, 0.5])
 
     def test_a_step_uses_small_losses_and_replaced_labels(self):
         """Algorithm 1 of Song et al., one sample at a time."""
