@@ -38,8 +38,12 @@ WHOLE = [-(10**18), -7, -1, 0, 1, 2, 3, 17, 10**4, 10**9, 10**18, 10**30]
 FRACTIONS = [-1e308, -0.5, 1e-30, 0.5, 1.5, 1e30, 1e308, float("inf"), float("-inf"), float("nan")]
 
 
+OWN_FILES = {"animal10n": "Animal10N", "clothing1m": "Clothing1M", "webvision": "WebVision"}
+"""Data sets that are made without their files: their classes are fuzzed, the others are replaced by toy data."""
+
+
 def recipes() -> list[list[Path]]:
-    """Each job and method alone, with each setting for CIFAR, and with each overlay that is made for it."""
+    """Each job and method alone, with each setting for CIFAR and real noise, and with each overlay that is made for it."""
     cifar10 = CONFIGS / "data" / "cifar10.yaml"
     methods = {path.stem: [path, cifar10] for path in sorted(CONFIGS.glob("method/*.yaml"))}
     jobs = [[CONFIGS / "quickstart.yaml"], [CONFIGS / "image_folder.yaml"], *methods.values()]
@@ -47,6 +51,11 @@ def recipes() -> list[list[Path]]:
         path for path in sorted(CONFIGS.glob("setting/*/*.yaml")) if path.stem.split("-")[0] in ("cifar10", "cifar100")
     ]
     settings = [[*methods[path.parent.name], path] for path in files]
+    field = [
+        [CONFIGS / "method" / f"{path.parent.name}.yaml", CONFIGS / "data" / f"{name}.yaml", path]
+        for name in OWN_FILES
+        for path in sorted(CONFIGS.glob(f"setting/*/{name}*.yaml"))
+    ]
     sanms = [CONFIGS / "sanm.yaml", *sorted(CONFIGS.glob("sanm/*.yaml"))]
     noises = sorted(CONFIGS.glob("noise/*.yaml"))
     labelled = [job for job in jobs if job[0].stem != "simclr"]
@@ -54,7 +63,7 @@ def recipes() -> list[list[Path]]:
     views = [[*job, CONFIGS / "views" / "control.yaml"] for job in mixing]
     released = [[*job, CONFIGS / "sanm" / "released.yaml", CONFIGS / "views" / "released.yaml"] for job in mixing]
     over = [[*job, sanm] for job in labelled for sanm in sanms] + [[*job, noise] for job in jobs for noise in noises]
-    return jobs + settings + over + views + released
+    return jobs + settings + field + over + views + released
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -118,7 +127,11 @@ def merged(configs: list[Path]) -> dict[str, Any]:
     arguments = {k: v for k, v in (data.get("init_args") or {}).items() if k not in ("root", "image_size")}
     side = 96 if configs[0].stem == "image_folder" else 32  # its network makes the map small
     size = {"num_classes": 10, "num_samples": 24, "num_test_samples": 8, "image_size": side}
-    whole["data"] = {"class_path": "Toy", "init_args": {**arguments, **size}}
+    if data.get("class_path") in OWN_FILES.values():
+        whole["model"]["init_args"].pop("network_args", None)  # its weights would be downloaded
+        whole["model"]["init_args"]["network"] = "resnet18"
+    else:
+        whole["data"] = {"class_path": "Toy", "init_args": {**arguments, **size}}
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     whole["trainer"] = {**(whole.get("trainer") or {}), **quiet}
     return whole
