@@ -1,11 +1,17 @@
 """Runs of ``sanm`` commands that several processes share, for the studies in this folder."""
 
+import json
 import os
+import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 
 def sanm(*words: str, log: Path) -> None:
@@ -32,6 +38,66 @@ def reserved(run: Path) -> Iterator[bool]:
         yield True
     finally:
         lock.unlink()
+
+
+@contextmanager
+def awaited(run: Path) -> Iterator[None]:
+    """Reserve a run while the block runs, as soon as no other process has reserved it."""
+    while True:
+        with reserved(run) as free:
+            if free:
+                yield
+                return
+        time.sleep(0.2)
+
+
+def in_turn(jobs: int, runs: Iterable[Callable[[], None]]) -> list[str]:
+    """Start the runs in their order, at most ``jobs`` at once; return the errors of those that fail."""
+
+    def error(run: Callable[[], None]) -> str | None:
+        try:
+            run()
+        except SystemExit as failure:
+            print(failure, flush=True)
+            return str(failure)
+        return None
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [found for found in pool.map(error, runs) if found is not None]
+
+
+def recorded(file: Path) -> dict[str, Any]:
+    """Return the runs of a results file."""
+    found: dict[str, Any] = json.loads(file.read_text())["runs"] if file.exists() else {}
+    return found
+
+
+def record(file: Path, study: dict[str, Any], keys: tuple[str, ...], result: dict[str, Any]) -> None:
+    """Add a run to a results file, while other processes wait.
+
+    Args:
+        file: JSON file.
+        study: what a new file says about all runs.
+        keys: path of the run in ``runs``.
+        result: results of the run.
+    """
+    with awaited(file):
+        content = json.loads(file.read_text()) if file.exists() else {**study, **machine(), "runs": {}}
+        place = content["runs"]
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = {"commit": commit(), **result}
+        draft = file.with_name(f"{file.name}.tmp")
+        draft.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(draft, file)
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per run",
+        "versions": {name: version(name) for name in ("torch", "torchvision", "lightning", "timm")},
+    }
 
 
 def commit() -> str:

@@ -51,8 +51,10 @@ class RunRecord(L.Callback):
     resumes), noise_kind, noise_rate (requested), measured_noise_rate, test_accuracy_best (the highest of all
     evaluations: selected on the test set, as in published protocols), test_accuracy_last (final epoch),
     test_accuracy_last10 (mean over the evaluations of the last ten epochs), val_accuracy_best, val_accuracy_last (on
-    the split ``val``, given or held out, whose labels may be wrong), selected_on (the split whose accuracy selected the
-    best checkpoint: ``val`` or ``test``, see :func:`~sanm_lightning.run_summary.selected_on`), quality_auc (see
+    the split ``val``, given or held out, whose labels may be wrong), the same three keys with the name of each further
+    test set, such as imagenet_accuracy_best, and, where it is logged, top-k accuracy, such as test_accuracy_top5_best;
+    selected_on (the split whose accuracy selected the best checkpoint: ``val`` or ``test``, see
+    :func:`~sanm_lightning.run_summary.selected_on`), quality_auc (see
     :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
     :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps with at least one masked
     image). Null where unknown.
@@ -61,6 +63,8 @@ class RunRecord(L.Callback):
     def __init__(self) -> None:
         self.accuracies: dict[int, float] = {}
         self.val_accuracies: dict[int, float] = {}
+        self.further: dict[str, dict[int, float]] = {}
+        """Accuracies of further test sets and top-k accuracies, by logged name, such as ``imagenet/acc``, and epoch."""
         self._seconds = 0.0
         self._started = 0.0
 
@@ -98,10 +102,14 @@ class RunRecord(L.Callback):
         """Record the accuracies of this epoch."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        for name, series in (("test/acc", self.accuracies), ("val/acc", self.val_accuracies)):
-            accuracy = trainer.callback_metrics.get(name)
-            if accuracy is not None:
-                series[trainer.current_epoch] = float(accuracy)
+        data: Any = getattr(trainer, "datamodule", None)
+        for split in {"val", "test", *(getattr(data, "eval_names", None) or [])}:
+            for name in (f"{split}/acc", f"{split}/acc_top{getattr(data, 'top_k', None)}"):
+                accuracy = trainer.callback_metrics.get(name)
+                if accuracy is not None:
+                    own = {"test/acc": self.accuracies, "val/acc": self.val_accuracies}
+                    series = own[name] if name in own else self.further.setdefault(name, {})
+                    series[trainer.current_epoch] = float(accuracy)
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -117,8 +125,7 @@ class RunRecord(L.Callback):
         data: Any = getattr(trainer, "datamodule", None)
         sanm = getattr(pl_module, "sanm", None)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        series = [self.accuracies[epoch] for epoch in sorted(self.accuracies)]
-        tail = [value for epoch, value in self.accuracies.items() if epoch >= epochs - 10]
+        further = [accuracy_summary(name, self.further[name], epochs) for name in sorted(self.further)]
         return {
             "method": type(pl_module).__name__,
             "sanm": bool(sanm is not None and sanm.enabled),
@@ -128,11 +135,10 @@ class RunRecord(L.Callback):
             "noise_kind": getattr(data, "noise_kind", None),
             "noise_rate": getattr(data, "noise_rate", None),
             "measured_noise_rate": getattr(data, "measured_noise_rate", None),
-            "test_accuracy_best": max(series) if series else None,
-            "test_accuracy_last": self.accuracies.get(epochs - 1),
-            "test_accuracy_last10": math.fsum(tail) / len(tail) if tail else None,
+            **accuracy_summary("test/acc", self.accuracies, epochs),
             "val_accuracy_best": max(self.val_accuracies.values(), default=None),
             "val_accuracy_last": self.val_accuracies.get(epochs - 1),
+            **dict(pair for summary in further for pair in summary.items()),
             "selected_on": selected_on(trainer),
             "quality_auc": label_quality_auc(trainer, pl_module),
             "stages": stage_epochs(pl_module.stages(), epochs) if isinstance(pl_module, NoisyLabelModule) else None,
@@ -159,6 +165,7 @@ class RunRecord(L.Callback):
         return {
             "accuracies": dict(self.accuracies),
             "val_accuracies": dict(self.val_accuracies),
+            "further": {name: dict(series) for name, series in self.further.items()},
             "seconds": self._seconds + running,
         }
 
@@ -166,6 +173,25 @@ class RunRecord(L.Callback):
         """Restore accuracies and seconds."""
         self.accuracies, self._seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
         self.val_accuracies = dict(state_dict.get("val_accuracies", {}))
+        self.further = {name: dict(series) for name, series in state_dict.get("further", {}).items()}
+
+
+def accuracy_summary(name: str, series: dict[int, float], epochs: int) -> dict[str, float | None]:
+    """Return the best and last accuracy and the mean of the last ten epochs, None where unknown.
+
+    Args:
+        name: logged name, such as ``imagenet/acc`` or ``test/acc_top5``, which gives the keys.
+        series: accuracy by epoch.
+        epochs: number of finished epochs.
+    """
+    split, _, kind = name.rpartition("/")
+    key = f"{split}_{kind.replace('acc', 'accuracy', 1)}"
+    tail = [value for epoch, value in series.items() if epoch >= epochs - 10]
+    return {
+        f"{key}_best": max(series.values(), default=None),
+        f"{key}_last": series.get(epochs - 1),
+        f"{key}_last10": math.fsum(tail) / len(tail) if tail else None,
+    }
 
 
 @rank_zero_only

@@ -21,7 +21,11 @@ def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str,
         results: content of ``results.json``.
     """
     lines = []
-    for name, split in (("test", "test set"), ("val", "split val")):
+    further = [key.removesuffix("_accuracy_best") for key in results if key.endswith("_accuracy_best")]
+    names = {"test": "test set", "val": "split val"} | {
+        name: f"test set {name}" for name in further if name not in ("test", "val")
+    }
+    for name, split in names.items():
         best, last = (results[f"{name}_accuracy_{which}"] for which in ("best", "last"))
         if best is not None:
             lines.append(
@@ -33,8 +37,8 @@ def summary_lines(trainer: Any, pl_module: Any, folder: Path, results: dict[str,
         best = f", best epoch{chosen}: {best_path}" if best_path and best_path != last_path else ""
         lines.append(f"weights: {last_path or best_path}{best}")
     files = {"results": ["results.json"], "labels": ["labels.npz"], "label issues": ["label_issues.csv", "report.html"]}
-    for what, names in files.items():
-        written = [str(folder / name) for name in names if (folder / name).is_file()]
+    for what, outputs in files.items():
+        written = [str(folder / name) for name in outputs if (folder / name).is_file()]
         if written:
             lines.append(f"{what}: {', to review: '.join(written)}")
     return [*lines, *_next(pl_module, last_path or best_path)]

@@ -38,6 +38,10 @@ WHOLE = [-(10**18), -7, -1, 0, 1, 2, 3, 17, 10**4, 10**9, 10**18, 10**30]
 FRACTIONS = [-1e308, -0.5, 1e-30, 0.5, 1.5, 1e30, 1e308, float("inf"), float("-inf"), float("nan")]
 
 
+OWN_FILES = {"animal10n": "Animal10N", "clothing1m": "Clothing1M", "webvision": "WebVision"}
+"""Data sets that are made without their files: their classes are fuzzed, the others are replaced by toy data."""
+
+
 def recipes() -> list[list[Path]]:
     """Each job and method alone, with each setting for CIFAR, and with each overlay that is made for it."""
     cifar10 = CONFIGS / "data" / "cifar10.yaml"
@@ -55,6 +59,15 @@ def recipes() -> list[list[Path]]:
     released = [[*job, CONFIGS / "sanm" / "released.yaml", CONFIGS / "views" / "released.yaml"] for job in mixing]
     over = [[*job, sanm] for job in labelled for sanm in sanms] + [[*job, noise] for job in jobs for noise in noises]
     return jobs + settings + over + views + released
+
+
+def field_recipes() -> list[list[Path]]:
+    """Each setting for a data set with real noise, on the class of the data set."""
+    return [
+        [CONFIGS / "method" / f"{path.parent.name}.yaml", CONFIGS / "data" / f"{name}.yaml", path]
+        for name in OWN_FILES
+        for path in sorted(CONFIGS.glob(f"setting/*/{name}*.yaml"))
+    ]
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -119,7 +132,11 @@ def merged(configs: list[Path]) -> dict[str, Any]:
     arguments = {k: v for k, v in (data.get("init_args") or {}).items() if k not in ("root", "image_size")}
     side = 96 if configs[0].stem == "image_folder" else 32  # its network makes the map small
     size = {"num_classes": 10, "num_samples": 24, "num_test_samples": 8, "image_size": side}
-    whole["data"] = {"class_path": "Toy", "init_args": {**arguments, **size}}
+    if data.get("class_path") in OWN_FILES.values():
+        whole["model"]["init_args"].pop("network_args", None)  # its weights would be downloaded
+        whole["model"]["init_args"]["network"] = "resnet18"
+    else:
+        whole["data"] = {"class_path": "Toy", "init_args": {**arguments, **size}}
     quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
     whole["trainer"] = {**(whole.get("trainer") or {}), **quiet}
     return whole
@@ -171,10 +188,12 @@ def without_running() -> None:
     L.Trainer._fit_impl = lambda *args, **options: None  # fit itself has the arguments of the command line
 
 
-def fuzz(edits: int, seed: int, show: bool = False) -> tuple[collections.Counter[str], list[str]]:
+def fuzz(
+    edits: int, seed: int, show: bool = False, every: list[list[Path]] | None = None
+) -> tuple[collections.Counter[str], list[str]]:
     """Return how many ended how, and a description of each that should not have ended so."""
     draw = random.Random(seed)
-    every = recipes()
+    every = recipes() if every is None else every
     ends: collections.Counter[str] = collections.Counter()
     wrong = []
     for number in range(edits):
@@ -206,7 +225,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
     without_running()
     os.chdir(tempfile.mkdtemp())
-    ends, wrong = fuzz(options.edits, options.seed, options.show)
+    ends, wrong = fuzz(options.edits, options.seed, options.show, [*recipes(), *field_recipes()])
     print("\n\n".join(wrong))
     print(f"{options.edits} edits: {dict(ends)}; {len(wrong)} ended wrongly")
     sys.exit(bool(wrong))

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import step
+from benchmarks import loaders, step, streamed
 from benchmarks.views import PIPELINES, POOL
 from sanm_lightning.data.policies import POLICIES
 from sanm_lightning.data.policies import POOL as OURS
@@ -48,3 +49,32 @@ def test_a_step_is_taken_apart():
     found = step.run(repeats=1, width=4, batch_size=8)
     assert set(found["parts_s"]) == {"first_pass", "masked_pass", "decoder", "optimizer", "mask"}
     assert all(value > 0 for value in found["parts_s"].values())
+
+
+@pytest.mark.parametrize(
+    ("package", "files"), [("albumentations", "AlbumentationsFiles"), ("kornia_rs", "KorniaFiles")]
+)
+def test_another_loader_reads_the_same_pixels(package, files, tmp_path, monkeypatch):
+    pytest.importorskip(package)
+    monkeypatch.setattr(loaders, "CROP", streamed.SIDE)  # the crop is the whole image
+    streamed.draw_files(tmp_path, 4)
+    paths = sorted((tmp_path / "train").rglob("*.jpg"))
+    read = getattr(loaders, files)(tmp_path)
+    for number, path in enumerate(paths):
+        image, label = read[number]
+        pixels = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1).float()
+        found = image.float() * (255 if image.is_floating_point() else 1)
+        assert label == number // 2
+        assert (
+            min(float((pixels - one).abs().mean()) for one in (found, found.flip(2))) < 1.5
+        )  # decoders round differently
+
+
+def test_the_loaders_are_compared(monkeypatch):
+    monkeypatch.setattr(loaders, "OTHERS", {})
+    for module in (loaders, streamed):
+        monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(loaders, "draw_files", lambda folder, count: streamed.draw_files(folder, 8))
+    found = loaders.run(repeats=1, count=8)
+    assert found["sanm_lightning"]["images_per_s"] > 0
+    assert found["torchvision"].keys() == {"images_per_s", "ratio"}

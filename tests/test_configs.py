@@ -104,10 +104,12 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
 
 
 def told(*configs: Path) -> list[str]:
-    """The noise rate, where the method wants to be told: it has no default."""
-    classes = [read(config).get("model", {}).get("class_path") for config in configs]
+    """The noise rate, where the method wants to be told and no setting says it: it has no default."""
+    models = [read(config).get("model", {}) for config in configs]
+    said = any("noise_rate" in model.get("init_args", {}) for model in models)
+    classes = [model.get("class_path") for model in models]
     takes = any(path and "noise_rate" in class_defaults(class_of(path)) for path in classes)
-    return ["--model.noise_rate", "0.5"] if takes else []
+    return ["--model.noise_rate", "0.5"] if takes and not said else []
 
 
 class Parsed(Exception):  # noqa: N818
@@ -161,6 +163,39 @@ def same(stated: Any, parsed: Any) -> bool:
     if isinstance(stated, (list, tuple)) and isinstance(parsed, (list, tuple)):
         return len(stated) == len(parsed) and all(map(same, stated, parsed))
     return stated == parsed or (isinstance(stated, str) and str(parsed).endswith(f".{stated}"))
+
+
+class TestStudies:
+    """The command lines of the studies in ``examples`` are those of ``sanm fit``."""
+
+    @pytest.fixture
+    def study(self, request, monkeypatch):
+        monkeypatch.syspath_prepend(str(ROOT / "examples"))
+        monkeypatch.chdir(ROOT)
+        yield importlib.import_module(request.param)
+        for module in (request.param, "_runs"):
+            sys.modules.pop(module)
+
+    @pytest.mark.parametrize("study", ["digits_methods"], indirect=True)
+    def test_the_methods_on_digits(self, parse, study):
+        for number, (method, options) in enumerate(study.METHODS.items()):
+            noise = list(study.NOISES)[number % len(study.NOISES)]
+            settings = parse(CONFIGS / "quickstart.yaml", words=study.words_of(method, noise, masked=bool(number % 2)))
+            assert settings["model.class_path"].endswith(f".{study.CLASSES.get(method, method.split()[0])}")
+            assert all(value_of(settings, f"model.init_args.{word[8:]}") is not None for word in options[::2])
+            assert settings["data.init_args.noise.kind"] in study.NOISES[noise][2]
+            assert bool(number % 2) == (value_of(settings, "model.init_args.sanm") is not None)
+
+    @pytest.mark.parametrize("study", ["cifar10_small"], indirect=True)
+    def test_the_rows_of_the_small_cifar10(self, parse, study):
+        for number, (method, (_, options)) in enumerate(study.METHODS.items()):
+            arm = f"{method}{['', '_sanm', '_features'][number % 3]}"
+            settings = parse(words=study.words_of(arm, "images", seed=1)[1:])
+            assert settings["model.class_path"].endswith(f".{options[1]}")
+            assert settings["model.init_args.network"] == "preact_resnet18_dividemix"
+            quality = value_of(settings, "model.init_args.sanm.init_args.quality.class_path", "")
+            assert quality.endswith("FeatureQuality" if number % 3 == 2 else "")
+            assert all(value_of(settings, f"model.init_args.{word[8:]}") is not None for word in options[2::2])
 
 
 class TestComposition:

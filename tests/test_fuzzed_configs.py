@@ -3,7 +3,7 @@
 import lightning as L
 
 from tests.full import FULL
-from tests.fuzz_configs import attempt, fuzz, merged, names_the_key, recipes
+from tests.fuzz_configs import attempt, field_recipes, fuzz, merged, names_the_key, recipes
 from tests.test_configs import slim
 
 
@@ -16,6 +16,17 @@ def test_an_edited_config_can_run_or_is_refused_by_the_key(monkeypatch):
     assert not wrong, wrong[0]
     assert ends["refused"] > 3
     assert ends["made"] > 3
+
+
+def test_an_edited_config_of_a_data_set_with_real_noise_can_run_or_is_refused_by_the_key(monkeypatch):
+    slim(monkeypatch)
+    monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *args, **options: None)
+    assert {recipe[1].stem for recipe in field_recipes()} == {"animal10n", "clothing1m", "webvision"}
+    for recipe in field_recipes()[::6]:
+        assert attempt(merged(recipe), "whole.yaml") == ("made", "")
+    ends, wrong = fuzz(8, seed=5, every=field_recipes())
+    assert not wrong, wrong[0]
+    assert ends["refused"] + ends["made"] == 8
 
 
 def test_a_sentence_about_something_else_would_be_found():

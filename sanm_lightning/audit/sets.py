@@ -84,7 +84,7 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
 
     Args:
         data: the data module.
-        split: ``train``, ``val`` or ``test``.
+        split: ``train``, ``val``, ``test`` or the name of a further test set.
 
     Raises:
         ValueError: if the split does not exist, or the data module is not a subclass of `NoisyDataModule`.
@@ -94,8 +94,6 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
             f"expected a data module with labels by index, got {type(data).__name__}; use a subclass of "
             "NoisyDataModule, or a folder"
         )
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"expected split 'train', 'val' or 'test', got {split!r}; use one of these")
     data.prepare_data()
     table = data.table(split)
     paths = data.sample_paths(split)

@@ -46,7 +46,7 @@ def audit(
     Args:
         root: folder that contains class folders, or ``train/`` (``val/``, ``test/``) with class folders.
         data: data module, instead of a folder; the audited labels are those of a training run.
-        split: split of the data module: ``train``, ``val`` or ``test``.
+        split: split of the data module: ``train``, ``val``, ``test`` or the name of a further test set.
         out: new folder for the results. Default: ``audits/version_<n>``.
         network: timm model name of a pre-trained network. Default: ``tf_efficientnet_lite0``.
         checkpoint: weight file of the network, or checkpoint of a ``sanm`` run, whose encoder is used.

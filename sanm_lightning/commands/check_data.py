@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sanm_lightning.csv_tables import write_csv
-from sanm_lightning.data import CSVImages, FromDataset, ImageFolder, NoisyDataModule
+from sanm_lightning.data import FromDataset, ImageFolder, NoisyDataModule
 from sanm_lightning.data.decode import ImageFileList
 from sanm_lightning.data.image_files import count_passed_over, name_passed_over, same_but_for_case
+from sanm_lightning.data.image_folder import ScannedFiles
 from sanm_lightning.data.left_out import BAD_FILES_HEADER, decode_errors
 from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
@@ -104,7 +105,7 @@ def check_data(
 
 def _listed(data: Any, split: str) -> _Split:
     """List the images of a split, with the faults that a listing shows."""
-    if not isinstance(data, (ImageFolder, CSVImages)):
+    if not isinstance(data, ScannedFiles):
         source = data.complete_source(split) if isinstance(data, FromDataset) else getattr(data, f"load_{split}")()
         names = source.paths or [f"{split} {row}" for row in range(len(source.labels))]
         return _Split(source.images, names, source.labels.tolist(), data.class_names, [], [])

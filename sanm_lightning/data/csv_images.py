@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sanm_lightning.data.image_files import SPLIT_NAMES, SPLITS
-from sanm_lightning.data.image_folder import Fault, ImageFiles, Listing
+from sanm_lightning.data.image_folder import Fault, Listing, ScannedFiles
 
 __all__ = ["CSVImages"]
 
@@ -28,7 +28,7 @@ class _Rule(NamedTuple):
     error: Callable[[list[str]], ValueError | OSError]
 
 
-class CSVImages(ImageFiles):
+class CSVImages(ScannedFiles):
     """Images whose paths and labels are columns of a CSV file with a header; one row per image.
 
     Classes are the distinct labels of the training rows: whole numbers are sorted as numbers, other labels as text. The

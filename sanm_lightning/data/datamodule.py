@@ -280,7 +280,15 @@ class NoisyDataModule(EpochPools):
         return self._sources[name]
 
     def table(self, split: str) -> LabelTable:
-        """Return the labels of ``train``, ``val`` or ``test``; those of ``test`` are assumed correct."""
+        """Return the labels of ``train``, ``val`` or a test set; those of test sets are assumed correct.
+
+        Raises:
+            ValueError: if the split is unknown, or does not exist.
+        """
+        names = list(dict.fromkeys(("train", "val", "test", *self.own_splits)))
+        if split not in names:
+            listed = f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"
+            raise ValueError(f"expected the split {listed}, got {split!r}; choose one of them")
         if split == "val" and "val" not in self.eval_names:
             raise ValueError(
                 "expected a val_fraction above 0 for a validation split, got 0; set it to 0.1, for example"

@@ -1,5 +1,6 @@
 """Data sets of image files, and image folders with one subfolder per class."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from sanm_lightning.data.left_out import listed_bad_files
 from sanm_lightning.data.source import Source
 from sanm_lightning.data.square_images import SquareImages
 
-__all__ = ["Fault", "ImageFiles", "ImageFolder", "Listing", "read_image", "unreadable_reason"]
+__all__ = ["Fault", "ImageFiles", "ImageFolder", "Listing", "ScannedFiles", "read_image", "unreadable_reason"]
 
 
 class Fault(NamedTuple):
@@ -83,11 +84,20 @@ class ImageFiles(SquareImages):
         super().__init__(root=root, image_size=image_size, decode_size=decode_size, **kwargs)
         self.bad_files = bad_files
 
+    def known_bad(self, source: Source) -> dict[int, str]:
+        """Return the rows of the files listed in ``bad_files``, with reasons."""
+        return {} if self.bad_files is None else listed_bad_files(self.bad_files, source.paths or [])
+
+
+class ScannedFiles(ImageFiles):
+    """Base class of data sets whose files are found, and checked, by `listing` them.
+
+    A subclass defines `listing` and ``class_names``. All arguments are those of `ImageFiles`.
+    """
+
+    @abstractmethod
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
-        raise NotImplementedError(
-            f"expected listing or complete_source in {type(self).__name__}, got neither; define one"
-        )
 
     def complete_source(self, split: str) -> Source:
         """Return the files of ``train``, ``val`` or ``test``, and log their number; a fault raises its error."""
@@ -106,12 +116,8 @@ class ImageFiles(SquareImages):
         images = ImageFileList(found.files, self._decoded, self.channels, self.resize)
         return Source(torch.tensor(found.labels, dtype=torch.int64), images, found.paths)
 
-    def known_bad(self, source: Source) -> dict[int, str]:
-        """Return the rows of the files listed in ``bad_files``, with reasons."""
-        return {} if self.bad_files is None else listed_bad_files(self.bad_files, source.paths or [])
 
-
-class ImageFolder(ImageFiles):
+class ImageFolder(ScannedFiles):
     """Images in ``root/train/<class>/`` and, optionally, ``root/val/<class>/`` and ``root/test/<class>/``.
 
     Classes are the subfolders of ``root/train``, sorted by name, and are searched recursively. Other files are skipped,

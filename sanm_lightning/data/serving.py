@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -18,8 +18,6 @@ from sanm_lightning.data.rows import Policy, Row, RowRequest, takes_batches, vie
 from sanm_lightning.data.views import select_rows
 
 __all__ = ["ServedBatches"]
-
-SplitName = Literal["train", "val", "test"]
 
 
 class ServedBatches(L.LightningDataModule):
@@ -188,7 +186,7 @@ class ServedBatches(L.LightningDataModule):
 
     def batch(
         self,
-        split: SplitName,
+        split: str,
         index: Tensor,
         images: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -197,7 +195,7 @@ class ServedBatches(L.LightningDataModule):
         """Return samples by position, without a loader; images of streamed sets are decoded in this process.
 
         Args:
-            split: ``train``, ``val`` or ``test``.
+            split: ``train``, ``val``, ``test`` or the name of a further test set.
             index: positions in the split, shape (B,), int64.
             images: decoded images, shape (B, C, H, W), uint8; None looks them up.
             generator: random generator of the view; None disables augmentation.
@@ -210,8 +208,6 @@ class ServedBatches(L.LightningDataModule):
         Raises:
             ValueError: if the split or policy is unknown.
         """
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"expected the split 'train', 'val' or 'test', got {split!r}; choose one of them")
         images = self.store(split).look_up(index) if images is None else images
         viewed = self._augmented(images, "none" if generator is None else policy, generator)
         labels, true_labels = self._labels(split, index)

@@ -43,12 +43,17 @@ from sanm_lightning.functional.ramps import (
     step_fractions,
     step_ramp,
     step_thirds,
+    temperature_ramp,
 )
 from sanm_lightning.functional.selection import (
+    Refurbishing,
     class_balanced_draw,
     consistent_votes,
     critical_threshold,
+    label_ratio,
     members_by_class,
+    refurbish,
+    refurbished_quality,
     relabel,
     repeated_draw,
     sequence_credibility,
@@ -57,15 +62,17 @@ from sanm_lightning.functional.selection import (
     threshold_split,
     uncertainty_weights,
 )
-from sanm_lightning.functional.targets import Mixed, co_refine, guided_mixup, label_step, mixup, sharpen
+from sanm_lightning.functional.targets import Mixed, bootstrapped, co_refine, guided_mixup, label_step, mixup, sharpen
 
 __all__ = [
     "BetaMixture",
     "Mixed",
     "Mixture",
+    "Refurbishing",
     "backward_correction",
     "balanced_votes",
     "beta_mixture_posterior",
+    "bootstrapped",
     "clamped_probs",
     "class_balanced_draw",
     "class_prototypes",
@@ -91,6 +98,7 @@ __all__ = [
     "knn_vote",
     "label_margin",
     "label_posterior",
+    "label_ratio",
     "label_step",
     "largest_losses",
     "linear_ramp",
@@ -105,6 +113,8 @@ __all__ = [
     "nt_xent",
     "prior_kl",
     "random_halves",
+    "refurbish",
+    "refurbished_quality",
     "relabel",
     "remaining_noise_rate",
     "repeated_draw",
@@ -119,6 +129,7 @@ __all__ = [
     "step_fractions",
     "step_ramp",
     "step_thirds",
+    "temperature_ramp",
     "threshold_split",
     "truncated_accuracy",
     "truncated_generalized_cross_entropy",

@@ -11,6 +11,7 @@ __all__ = [
     "step_fractions",
     "step_ramp",
     "step_thirds",
+    "temperature_ramp",
 ]
 
 
@@ -71,3 +72,8 @@ def step_fractions(step: int, steps: int, fractions: tuple[float, ...], factors:
 def step_ramp(step: int, steps: int, length: int) -> float:
     """Return a ramp from 1 / ``length`` to 1 over the first ``length`` of any number of steps."""
     return min(1.0, (step + 1) / max(1, length))
+
+
+def temperature_ramp(epoch: int, length: int, last: float = 0.001) -> float:
+    """Return a temperature that falls linearly from 1 to ``last`` over the first ``length`` epochs, counted from 0."""
+    return 1 - (1 - last) * min(epoch, length - 1) / max(1, length - 1)

@@ -1,15 +1,20 @@
 """Selection of training samples and of critical weights."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Refurbishing",
     "class_balanced_draw",
     "consistent_votes",
     "critical_threshold",
+    "label_ratio",
     "members_by_class",
+    "refurbish",
+    "refurbished_quality",
     "relabel",
     "repeated_draw",
     "sequence_credibility",
@@ -20,9 +25,10 @@ __all__ = [
 ]
 
 
-def small_loss(losses: Tensor, fraction: float) -> Tensor:
-    """Select the int(fraction B) samples of smallest loss, at least one: losses (B,) -> (B,) bool."""
-    kept = max(1, int(fraction * len(losses) + 1e-6))  # .3 * 10 is 2.9999... in floating point
+def small_loss(losses: Tensor, fraction: float, round_up: bool = False) -> Tensor:
+    """Select the int(fraction B) samples of smallest loss, or ceil(fraction B), at least one: losses (B,) -> (B,) bool."""
+    exact = fraction * len(losses)  # .3 * 10 is 2.9999... in floating point
+    kept = max(1, math.ceil(exact - 1e-6) if round_up else int(exact + 1e-6))
     chosen = losses.topk(kept, largest=False, sorted=False).indices
     return torch.zeros_like(losses, dtype=torch.bool).index_fill_(0, chosen, True)
 
@@ -75,6 +81,57 @@ def sequence_credibility(scores: Tensor, count: Tensor) -> Tensor:
     used = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
     logs = torch.where(used, scores.float().clamp(min=1e-12).log(), 0.0)
     return (logs.sum(1) / used.sum(1).clamp(min=1)).exp()
+
+
+def label_ratio(probs: Tensor, labels: Tensor) -> Tensor:
+    """Return the ratio of the probability of each label to the largest one, probs (N, C), labels (N,) -> (N,) in [0, 1]."""
+    return probs.gather(1, labels[:, None])[:, 0] / probs.amax(1).clamp(min=1e-12)
+
+
+class Refurbishing(NamedTuple):
+    """Labels of a batch of SELFIE after the samples whose predictions agree were relabeled."""
+
+    labels: Tensor
+    """(B,) int64."""
+    replaced: Tensor
+    """(B,) bool: whether the label was replaced, now or before."""
+    agreed: Tensor
+    """(B,) bool: whether the predictions agree now."""
+    certainty: Tensor
+    """(B,) in [0, 1]: 1 minus the normalized entropy of the predictions."""
+
+
+def refurbish(votes: Tensor, required: int, uncertainty: float, labels: Tensor, replaced: Tensor) -> Refurbishing:
+    """Replace the labels of samples whose predictions agree by the most frequent prediction.
+
+    Source: SELFIE (Song et al., ICML 2019), Algorithm 1, lines 12 to 19.
+
+    Args:
+        votes: count of each class among the last predictions, shape (B, C).
+        required: number of predictions without which a label is not replaced.
+        uncertainty: largest normalized entropy of predictions that agree, in [0, 1].
+        labels: current labels, shape (B,), int64.
+        replaced: whether the current label was replaced before, shape (B,), bool.
+    """
+    majority, doubt = consistent_votes(votes)
+    agreed = (votes.sum(1) >= required) & (doubt <= uncertainty)
+    return Refurbishing(torch.where(agreed, majority, labels), replaced | agreed, agreed, 1 - doubt)
+
+
+def refurbished_quality(found: Refurbishing, losses: Tensor, before: Tensor) -> Tensor:
+    """Return the quality of the labels of a batch of SELFIE, for SANM; not specified in either paper.
+
+    Args:
+        found: labels of the batch.
+        losses: losses of the given labels, shape (B,).
+        before: quality before the step, shape (B,), which labels replaced earlier keep.
+
+    Returns:
+        Shape (B,), in [0, 1]: the certainty where predictions agree; otherwise, for labels that were not replaced, from 1 to 0
+        by the rank of the loss.
+    """
+    rank = losses.argsort().argsort() / max(1, len(losses) - 1)
+    return torch.where(found.agreed, found.certainty, torch.where(found.replaced, before, 1 - rank))
 
 
 def uncertainty_weights(variance: Tensor, count: Tensor, smoothing: float) -> Tensor:

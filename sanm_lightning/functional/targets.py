@@ -5,8 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["Mixed", "co_refine", "guided_mixup", "label_step", "mixup", "sharpen"]
+__all__ = ["Mixed", "bootstrapped", "co_refine", "guided_mixup", "label_step", "mixup", "sharpen"]
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -19,6 +20,25 @@ def co_refine(targets: Tensor, quality: Tensor, prediction: Tensor) -> Tensor:
     """Mix given labels (B, C) with predictions (B, C), weighted by the probability (B,) that the label is correct."""
     w = quality.unsqueeze(1)
     return w * targets + (1 - w) * prediction
+
+
+def bootstrapped(labels: Tensor, logits: Tensor, quality: Tensor, temperature: float | None = None) -> Tensor:
+    """Mix given labels with the network's own predictions, weighted by label quality.
+
+    Source: Reed et al., 2015, with the weights of each sample of Arazo et al., ICML 2019, Eq. 9 to 12.
+
+    Args:
+        labels: given labels as one-hot rows, shape (B, C).
+        logits: logits of the predictions, shape (B, C).
+        quality: probability that each given label is correct, shape (B,), in [0, 1].
+        temperature: divisor of the logits (soft bootstrapping); None uses the predicted class (hard bootstrapping).
+
+    Returns:
+        Class probabilities, shape (B, C).
+    """
+    if temperature is None:
+        return co_refine(labels, quality, F.one_hot(logits.argmax(1), logits.shape[1]).float())
+    return co_refine(labels, quality, (logits / temperature).softmax(1))
 
 
 class Mixed(NamedTuple):

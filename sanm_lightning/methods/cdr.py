@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sanm_lightning.functional import critical_fraction, critical_threshold
+from sanm_lightning.methods.checks import require_noise_rate
 from sanm_lightning.methods.cross_entropy import CrossEntropy
 
 __all__ = ["CDR"]
@@ -55,11 +56,7 @@ class CDR(CrossEntropy):
         l1_decay: float = 1e-3,
         **kwargs: Any,
     ) -> None:
-        if noise_rate is None or not 0 <= noise_rate < 1:
-            raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
-                "labels"
-            )
+        noise_rate = require_noise_rate(noise_rate)
         if schedule not in ("constant", "gradual") or num_gradual < 0:
             raise ValueError(
                 f"expected schedule 'constant' or 'gradual' and num_gradual >= 0, got {schedule!r} and {num_gradual}"

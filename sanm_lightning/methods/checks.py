@@ -15,7 +15,9 @@ __all__ = [
     "check_callbacks",
     "check_num_classes",
     "refuse_other_weights",
+    "require",
     "require_index",
+    "require_noise_rate",
     "size_pair",
 ]
 
@@ -33,6 +35,25 @@ def check_arguments(num_classes: Any, network: Any, warmup_epochs: int, backend:
             f"expected compile_network true, false or one of {', '.join(torch.compiler.list_backends())}, got "
             f"{backend!r}"
         )
+
+
+def require(good: bool, expected: str, got: Any, advice: str) -> None:
+    """Raise ValueError with the sentence of an argument that is out of its range, unless it is ``good``."""
+    if not good:
+        raise ValueError(f"expected {expected}, got {got!r}; {advice}")
+
+
+def require_noise_rate(noise_rate: float | None) -> float:
+    """Return the noise rate of a method that is told it.
+
+    Raises:
+        ValueError: if it is missing or not in [0, 1).
+    """
+    if noise_rate is None or not 0 <= noise_rate < 1:
+        raise ValueError(
+            f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
+        )
+    return noise_rate
 
 
 def size_pair(image_size: Any) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.functional import forget_rate as forget_rate_at
 from sanm_lightning.functional import small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import require_noise_rate
 
 __all__ = ["CoTeaching"]
 
@@ -62,11 +63,7 @@ class CoTeaching(NoisyLabelModule):
         **kwargs: Any,
     ) -> None:
         noise_rate = forget_rate if noise_rate is None else noise_rate
-        if noise_rate is None or not 0 <= noise_rate < 1:
-            raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong "
-                "labels"
-            )
+        noise_rate = require_noise_rate(noise_rate)
         if num_gradual < 0 or exponent <= 0:
             raise ValueError(f"expected num_gradual >= 0 and exponent > 0, got {num_gradual} and {exponent}")
         super().__init__(num_classes, network=network, warmup_epochs=warmup_epochs, **kwargs)

@@ -12,14 +12,16 @@ from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import (
     BetaMixture,
     beta_mixture_posterior,
-    co_refine,
+    bootstrapped,
     fit_beta_mixture,
     guided_mixup,
     mixup,
     prior_kl,
     soft_cross_entropy,
+    temperature_ramp,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import require
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
 
@@ -76,16 +78,14 @@ class MCorrection(NoisyLabelModule):
         warmup_epochs: int = 105,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("bootstrap 'hard' or 'soft_to_hard'", bootstrap, bootstrap in ("hard", "soft_to_hard")),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("regularization >= 0", regularization, regularization >= 0),
-            ("guided_epochs >= 0", guided_epochs, guided_epochs >= 0),
-            ("temperature_epochs >= 1", temperature_epochs, temperature_epochs >= 1),
-            ("mixture_iterations >= 1", mixture_iterations, mixture_iterations >= 1),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        require(
+            bootstrap in ("hard", "soft_to_hard"), "bootstrap 'hard' or 'soft_to_hard'", bootstrap, "choose one of them"
+        )
+        require(alpha >= 0, "alpha >= 0", alpha, "use 0 for no mixing")
+        require(regularization >= 0, "regularization >= 0", regularization, "use 0 to omit it")
+        require(guided_epochs >= 0, "guided_epochs >= 0", guided_epochs, "use 0 to omit the stage")
+        require(temperature_epochs >= 1, "temperature_epochs >= 1", temperature_epochs, "use 89")
+        require(mixture_iterations >= 1, "mixture_iterations >= 1", mixture_iterations, "use 10")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.bootstrap, self.alpha, self.regularization = bootstrap, alpha, regularization
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
@@ -109,10 +109,10 @@ class MCorrection(NoisyLabelModule):
         if self.stage.name == "warmup":
             return
         found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
-        losses = found["loss"]
-        for name, value in fit_beta_mixture(losses, max_iter=self.mixture_iterations)._asdict().items():
+        fitted = fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)
+        for name, value in fitted._asdict().items():
             setattr(self, f"mixture_{name}", value)
-        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, losses))
+        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(fitted, found["loss"]))
 
     def label_quality(self) -> Tensor | None:
         """Return the probability that each given label is correct, (N,); None before the first fit."""
@@ -122,7 +122,7 @@ class MCorrection(NoisyLabelModule):
     def temperature(self) -> float:
         """Temperature of the predictions in this epoch of ``soft_to_hard``."""
         epoch = self.current_epoch - locate(self.stages(), self.current_epoch)[2]
-        return 1 - 0.999 * min(epoch, self.temperature_epochs - 1) / max(1, self.temperature_epochs - 1)
+        return temperature_ramp(epoch, self.temperature_epochs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -134,15 +134,12 @@ class MCorrection(NoisyLabelModule):
         with inference_context(self.network, batch.images):
             maps = self.network.forward_features(batch.images)
             logits = self.network.forward_head(maps).float()
-        wrong = beta_mixture_posterior(self.mixture, soft_cross_entropy(logits, labels)).clamp(1e-4, 1 - 1e-4)
-        targets, regularization = labels, 0.0
-        if self.bootstrap == "soft_to_hard":
-            drawn = mix(logits[:0], logits[:0]).lam if self.stage.name == "guided" else 0.5
-            mix = partial(guided_mixup, quality=1 - wrong, generator=self.stream("mixup", 1), lam=drawn)
-        if self.stage.name == "bootstrap":
-            hard = self.bootstrap == "hard"
-            predicted = self.one_hot(logits.argmax(1)) if hard else (logits / self.temperature).softmax(1)
-            targets, regularization = co_refine(labels, 1 - wrong, predicted), self.regularization
-        out = self.learn(batch, targets, quality=1 - wrong, features=maps, mix=mix)
-        loss = out.cross_entropy()
-        return loss + regularization * prior_kl(out.logits) if regularization else loss
+        losses = soft_cross_entropy(logits, labels)
+        quality = 1 - beta_mixture_posterior(self.mixture, losses).clamp(1e-4, 1 - 1e-4)
+        guided, hard = self.stage.name == "guided", self.bootstrap == "hard"
+        if not hard:
+            lam = mix(logits[:0], logits[:0]).lam if guided else 0.5
+            mix = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1), lam=lam)
+        targets = labels if guided else bootstrapped(labels, logits, quality, None if hard else self.temperature)
+        out = self.learn(batch, targets, quality=quality, features=maps, mix=mix)
+        return out.cross_entropy() if guided else out.cross_entropy() + self.regularization * prior_kl(out.logits)

@@ -1,6 +1,5 @@
 """SELFIE (Song et al., ICML 2019): small-loss samples, and samples whose labels are replaced by consistent predictions."""
 
-import math
 from typing import Any
 
 import torch
@@ -8,37 +7,12 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.functional import consistent_votes, small_loss, soft_cross_entropy
+from sanm_lightning.functional import refurbish, refurbished_quality, small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
-from sanm_lightning.per_sample import History, LabelStore
+from sanm_lightning.methods.checks import require, require_index, require_noise_rate
+from sanm_lightning.per_sample import History, Refurbished
 
 __all__ = ["SELFIE", "Refurbished"]
-
-
-class Refurbished(LabelStore):
-    """Labels that were replaced, and the noise rate of the current run.
-
-    Args:
-        noise_rate: fraction of each batch that is not selected by its loss.
-    """
-
-    replaced: Tensor
-    """(N,) bool: whether the given label was replaced."""
-
-    def __init__(self, noise_rate: float) -> None:
-        super().__init__()
-        self.noise_rate = noise_rate
-        self.add_state("replaced", dtype=torch.bool)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the tables and the noise rate."""
-        return {**super().get_extra_state(), "noise_rate": self.noise_rate}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
-        super().set_extra_state(state)
-        self.noise_rate = float(state.get("noise_rate", self.noise_rate))
 
 
 class SELFIE(NoisyLabelModule):
@@ -93,18 +67,12 @@ class SELFIE(NoisyLabelModule):
         warmup_epochs: int = 25,
         **kwargs: Any,
     ) -> None:
-        if noise_rate is None or not 0 <= noise_rate < 1:
-            raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
-            )
-        if not 0 <= uncertainty <= 1 or restarts < 0 or (history is not None and history < 1):
-            raise ValueError(
-                f"expected uncertainty in [0, 1], restarts >= 0 and history >= 1, got {uncertainty}, {restarts} and {history}"
-            )
-        if run_epochs is not None and run_epochs <= warmup_epochs:
-            raise ValueError(
-                f"expected run_epochs above the {warmup_epochs} warmup_epochs, got {run_epochs}; raise run_epochs"
-            )
+        noise_rate = require_noise_rate(noise_rate)
+        require(0 <= uncertainty <= 1, "uncertainty in [0, 1]", uncertainty, "use 0.05")
+        require(history is None or history >= 1, "history >= 1 or null", history, "use null for the published length")
+        require(restarts >= 0, "restarts >= 0", restarts, "use 0 for one run")
+        longer = run_epochs is None or run_epochs > warmup_epochs
+        require(longer, f"run_epochs above the {warmup_epochs} warmup_epochs", run_epochs, "raise run_epochs")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.noise_rate, self.uncertainty, self.history = noise_rate, uncertainty, history
         self.restarts, self.run_epochs, self.released_zero_history = restarts, run_epochs, released_zero_history
@@ -138,11 +106,8 @@ class SELFIE(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Require a history that is not longer than a run."""
-        epochs = self.epochs_per_run
-        if self.history is not None and epochs < self.history:
-            raise ValueError(
-                f"expected a history of at most the {epochs} epochs of a run of SELFIE, got {self.history}; lower history"
-            )
+        length = f"a history of at most the {self.epochs_per_run} epochs of a run of SELFIE"
+        require((self.history or 0) <= self.epochs_per_run, length, self.history, "lower history")
 
     @property
     def required_votes(self) -> int:
@@ -157,16 +122,11 @@ class SELFIE(NoisyLabelModule):
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
         index, store = require_index(batch, type(self).__name__), self.refurbished
-        warmup = self.stage.name.startswith("warmup")
-        labels, replaced = store.labels[index], store.replaced[index]
+        labels, warmup = store.labels[index], self.stage.name.startswith("warmup")
         if not warmup:
-            votes, count = self.predicted.votes(index, self.num_classes), self.predicted.count[index]
-            if self.released_zero_history:
-                votes[:, 0] += (self.predicted.length - count).clamp(min=0)
-            majority, doubt = consistent_votes(votes)
-            enough = self.released_zero_history | (count >= self.required_votes)
-            agreed = enough & (doubt <= self.uncertainty)
-            labels, replaced = torch.where(agreed, majority, labels), replaced | agreed
+            votes = self.predicted.votes(index, self.num_classes, self.released_zero_history)
+            found = refurbish(votes, self.required_votes, self.uncertainty, labels, store.replaced[index])
+            labels = found.labels
         quality = None if self.current_epoch < self.warmup_epochs else store.quality[index]
         out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)
         assert out.clean_logits is not None
@@ -174,11 +134,6 @@ class SELFIE(NoisyLabelModule):
         if warmup:
             return out.cross_entropy()
         losses = soft_cross_entropy(out.clean_logits.detach(), self.one_hot(batch.labels))
-        kept = math.ceil((1 - store.noise_rate) * len(losses) - 1e-6) / len(losses)
-        rank = losses.argsort().argsort() / max(1, len(losses) - 1)
-        store.write("labels", index, labels)
-        store.write("replaced", index, replaced)
-        quality = torch.where(agreed, 1 - doubt, torch.where(replaced, store.quality[index], 1 - rank))
-        store.write("quality", index, quality)
-        store.write("given_quality", index, torch.where(labels == batch.labels, quality, 0.0))
-        return out.cross_entropy(small_loss(losses, kept) | replaced)
+        quality = refurbished_quality(found, losses, store.quality[index])
+        store.record(index, batch.labels, found.labels, found.replaced, quality)
+        return out.cross_entropy(small_loss(losses, 1 - store.noise_rate, round_up=True) | found.replaced)

@@ -2,7 +2,7 @@
 
 from sanm_lightning.per_sample.state import SampleState
 from sanm_lightning.per_sample.statistics import EpochMean, History, RunningVariance
-from sanm_lightning.per_sample.targets import EMATargets, LabelStore, LearnableTargets
+from sanm_lightning.per_sample.targets import EMATargets, LabelStore, LearnableTargets, Refurbished
 
 __all__ = [
     "EMATargets",
@@ -10,6 +10,7 @@ __all__ = [
     "History",
     "LabelStore",
     "LearnableTargets",
+    "Refurbished",
     "RunningVariance",
     "SampleState",
 ]

@@ -108,11 +108,20 @@ class History(SampleState):
         kept = count.clamp(max=self.length).view(-1, *[1] * (rows.ndim - 2))
         return rows.float().sum(1) / kept.clamp(min=1)
 
-    def votes(self, index: Tensor, num_classes: int) -> Tensor:
-        """Return the count of each class among the stored rows, (B, C), for rows of class indices."""
+    def votes(self, index: Tensor, num_classes: int, missing_as_zero: bool = False) -> Tensor:
+        """Return the count of each class among the stored rows, (B, C), for rows of class indices.
+
+        Args:
+            index: positions in the training set, shape (B,).
+            num_classes: C.
+            missing_as_zero: whether missing rows count as class 0.
+        """
         rows, count = self.rows[index], self.count[index]
         kept = torch.arange(self.length, device=rows.device) < count[:, None]
-        return (F.one_hot(rows.long(), num_classes) * kept[..., None]).sum(1).float()
+        votes = (F.one_hot(rows.long(), num_classes) * kept[..., None]).sum(1).float()
+        if missing_as_zero:
+            votes[:, 0] += (self.length - count).clamp(min=0)
+        return votes
 
 
 class RunningVariance(SampleState):

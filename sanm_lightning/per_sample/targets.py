@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.per_sample.state import Reduction, SampleState
 
-__all__ = ["EMATargets", "LabelStore", "LearnableTargets"]
+__all__ = ["EMATargets", "LabelStore", "LearnableTargets", "Refurbished"]
 
 
 class EMATargets(SampleState):
@@ -109,6 +109,38 @@ class LabelStore(SampleState):
         """Restore a state; states of an earlier version count as filled if they have rows."""
         super().set_extra_state(state)
         self.filled = bool(state.get("filled", len(state.get("labels", ())) > 0))
+
+
+class Refurbished(LabelStore):
+    """Labels that were replaced, and the noise rate of the current run (SELFIE, Song et al., ICML 2019).
+
+    Args:
+        noise_rate: fraction of each batch that is not selected by its loss.
+    """
+
+    replaced: Tensor
+    """(N,) bool: whether the given label was replaced."""
+
+    def __init__(self, noise_rate: float) -> None:
+        super().__init__()
+        self.noise_rate = noise_rate
+        self.add_state("replaced", dtype=torch.bool)
+
+    def record(self, index: Tensor, given: Tensor, labels: Tensor, replaced: Tensor, quality: Tensor) -> None:
+        """Record the labels of a step and their quality, (B,) each; the quality of given labels that were replaced is 0."""
+        self.write("labels", index, labels)
+        self.write("replaced", index, replaced)
+        self.write("quality", index, quality)
+        self.write("given_quality", index, torch.where(labels == given, quality, 0.0))
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the tables and the noise rate."""
+        return {**super().get_extra_state(), "noise_rate": self.noise_rate}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        super().set_extra_state(state)
+        self.noise_rate = float(state.get("noise_rate", self.noise_rate))
 
 
 class LearnableTargets(SampleState):

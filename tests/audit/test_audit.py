@@ -520,7 +520,9 @@ class TestDataModules:
         }  # fmt: skip
 
     def test_a_wrong_split_and_foreign_data_are_refused(self, audit):
-        with pytest.raises(ValueError, match="expected split 'train', 'val' or 'test', got 'all'; use one of these"):
+        with pytest.raises(
+            ValueError, match="expected the split 'train', 'val' or 'test', got 'all'; choose one of them"
+        ):
             audit("--data", "Digits", "--split", "all")
         with pytest.raises(ValueError, match="expected a data module with labels by index, got LightningDataModule"):
             audit("--data", "lightning.LightningDataModule")

@@ -1,5 +1,6 @@
 """Miniature copies of the field's data sets in their official layouts: trained, tested, predicted and audited, streamed too."""
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from sanm_lightning.audit import LabelAudit, audit_set_of
 from sanm_lightning.data import list_files
 from sanm_lightning.data.cifar_n import coarse_of
 from sanm_lightning.predictions import PredictionRecord
+from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run_summary import summary_lines
 from tests.methods.toy import same, trainer
 
 SIDE = 16
@@ -314,6 +317,41 @@ class TestWebVision:
         assert data.test_names == ["test", "imagenet"] == data.eval_names
         assert data.table("imagenet").labels.tolist() == list(range(7)) and data.split_size("test") == 14
         assert data.class_names[1] == "n01440001 thing 1, other" and data.num_classes == 7
+
+    def test_results_have_the_accuracies_on_both_test_sets_also_after_resuming(self, tmp_path: Path) -> None:
+        webvision(tmp_path / "data")
+        data = WebVision(str(tmp_path / "data"), 7, decode_size=18, **SMALL)
+        torch.manual_seed(0)
+        record, module = RunRecord(), CrossEntropy(7, (SIDE, SIDE), "small_cnn", {"width": 4}, warmup_epochs=0)
+        run = trainer(2, limit_train_batches=1, default_root_dir=str(tmp_path), callbacks=[record])
+        run.fit(module, data)
+        results = json.loads((tmp_path / "results.json").read_text())
+        for split in ("test", "imagenet"):
+            for key, name in (("accuracy", "acc"), ("accuracy_top5", "acc_top5")):
+                found = float(run.callback_metrics[f"{split}/{name}"])
+                series = record.accuracies if (split, name) == ("test", "acc") else record.further[f"{split}/{name}"]
+                assert results[f"{split}_{key}_last"] == found == series[1]
+                assert results[f"{split}_{key}_best"] == max(series.values())
+        again = RunRecord()
+        again.load_state_dict(record.state_dict())
+        assert again.further == record.further and len(again.further["imagenet/acc_top5"]) == 2
+        said = summary_lines(run, module, tmp_path, results)
+        assert [line.partition(":")[0] for line in said[:2]] == ["accuracy, test set", "accuracy, test set imagenet"]
+
+    def test_the_second_test_set_is_served_by_position_and_audited(self, tmp_path: Path) -> None:
+        webvision(tmp_path)
+        data = WebVision(str(tmp_path), 7, decode_size=18, resident_bytes=0, **SMALL)
+        batch = data.batch("imagenet", torch.tensor([5, 2]))
+        assert batch.labels.tolist() == [5, 2] and batch.images.shape == (2, 3, SIDE, SIDE)
+        assert batch.true_labels is None
+        audited = audit_set_of(data, "imagenet")
+        assert audited.splits == ["imagenet"] * 7 and audited.labels.tolist() == list(range(7))
+        assert audited.paths is not None and (tmp_path / audited.paths[3]).is_file()
+        for unknown in (lambda: data.batch("imagenot", torch.tensor([0])), lambda: audit_set_of(data, "imagenot")):
+            with pytest.raises(
+                ValueError, match=r"the split 'train', 'val', 'test' or 'imagenet', got 'imagenot'; choose"
+            ):
+                unknown()
 
     def test_top_5_counts_labels_among_the_five_most_probable(self, tmp_path: Path) -> None:
         webvision(tmp_path)

@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sanm_lightning import SANM
-from sanm_lightning.functional import consistent_votes, label_step, reverse_kl, small_loss
+from sanm_lightning.functional import (
+    consistent_votes,
+    label_step,
+    refurbish,
+    refurbished_quality,
+    reverse_kl,
+    small_loss,
+)
 from sanm_lightning.methods import PENCIL, PLC, SELFIE, CrossEntropy, JointOptim
 from tests.methods.reference import SMALL, C, N, batch, predictions, ready, softmax
 from tests.methods.toy import data, trainer
@@ -175,7 +182,31 @@ class TestPLC:
 
     def test_the_form_of_clothing1m_compares_probabilities_after_a_softmax(self):
         probs = torch.tensor([[0.3, 0.7, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]])  # gaps .4 and .2; log(1 / .7) is .357
-        assert self.corrected(probs, threshold=0.7, softmax_of_mean=True).corrected.labels[:2].tolist() == [1, 1]
+        released = {"threshold": 0.7, "softmax_of_mean": True}
+        assert self.corrected(probs, window=1, **released).corrected.labels[:2].tolist() == [1, 1]
+        assert self.corrected(probs, window=2, **released).corrected.labels[:2].tolist() == [
+            0,
+            1,
+        ]  # the other half is 0
+
+    def test_the_form_of_clothing1m_replaces_labels_of_uncertain_samples_whatever_the_ratio(self):
+        """With 14 classes, the largest value after the softmax is below .1 unless its probability is above about .4."""
+        flat = torch.full((2, 14), 0.06)
+        flat[0, 3] = flat[1, 5] = 0.22
+        options = {**SMALL, "num_classes": 14}
+        for module, expected in (
+            (PLC(**options, window=1, warmup_epochs=1, threshold=0.2, softmax_of_mean=True), [3, 5]),
+            (PLC(**options, window=1, warmup_epochs=1, threshold=0.2), [0, 1]),
+        ):
+            ready(module, 1)
+            module.predicted.append(torch.arange(2), flat)
+            module.begin_epoch()
+            assert module.corrected.labels[:2].tolist() == expected
+            assert float(module.threshold) == pytest.approx(0.3)  # not counted as contradicted
+
+    def test_the_step_of_the_threshold(self):
+        probs = F.one_hot(torch.arange(N) % C, C) * 0.6 + 0.1
+        assert float(self.corrected(probs, threshold=0.1, threshold_step=0.05).threshold) == pytest.approx(0.15)
 
     def test_a_step_is_cross_entropy_with_the_current_labels(self):
         module, given = ready(PLC(**SMALL, warmup_epochs=1), 1), batch()
@@ -193,6 +224,15 @@ class TestSELFIE:
         majority, doubt = consistent_votes(votes)
         assert majority[:1].tolist() == [0]
         assert doubt.tolist() == pytest.approx([0.0, 0.5, 1.0, 1.0], abs=1e-6)
+
+    def test_the_quality_is_the_certainty_the_value_before_or_the_rank_of_the_loss(self):
+        votes = torch.tensor([[3.0, 0, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0], [0, 2, 0, 0], [2, 1, 0, 0]])
+        replaced = torch.tensor([False, True, False, False, False])
+        found = refurbish(votes, 3, 0.1, torch.tensor([3, 2, 1, 3, 2]), replaced)
+        assert found.labels.tolist() == [0, 2, 1, 3, 2]  # the fourth has two of three predictions
+        assert found.replaced.tolist() == [True, True, False, False, False]
+        quality = refurbished_quality(found, torch.tensor([5.0, 4.0, 1.0, 2.0, 3.0]), torch.full((5,), 0.7))
+        assert quality.tolist() == pytest.approx([1.0, 0.7, 1.0, 0.75, 0.5])
 
     def test_a_step_uses_small_losses_and_replaced_labels(self):
         """Algorithm 1 of Song et al., one sample at a time."""
@@ -287,6 +327,7 @@ class TestSELFIE:
         ),
         (lambda: PENCIL(**SMALL, alpha=-1), "expected alpha >= 0, got -1"),
         (lambda: PLC(**SMALL, threshold=1.5), r"expected threshold in \(0, 1\), got 1.5"),
+        (lambda: PLC(**SMALL, threshold_step=0), r"expected threshold_step in \(0, 1\), got 0; use 0.1"),
         (lambda: JointOptim(**SMALL, prior=[0.5, 0.5]), "expected a prior of 4 positive probabilities"),
     ],
 )

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock  # torch brings it
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from sanm_lightning.methods import CrossEntropy
@@ -239,6 +240,25 @@ class TestEdges:
         assert one == other
         assert one[0] == 2  # at the end of the first epoch
         assert "got NaN or infinity from NaNHere, first at step 2" in one[1]
+
+
+def test_skipped_files_are_in_no_row_of_either_process_and_the_others_are_divided_between_them(launched):
+    folder, found = launched
+    one, other = (process["skipped files"] for process in found)
+    bad = {"train/ant/0.png", "train/bee/3.png", "train/bee/4.png"}
+    good = {
+        path.relative_to(folder / "images").as_posix() for path in (folder / "images" / "train").rglob("*.png")
+    } - bad
+    assert len(good) == 21
+    for epoch in (0, 1):
+        halves = [[path for at, path, _ in process["rows"] if at == epoch] for process in (one, other)]
+        assert set(halves[0]) | set(halves[1]) == good
+        assert len(set(halves[0]) & set(halves[1])) == 1  # 21 samples are one too few for two processes
+        assert [len(half) for half in halves] == [11, 11]
+    for _, path, total in [*one["rows"], *other["rows"]]:
+        assert total == int(np.asarray(Image.open(folder / "images" / path), dtype=np.int64).sum()), path
+    assert set(one["evaluated"]) | set(other["evaluated"]) == set(range(5))
+    assert not differences(one["weights"], other["weights"])
 
 
 class TestCommandLine:

@@ -26,6 +26,8 @@ from sanm_lightning import SANM, SANMCallback, SANMMixin, methods
 from sanm_lightning.cli import main
 from sanm_lightning.models.pooled import PooledClassifier
 from sanm_lightning.models.small_cnn import SmallCNN
+from tests.data.test_left_out import damage, pictures
+from tests.data.test_left_out import folder as image_folder
 from tests.full import FULL
 from tests.methods.renewing import Renewing
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
@@ -303,6 +305,36 @@ def edges() -> dict[str, Any]:
     }
 
 
+# Files that cannot be decoded
+
+
+class Rows(Note):
+    """Note also the path and the sum of the bytes of each image that this process trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, str, int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        paths = trainer.datamodule.sample_paths()
+        sums = (batch.images * 255).round().sum((1, 2, 3)).long().tolist()
+        epoch = trainer.current_epoch
+        self.rows += [(epoch, paths[i], pixels) for i, pixels in zip(batch.index.tolist(), sums, strict=True)]
+
+
+def skipped_files(folder: Path, rank: int) -> dict[str, Any]:
+    """Train on a folder of images, some of which are damaged, decoded by a worker; return the rows of this process."""
+    if rank == 0:
+        damage(pictures(folder / "images"))
+    torch.distributed.barrier()
+    source = image_folder(folder / "images", on_error="skip", flip=False, resident_bytes=0, num_workers=1)
+    rows = Rows()
+    module = methods.CrossEntropy(**{**SMALL, "num_classes": 3}, warmup_epochs=0)
+    trainer(2, callbacks=[rows], **DDP).fit(module, source)
+    return {"rows": rows.rows, "evaluated": rows.evaluated, "weights": state_of(module.network)}
+
+
 # The command line, as torchrun starts it
 
 COMMAND = [
@@ -355,6 +387,8 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
             found["own modules"] = own_modules(rank)
             doing = "edges"
             found["edges"] = edges()
+            doing = "skipped files"
+            found["skipped files"] = skipped_files(folder, rank)
             doing = "command line"
             found["command line"] = command_line()
     except BaseException:
