@@ -46,7 +46,7 @@ class PassCounter(L.Callback):
         """Passes of each epoch that was finished."""
         self._images: Counter[str] = Counter()
         self._watched: list[Any] = []
-        self._place: str | None = "between_steps"
+        self._place = "between_steps"
         self._inside = False
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
@@ -63,7 +63,7 @@ class PassCounter(L.Callback):
 
     def _counted(self, forward_features: Any) -> Any:
         def counted(images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if self._inside or self._place is None:
+            if self._inside:
                 return forward_features(images, *args, **kwargs)  # type: ignore[no-any-return]
             self._inside = True
             try:
@@ -86,8 +86,8 @@ class PassCounter(L.Callback):
         self._place = "between_steps"
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Do not count the following passes."""
-        self._place = None
+        """Count the following passes as those of an evaluation, which :attr:`epochs` does not contain."""
+        self._place = "evaluation"
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Continue to count."""
