@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--out", type=Path, help="folder of the JSON files. Default: results/gpu, or runs/on_gpu without a GPU"
     )
+    out.add_argument("--work", type=Path, default=Path("runs/on_gpu"), help="folder of decoded images and of runs")
     return out
 
 

@@ -20,6 +20,7 @@ from sanm_lightning import __version__
 from sanm_lightning.run_record import write_json
 
 NOT_RUN = "not run"
+REPOSITORY = Path(__file__).parents[2]
 
 
 class Check(NamedTuple):
@@ -72,7 +73,7 @@ def outcome(check: Check, options: argparse.Namespace) -> dict[str, Any]:
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(place.filename).name}:{place.lineno}"
-        entry = {"status": "error", "reason": f"{type(error).__name__}: {error} ({where})"}
+        entry = {"status": "error", "reason": plain(f"{type(error).__name__}: {error} ({where})")}
     else:
         passed = found.pop("passed", None)
         status = "measured" if passed is None else "passed" if passed else "failed"
@@ -81,7 +82,9 @@ def outcome(check: Check, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Convert figures to what JSON can hold: numbers of five digits, and names of infinite numbers."""
+    """Convert figures to what JSON can hold: numbers of five digits, names of infinite numbers, paths in the repository."""
+    if isinstance(value, str):
+        return value.replace(f"{REPOSITORY}/", "").replace(str(Path.home()), "~")
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -108,8 +111,15 @@ def header(options: argparse.Namespace) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_cuda else None, "cudnn": torch.backends.cudnn.version() if on_cuda else None,
         "torchvision": torchvision.__version__, "lightning": lightning.__version__, "timm": timm.__version__,
         "sanm_lightning": __version__, "commit": commit(), "tiny": options.tiny, "budget_seconds": options.budget,
-        "command": "python scripts/on_gpu.py " + " ".join(sys.argv[1:]),
+        "command": command(sys.argv[1:]),
     }  # fmt: skip
+
+
+def command(words: Sequence[str]) -> str:
+    """Return the command without the folders of this machine."""
+    own = ("--root", "--out", "--work", "--deadline")
+    kept = [word for before, word in zip(["", *words], words, strict=False) if word not in own and before not in own]
+    return " ".join(["python scripts/on_gpu.py", *kept])
 
 
 def commit() -> str | None:
