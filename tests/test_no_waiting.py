@@ -11,7 +11,6 @@ import importlib
 import types
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -26,6 +25,7 @@ from sanm_lightning.models import SmallCNN
 from sanm_lightning.per_sample import SampleState
 from sanm_lightning.sanm.quality import LabelQuality
 from sanm_lightning.sanm.saliency import grad_cam
+from scripts.gpu.correctness import NoSynchronization
 from tests.methods.test_every_method import METHODS
 from tests.methods.toy import data, trainer
 
@@ -223,17 +223,6 @@ def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
         step(module, on_gpu, run)
 
 
-class OnTheRealOne(L.Callback):
-    """CUDA itself says who waits, from the start of a training batch to its last optimizer step."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch >= 2:  # the first epochs allocate, and move what moves once
-            torch.cuda.set_sync_debug_mode("error")
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sanm", [None, {"mu": 0.5, "seed": 0}], ids=["alone", "sanm"])
@@ -244,6 +233,6 @@ def test_no_step_of_a_real_fit_waits(name, sanm):
     module = getattr(methods, name)(**words, sanm=None if sanm is None else SANM(**sanm))
     options = {"precision": "bf16-mixed", "accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000}
     try:
-        trainer(4, callbacks=[OnTheRealOne()], **options).fit(module, data(num_samples=N, track_test=False))
+        trainer(4, callbacks=[NoSynchronization()], **options).fit(module, data(num_samples=N, track_test=False))
     finally:
         torch.cuda.set_sync_debug_mode("default")
