@@ -1,6 +1,7 @@
 """Views and masks of a batch on the device, against ``torchvision.transforms.v2`` on the same device."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def run(repeats: int, batch_size: int = 128) -> dict[str, dict[str, float]]:
     images = torch.randint(256, (batch_size, 3, 32, 32), dtype=torch.uint8, generator=generator).to(DEVICE)
     rows = {}
     for policy, transform in POLICIES.items():
-        rows[policy] = _rates(images, lambda policy=policy: augment(images, policy, generator), transform, repeats)
+        rows[policy] = _rates(images, partial(augment, images, policy, generator), transform, repeats)
     floating = images.float() / 255
     maps = torch.rand(batch_size, 32, 32, generator=generator).to(DEVICE)
     ratio, aspect = torch.full((batch_size,), 0.3, device=DEVICE), torch.ones(batch_size, device=DEVICE)

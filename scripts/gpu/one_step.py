@@ -47,7 +47,8 @@ class Capture(L.Callback):
     """Record the first step, on a given batch, and stop."""
 
     def __init__(self, batch: list[Tensor] | None) -> None:
-        self.given, self.made = batch, []
+        self.given = batch
+        self.made: list[Tensor] = []
         self.loss: Tensor | None = None
         self.gradients: dict[str, Tensor] = {}
 

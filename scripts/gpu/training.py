@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Training:
         """Return the steps of this part."""
         yield Check("decode", self.decode)
         for seed in self.options.seeds:
-            yield Check(f"audit/{seed}", lambda seed=seed: self.audit(seed))
+            yield Check(f"audit/{seed}", partial(self.audit, seed))
         yield Check("calibration", self.calibrate)
         yield Check("fit", self.fit)
 
