@@ -247,6 +247,6 @@ def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.label)
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.label)
 def test_no_step_of_a_real_fit_waits(case):
     assert no_synchronization(case, TINY)["passed"]

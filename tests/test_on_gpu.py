@@ -165,20 +165,49 @@ def test_images_are_decoded_with_the_labels_of_their_folders(tmp_path):
         decode(tmp_path / "nothing", tmp_path)
 
 
-def test_the_number_of_epochs_fits_the_time_that_is_left(options, monkeypatch):
+@pytest.fixture
+def calibrated(options, monkeypatch):
+    """A part with 1,000 seconds left, whose runs took 5 and 10 seconds per epoch, others 15 and 25, and one of which failed."""
     options.tiny, options.deadline = False, time.time() + 1000
     part = training.Training(options)
-    part.decoded = True
-    rows = {"cross_entropy": {"seconds": 10.0, "epochs": 2}, "sanm": {"seconds": 20.0, "epochs": 2}, "broken": {}}
-    monkeypatch.setattr(part, "_train", lambda *_: rows)
-    found = part.calibrate()
-    assert found["seconds_per_epoch"] == 10
-    assert found["epochs"] == part.epochs == int((options.deadline - time.time()) * 0.85 / 10)
-    options.deadline = time.time() + 20
-    part.calibrate()
-    entry = part.fit()
+    part.decoded, part.audits = True, {1: Path("audit")}
+    seconds = {"cross_entropy": 10.0, "sanm": 20.0, "sanm_network_features": 30.0, "slow": 50.0}
+    rows = {f"{name}_seed_1": {"seconds": value, "epochs": 2} for name, value in seconds.items()}
+    monkeypatch.setattr(part, "_train", lambda *_: {**rows, "sanm_pretrained_features_seed_1": {"exit_status": 2}})
+    return part
+
+
+def test_the_number_of_epochs_fits_the_time_that_is_left(calibrated):
+    found = calibrated.calibrate()
+    assert found["seconds_per_epoch"] == 15
+    assert found["epochs"] == calibrated.epochs == int((calibrated.options.deadline - time.time()) * 0.85 / 15)
+    calibrated.options.deadline = time.time() + 20
+    calibrated.calibrate()
+    entry = calibrated.fit()
     assert entry["status"] == "not run"
     assert "raise --budget" in entry["reason"]
+
+
+def test_runs_that_failed_or_are_slow_are_left_out_and_named(calibrated, monkeypatch):
+    left_out = calibrated.calibrate()["left_out"]
+    assert left_out == {"slow_seed_1": "an epoch of 25.0 s", "sanm_pretrained_features_seed_1": "failed"}
+    monkeypatch.undo()
+    started = []
+    monkeypatch.setattr(calibrated, "_start", lambda name, words: started.append(name))
+    monkeypatch.setattr(calibrated, "_finish", lambda *_, **__: None)
+    monkeypatch.setattr(calibrated, "_results", lambda *_: {"exit_status": 0})
+    assert calibrated.fit()["passed"] is True
+    assert started == ["fit_cross_entropy_seed_1", "fit_sanm_seed_1", "fit_sanm_network_features_seed_1"]
+
+
+def test_a_run_is_stopped_at_the_deadline_and_its_output_is_kept(options):
+    part = training.Training(options)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    process.log = options.work / "run.log"
+    process.log.write_text("the end")
+    with pytest.raises(RuntimeError, match="expected exit status 0, got -9: the end"):
+        part._finish([process], time.time() + 0.1)
+    assert part._results("fit", "run", process) == {"exit_status": -9, "log": "the end"}
 
 
 def test_training_without_images_is_not_run(options):

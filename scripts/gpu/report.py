@@ -71,8 +71,9 @@ def outcome(check: Check, options: argparse.Namespace) -> dict[str, Any]:
     try:
         found = check.run()
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(place.filename).name}:{place.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "site-packages" not in frame.filename]  # the others are those of libraries
+        where = f"{Path(own[-1].filename).name}:{own[-1].lineno}"
         entry = {"status": "error", "reason": plain(f"{type(error).__name__}: {error} ({where})")}
     else:
         passed = found.pop("passed", None)

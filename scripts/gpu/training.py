@@ -24,6 +24,11 @@ from scripts.gpu.report import NOT_RUN, REPOSITORY, Check, run_checks
 MOST_EPOCHS = 300
 RESERVE = 0.15
 """Fraction of the remaining time that is not planned for, since runs side by side vary."""
+AUDIT_SHARE = 0.3
+"""Fraction of the remaining time after which an audit is stopped."""
+FIRST = ("cross_entropy", "sanm")
+SLOWEST = 2.0
+"""Epoch of another run over the longest epoch of :data:`FIRST` from which on the run is left out."""
 
 
 NO_IMAGES = "expected decoded images, got none"
@@ -49,6 +54,7 @@ class Training:
         self.decoded = False
         self.audits: dict[int, Path] = {}
         self.epochs = 0
+        self.left_out: dict[str, str] = {}
         self.seconds_per_epoch = 0.0
         self.seconds_to_start = 0.0
 
@@ -78,7 +84,8 @@ class Training:
             return not_run("too slow for --tiny" if self.decoded else NO_IMAGES)
         out = self.folder / f"audit_{seed}"
         words = ["audit", *self._data(seed), "--out", str(out), "--device", self.options.device]
-        self._finish([self._start(f"audit_{seed}", words)])
+        left = (self.options.deadline - time.time()) * AUDIT_SHARE / len(self.options.seeds)
+        self._finish([self._start(f"audit_{seed}", words)], time.time() + left)
         self.audits[seed] = out
         return {"noise_rate": json.loads((out / "audit.json").read_text()).get("noise_rate")}
 
@@ -100,17 +107,24 @@ class Training:
         start = time.perf_counter()
         found = self._train("calibration", 2, 0)
         whole = time.perf_counter() - start
-        seconds = [row["seconds"] / row["epochs"] for row in found.values() if row.get("epochs")]
-        if not seconds:
-            raise RuntimeError(f"expected one finished run or more, got none: {found}; see the logs in {self.folder}")
-        self.seconds_per_epoch = max(seconds)
-        self.seconds_to_start = max(0.0, whole - 2 * self.seconds_per_epoch)
+        seconds = {name: row["seconds"] / row["epochs"] for name, row in found.items() if row.get("epochs")}
+        first = [
+            seconds[name] for kind in FIRST for seed in self.options.seeds if (name := f"{kind}_seed_{seed}") in seconds
+        ]
+        if not first:
+            raise RuntimeError(f"expected cross_entropy or sanm to train, got {found}; see the logs in {self.folder}")
+        self.left_out = {
+            name: "failed" if name not in seconds else f"an epoch of {seconds[name]:.1f} s"
+            for name in found if name not in seconds or seconds[name] > SLOWEST * max(first)
+        }  # fmt: skip
+        self.seconds_per_epoch = max(value for name, value in seconds.items() if name not in self.left_out)
+        self.seconds_to_start = max(0.0, whole - 2 * max(seconds.values()))
         left = self.options.deadline - time.time()
         planned = (left * (1 - RESERVE) - self.seconds_to_start) / self.seconds_per_epoch
         self.epochs = 3 if self.options.tiny else int(max(0, min(MOST_EPOCHS, planned)))
         return {
             "runs_side_by_side": len(found), "seconds_per_epoch": self.seconds_per_epoch,
-            "seconds_to_start": self.seconds_to_start, "epochs": self.epochs, "runs": found,
+            "seconds_to_start": self.seconds_to_start, "epochs": self.epochs, "left_out": self.left_out, "runs": found,
         }  # fmt: skip
 
     def fit(self) -> dict[str, Any]:
@@ -149,10 +163,12 @@ class Training:
         for seed in self.options.seeds:
             for run in self.runs(seed):
                 name = f"{run.name}_seed_{seed}"
+                if name in self.left_out:
+                    continue
                 place = ["--trainer.default_root_dir", str(self.folder / kind / name), "--seed_everything", str(seed)]
                 method = ["fit", "--config", "configs/method/cross_entropy.yaml", *self._data(seed), *run.words]
                 started[name] = self._start(f"{kind}_{name}", [*method, *common, *place])
-        self._finish(list(started.values()), check=False)
+        self._finish(list(started.values()), self.options.deadline, check=False)
         return {name: self._results(kind, name, process) for name, process in started.items()}
 
     def _start(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
@@ -166,15 +182,15 @@ class Training:
         process.log = Path(log.name)  # type: ignore[attr-defined]
         return process
 
-    def _finish(self, processes: list[subprocess.Popen[bytes]], check: bool = True) -> None:
-        """Wait for processes until the deadline, and stop those that are still running.
+    def _finish(self, processes: list[subprocess.Popen[bytes]], deadline: float, check: bool = True) -> None:
+        """Wait for processes until a deadline, and stop those that are still running.
 
         Raises:
             RuntimeError: with ``check``, if a process failed.
         """
         try:
             for process in processes:
-                left = None if self.options.deadline == float("inf") else max(0.0, self.options.deadline - time.time())
+                left = None if deadline == float("inf") else max(0.0, deadline - time.time())
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(left)
         finally:
