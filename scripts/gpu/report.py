@@ -54,6 +54,7 @@ def run_checks(part: str, checks: Sequence[Check], options: argparse.Namespace) 
     content = {**header(options), "checks": found}
     path = options.out / f"{part}.json"
     options.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)
     for check in chosen:
         found[check.name] = outcome(check, options)
         print(f"{part} {check.name}: {line(found[check.name])}", flush=True)
