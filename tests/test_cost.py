@@ -5,6 +5,7 @@ import torch
 
 from sanm_lightning import SANM, methods
 from sanm_lightning.cost import EpochPasses, PassCounter, count_passes
+from sanm_lightning.sanm import FeatureQuality
 from tests.methods.test_every_method import METHODS, SMALL
 from tests.methods.toy import data, trainer
 
@@ -36,6 +37,16 @@ def test_the_passes_of_a_method_are_those_of_its_algorithm(name, sanm):
         "MCorrection": ("warmup", "bootstrap"),
         "DivideMix": ("warmup", "mixmatch"),
     }.get(name, ("train", "train"))
+
+
+def test_without_a_decoder_a_method_that_mixes_needs_no_further_pass():
+    module = methods.Mixup(**SMALL, warmup_epochs=1, sanm=SANM(reconstruct=False, seed=0))
+    assert count_passes(module, data(track_test=False), 2)[1][2:] == (2, 1, 0)
+
+
+def test_quality_from_features_needs_one_pass_over_the_set_per_epoch():
+    module = methods.CrossEntropy(**SMALL, warmup_epochs=1, sanm=SANM(quality=FeatureQuality(), seed=0))
+    assert [epoch.between_steps for epoch in count_passes(module, data(track_test=False), 3)[1:]] == [1, 1]
 
 
 def test_the_cost_counts_a_backward_pass_as_two_forward_passes():
