@@ -65,8 +65,10 @@ def test_a_step_is_the_same_on_the_same_device_and_masks_images(case, monkeypatc
 def steps(change_loss=0.0, change_gradient=0.0):
     gradient = torch.arange(1.0, 5.0)
     batch = [torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)]
-    expected = Step(torch.tensor(2.0), {"weight": gradient}, batch)
-    return expected, Step(torch.tensor(2.0 + change_loss), {"weight": gradient * (1 + change_gradient)}, batch)
+    boxes = [torch.tensor([[0.0, 4.0, 2.0, 6.0], [1.0, 3.0, 1.0, 3.0]])]
+    expected = Step(torch.tensor(2.0), {"weight": gradient}, batch, boxes)
+    changed = {"weight": gradient * (1 + change_gradient)}
+    return expected, Step(torch.tensor(2.0 + change_loss), changed, batch, boxes)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,13 @@ def steps(change_loss=0.0, change_gradient=0.0):
 )  # fmt: skip
 def test_a_step_outside_the_tolerance_fails(change, passed):
     assert compared(*steps(**change))["passed"] is passed
+
+
+def test_masks_at_another_place_are_counted():
+    expected, found = steps()
+    moved = found.boxes[0] + torch.tensor([[0.0], [1.0]])
+    assert compared(expected, found)["moved_boxes"] == 0
+    assert compared(expected, found._replace(boxes=[moved]))["moved_boxes"] == 0.5
 
 
 def test_a_gradient_that_is_missing_is_an_error():

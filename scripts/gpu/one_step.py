@@ -28,6 +28,8 @@ class Step(NamedTuple):
     """Gradient of each trained parameter by name."""
     batch: list[Tensor]
     """Tensors of the batch that the data module made."""
+    boxes: list[Tensor]
+    """Boxes of SANM's masks, (V, 4), of each call."""
 
 
 class Save(L.Callback):
@@ -135,16 +137,18 @@ def step(
     Returns:
         Loss, gradients and batch.
     """
-    capture = Capture(batch)
+    capture, boxes = Capture(batch), list[Tensor]()
     module = case.build(size, path.parent, **options)
+    for sanm in module.sanms:
+        sanm.register_forward_hook(lambda _, given, views: boxes.append(views.box) if views.masked else None)
     with draws_on_cpu():
         trainer(device, EPOCHS, callbacks=[capture], strategy=strategy).fit(module, data(size), ckpt_path=path)
     assert capture.loss is not None
-    return Step(capture.loss, capture.gradients, capture.made)
+    return Step(capture.loss, capture.gradients, capture.made, [box.cpu() for box in boxes])
 
 
 def difference(expected: Step, found: Step) -> dict[str, float]:
-    """Return the relative errors of the loss and of all gradients together, and the largest difference of the images.
+    """Return the relative errors of the loss and of all gradients together, and differences of masks and images.
 
     Raises:
         ValueError: if other parameters have a gradient.
@@ -164,9 +168,11 @@ def difference(expected: Step, found: Step) -> dict[str, float]:
         for one, other in zip(expected.batch, found.batch, strict=True)
         if one.is_floating_point()
     )
+    moved = [(one - other).abs().amax(1) > 0.5 for one, other in zip(expected.boxes, found.boxes, strict=True)]
     return {
         "loss": float(expected.loss),
         "loss_error": float((expected.loss - found.loss).abs() / expected.loss.abs().clamp(min=1e-6)),
         "gradient_error": (missed / max(square, 1e-30)) ** 0.5,
+        "moved_boxes": float(torch.cat(moved).float().mean()) if moved else 0.0,
         "views_error": max(images),
     }
