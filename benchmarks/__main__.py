@@ -14,11 +14,11 @@ import torchvision
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import device_rate, loaders, parts, step, streamed, views
+from benchmarks import device_rate, loaders, parts, step, streamed, transforms, views
 from benchmarks.measure import DEVICE
 from benchmarks.method import METHODS
 
-SECTIONS = ["views", "streamed", "loaders", "step", "methods", "parts", "device_rate"]
+SECTIONS = ["views", "transforms", "streamed", "loaders", "step", "methods", "parts", "device_rate"]
 
 
 def methods(width: int, samples: int) -> dict[str, dict[str, Any]]:
@@ -70,6 +70,7 @@ def main() -> None:
     }  # fmt: skip
     todo: dict[str, Any] = {
         "views": lambda: views.run(options.repeats),
+        "transforms": lambda: transforms.run(options.repeats),
         "streamed": lambda: streamed.run(options.repeats),
         "loaders": lambda: loaders.run(options.repeats),
         "step": lambda: step.run(options.repeats, options.width, 128),

@@ -30,7 +30,7 @@ METHODS = sorted(CONFIGS.glob("method/*.yaml"))
 DATA = sorted(CONFIGS.glob("data/*.yaml"))
 SETTINGS = sorted(CONFIGS.glob("setting/*/*.yaml"))
 NOISE = sorted(CONFIGS.glob("noise/*.yaml"))
-SANMS = [CONFIGS / "sanm.yaml", *sorted(CONFIGS.glob("sanm/*.yaml"))]
+SANMS = [CONFIGS / "sanm.yaml", *sorted(CONFIGS.glob("sanm/**/*.yaml"))]
 JOBS = [CONFIGS / "quickstart.yaml", CONFIGS / "image_folder.yaml"]
 CIFAR10 = CONFIGS / "data" / "cifar10.yaml"
 
@@ -495,7 +495,10 @@ def test_simclr_under_sanm_is_refused_in_a_sentence(monkeypatch):
         one_step(monkeypatch, CONFIGS / "method" / "simclr.yaml", CIFAR10, CONFIGS / "sanm.yaml")
 
 
-@pytest.mark.parametrize("overlay", SANMS[1:], ids=name)
+VARIANTS = [path for path in SANMS[1:] if FULL or path.parent.name == "sanm" or path.stem == "shuffled_random"]
+
+
+@pytest.mark.parametrize("overlay", VARIANTS, ids=name)
 def test_a_variant_of_sanm_goes_on_top_of_a_method(monkeypatch, overlay):
     slim(monkeypatch)
     frozen = ["--model.sanm.place.name", "resnet18", "--model.sanm.place.pretrained", "false"]  # no download

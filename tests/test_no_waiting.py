@@ -11,7 +11,6 @@ import importlib
 import types
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -26,8 +25,9 @@ from sanm_lightning.models import SmallCNN
 from sanm_lightning.per_sample import SampleState
 from sanm_lightning.sanm.quality import LabelQuality
 from sanm_lightning.sanm.saliency import grad_cam
+from scripts.gpu.cases import TINY, cases
+from scripts.gpu.correctness import no_synchronization
 from tests.methods.test_every_method import METHODS
-from tests.methods.toy import data, trainer
 
 N, B, C = 64, 8, 4
 SMALL = {
@@ -37,6 +37,7 @@ SMALL = {
     "image_size": (16, 16),
     "warmup_epochs": 0,
 }
+IN_EVERY_VARIANT = ("CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "GCE", "SSR", "DivideMix")
 SANMS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {
@@ -60,9 +61,15 @@ class NoCopyBack(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         given = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.device.type == "cuda"]
         assert not (given and isinstance(out, torch.Tensor) and out.device.type == "cpu"), f"{func} copies to the CPU"
+        arrived = isinstance(out, torch.Tensor) and out.device.type == "cuda"
+        if arrived and func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            blocking = not (kwargs or {}).get("non_blocking", len(args) > 2 and args[2])
+            assert source.device.type != "cpu" or not blocking, f"{func} waits for a copy from the CPU"
         if "index" in str(func):
             indices = [part for arg in args if isinstance(arg, list) for part in arg if isinstance(part, torch.Tensor)]
             assert all(part.dtype != torch.bool for part in indices), f"{func} counts a condition"
+            assert not given or all(part.device.type != "cpu" for part in indices), f"{func} waits for an index"
         return out
 
 
@@ -135,7 +142,7 @@ def step(module: Any, move: Any, run: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
-@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "GCE", "SSR"])
+@pytest.mark.parametrize("name", [name for name in IN_EVERY_VARIANT if name != "DivideMix"])
 def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
     sanm = SANM(seed=0, **options)
     module = ready(name, monkeypatch, sanm)
@@ -144,6 +151,14 @@ def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
     loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
     assert loss.requires_grad
     assert "quality" in sanm.last
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in (*IN_EVERY_VARIANT, "C2D")])
+def test_a_step_of_another_method_asks_the_device_nothing(name, on_gpu, monkeypatch):
+    module = ready(name, monkeypatch, SANM(seed=0))
+    for mixing in ("mixup", "m_correction"):
+        monkeypatch.setattr(importlib.import_module(f"sanm_lightning.methods.{mixing}"), "mixup", mixed_without_draws)
+    step(module, on_gpu, lambda: module.training_step(batch(), 0))
 
 
 class Normed(SmallCNN):
@@ -210,7 +225,14 @@ def test_whoever_asks_is_found(ask, on_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "ask", [lambda x: x.cpu(), lambda x: x[x > 0], lambda x: x.masked_fill_(x > 0, 1)[x > 0].sum()]
+    "ask",
+    [
+        lambda x: x.cpu(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill_(x > 0, 1)[x > 0].sum(),
+        lambda x: torch.zeros(3).to("cuda"),
+        lambda x: x.copy_(torch.zeros(3)),
+    ],
 )
 def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
     module = ready("CrossEntropy", monkeypatch)
@@ -223,27 +245,8 @@ def test_whoever_copies_or_counts_is_found(ask, on_gpu, monkeypatch):
         step(module, on_gpu, run)
 
 
-class OnTheRealOne(L.Callback):
-    """CUDA itself says who waits, from the start of a training batch to its last optimizer step."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.current_epoch >= 2:  # the first epochs allocate, and move what moves once
-            torch.cuda.set_sync_debug_mode("error")
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("sanm", [None, {"mu": 0.5, "seed": 0}], ids=["alone", "sanm"])
-@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "SSR"])
-def test_no_step_of_a_real_fit_waits(name, sanm):
-    torch.manual_seed(0)
-    words = {**SMALL, **METHODS[name], "warmup_epochs": 1}
-    module = getattr(methods, name)(**words, sanm=None if sanm is None else SANM(**sanm))
-    options = {"precision": "bf16-mixed", "accelerator": "gpu", "devices": 1, "log_every_n_steps": 1000}
-    try:
-        trainer(4, callbacks=[OnTheRealOne()], **options).fit(module, data(num_samples=N, track_test=False))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.label)
+def test_no_step_of_a_real_fit_waits(case):
+    assert no_synchronization(case, TINY)["passed"]

@@ -22,6 +22,7 @@ __all__ = [
     "masked_fraction",
     "random_ratio",
     "resolve_ratio",
+    "shuffled_ratio",
     "two_level_ratio",
 ]
 
@@ -99,6 +100,16 @@ def affine_ratio(
     return (random_ratio(quality, low, high, generator) + mask_ratio(quality, mu)).clamp(max=1)
 
 
+def shuffled_ratio(quality: Tensor, mu: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return noise-aware ratios in random order: the same masked area in total, unrelated to an image's own label.
+
+    Not in the paper: a control for the question whether the ratio has to follow label quality. Shapes and errors as
+    :func:`mask_ratio`.
+    """
+    order = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32).argsort()
+    return mask_ratio(quality, mu)[order]
+
+
 Ratio = Callable[..., Tensor]
 """(quality (B,), generator=...) -> the fraction of each image to mask, (B,), in [0, 1]."""
 
@@ -110,11 +121,11 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
     """Convert the ``ratio`` option of SANM to a callable.
 
     Args:
-        ratio: ``"noise_aware"``, ``"fixed"``, ``"random"``, ``"two_level"``, ``"affine"``, or a callable
+        ratio: ``"noise_aware"``, ``"fixed"``, ``"random"``, ``"two_level"``, ``"affine"``, ``"shuffled"``, or a callable
             (quality (B,), generator=...) -> (B,); or the import path of a callable, as in checkpoints.
         mu: basic mask ratio.
-        low: lower bound for the last three.
-        high: upper bound for the last three.
+        low: lower bound for ``"random"``, ``"two_level"`` and ``"affine"``.
+        high: upper bound for these.
 
     Returns:
         The callable.
@@ -128,6 +139,7 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
         "random": partial(random_ratio, low=low, high=high),
         "two_level": lambda quality, generator=None: two_level_ratio(quality, low, high),
         "affine": partial(affine_ratio, mu=mu, low=low, high=high),
+        "shuffled": partial(shuffled_ratio, mu=mu),
     }
     ratio = made_from(ratio) if isinstance(ratio, dict) else ratio
     found = ratios.get(ratio) if isinstance(ratio, str) else ratio
@@ -144,17 +156,18 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
     Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so
         that
     it is smaller than ``ratio`` near a border. In the released code (``anchor="corner"``), the maximum is the box's top
-    left pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside.
+    left pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside. Not in the
+    paper: ``anchor="inside"`` centers such a box at the maximum, so that its area does not depend on its position.
 
     Args:
         activation: activation maps at image size, shape (B, H, W).
         ratio: fraction of the image area to mask, shape (B,), in [0, 1].
         aspect: height over width of the box, shape (B,), positive.
-        anchor: ``"center"`` or ``"corner"``.
+        anchor: ``"center"``, ``"corner"`` or ``"inside"``.
 
     Returns:
         Edges up, down, left, right, shape (B, 4), float32, in pixels: 0 <= up <= down <= H, 0 <= left <= right <= W.
-        A corner box of h rows ends at up + h - 1/2, between its last row and the next.
+        A box of h whole rows ends at up + h - 1/2, between its last row and the next.
 
     Raises:
         ValueError: if the shapes do not match, ``anchor`` is unknown, or (on CPU) a ratio is outside [0, 1] or an
@@ -169,16 +182,18 @@ def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str =
         raise ValueError(f"expected ratio in [0, 1], got {float(ratio.min())} to {float(ratio.max())}")
     if aspect.device.type == "cpu" and not bool((aspect > 0).all()):
         raise ValueError(f"expected a positive aspect, got {float(aspect.min())}")
-    if anchor not in ("center", "corner"):
-        raise ValueError(f"expected anchor 'center' or 'corner', got {anchor!r}")
+    if anchor not in ("center", "corner", "inside"):
+        raise ValueError(f"expected anchor 'center', 'corner' or 'inside', got {anchor!r}; choose one of them")
     height, width = activation.shape[1:]
     where = activation.flatten(1).argmax(1)  # (B,), the first of equal maxima
     row, column = where // width, where % width
     # always float32: bf16 represents whole pixels up to 256 only
     area = height * width * ratio.float()
-    if anchor == "corner":
+    if anchor != "center":
         rows = (area * aspect.float()).sqrt().round().clamp(max=height)
         columns = (area / aspect.float()).sqrt().round().clamp(max=width)
+        if anchor == "inside":
+            row, column = (row - rows // 2).clamp(min=0), (column - columns // 2).clamp(min=0)
         up, left = torch.minimum(row, height - rows), torch.minimum(column, width - columns)
         # inside_box includes both edges, and boxes with equal edges are empty
         return torch.stack([up, (up + rows - 0.5).clamp(min=0), left, (left + columns - 0.5).clamp(min=0)], dim=1)

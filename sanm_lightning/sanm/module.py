@@ -60,17 +60,18 @@ class SANM(QualitySource):
             (Selvaraju et al., ICCV 2017), of which it is the special case; ``"energy"``, that of the squared features
             (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable (``sanm.saliency.Saliency``).
         ratio: masked fraction: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
-            ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code); or a
-            callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
-        ratio_range: low, high of the last three; None uses the published values: (.2, .4), (.2, .3), (.02, .07).
+            ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code);
+            ``"shuffled"``, mu (1 - G) of another image of the batch; or a callable, see
+            :data:`~sanm_lightning.sanm.masking.Ratio`.
+        ratio_range: low, high of random, two_level and affine; None: the published values (.2, .4), (.2, .3), (.02, .07).
         quality: None or ``"estimated"``: the method's estimate if it has one, else :class:`LabelQuality` on the
             network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`,
             which overrides the method's estimate. The estimator is copied.
         evidence: evidence of :class:`LabelQuality`.
         history: history of :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
-        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), see
-            :func:`mask_box`.
+        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), or its center if it
+            fits (``"inside"``), see :func:`mask_box`.
         regions: ``"peak"`` masks the map's maximum; ``"peak_and_trough"`` (released code) creates two copies of each
             image with the same ratio, aspect and targets, one masked at the maximum and one at the minimum. The
             reconstruction loss is the mean over copies, where the released code uses their sum: double ``beta`` for its
@@ -107,13 +108,14 @@ class SANM(QualitySource):
         labels: bool = True,
         reconstruct: bool = True,
         place: Literal["cam", "energy", "random"] | FrozenNetwork | Callable[[NetworkOutput], Tensor] = "cam",
-        ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine"] | Callable[..., Tensor] = "noise_aware",
+        ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine", "shuffled"]
+        | Callable[..., Tensor] = "noise_aware",
         ratio_range: tuple[float, float] | None = None,
         quality: QualityEstimator | Literal["estimated", "oracle"] | None = None,
         evidence: Literal["loss", "margin"] = "loss",
         history: Literal["last", "mean"] | float = "last",
         fill: Literal["pixel", "channel"] = "pixel",
-        anchor: Literal["center", "corner"] = "center",
+        anchor: Literal["center", "corner", "inside"] = "center",
         regions: Literal["peak", "peak_and_trough"] = "peak",
         area: float = 1.0,
         spread: Literal["all", "others"] = "all",
@@ -198,7 +200,7 @@ class SANM(QualitySource):
     @property
     def softens_labels(self) -> bool:
         """Whether labels are changed after the warm-up, without a look at their quality."""
-        return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
+        return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed", "shuffled"))
 
     @property
     def enabled(self) -> bool:

@@ -28,13 +28,14 @@ def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
     _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
     words = {
         "fill": ("pixel", "channel"),
-        "anchor": ("center", "corner"),
+        "anchor": ("center", "corner", "inside"),
         "regions": ("peak", "peak_and_trough"),
         "spread": ("all", "others"),
         "scale": ("unit", "normalized"),
     }
-    for name, (one, other) in words.items():
-        _require(options[name] in (one, other), f"{name} {one!r} or {other!r}", options[name])
+    for name, known in words.items():
+        listed = " or ".join([", ".join(map(repr, known[:-1])), repr(known[-1])])
+        _require(options[name] in known, f"{name} {listed}", options[name])
     levels = options["map_levels"]
     _require(levels is None or (isinstance(levels, int) and levels >= 2), "map_levels >= 2 or null", levels)
     warmup = options["warmup_epochs"]

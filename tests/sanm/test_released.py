@@ -60,7 +60,7 @@ class TestCornerBox:
         assert float(masked_fraction(mask_box(activation, torch.tensor([0.25]), torch.ones(1)), (16, 16))) < 0.25
 
     def test_another_word_is_refused(self):
-        with pytest.raises(ValueError, match="anchor 'center' or 'corner', got 'middle'"):
+        with pytest.raises(ValueError, match="anchor 'center', 'corner' or 'inside', got 'middle'"):
             mask_box(torch.rand(1, 4, 4), torch.ones(1), torch.ones(1), anchor="middle")
 
 
@@ -247,7 +247,7 @@ def test_the_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"anchor": "middle"}, "anchor 'center' or 'corner'"),
+        ({"anchor": "middle"}, "anchor 'center', 'corner' or 'inside'"),
         ({"regions": "all"}, "regions 'peak' or 'peak_and_trough'"),
         ({"area": 0.0}, r"area in \(0, 1\], got 0.0"),
         ({"spread": "none"}, "spread 'all' or 'others'"),
