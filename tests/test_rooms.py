@@ -50,6 +50,7 @@ HELPERS = {
     "checks",
     "ema",
     "evaluation",
+    "feature_queue",
     "first_batch",
     "hooks",
     "learned",
@@ -57,6 +58,7 @@ HELPERS = {
     "passes",
     "reset",
     "schedules",
+    "selected_contrast",
 }
 """Files of methods/ that hold no method."""
 FOREIGN = {

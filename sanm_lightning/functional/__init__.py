@@ -1,6 +1,14 @@
 """Losses, selections and schedules of the methods as pure functions."""
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
+from sanm_lightning.functional.contrastive import (
+    instance_contrast,
+    interpolated_contrast,
+    pair_similarity,
+    queue_contrast,
+    selected_pairs,
+    view_positives,
+)
 from sanm_lightning.functional.correction import (
     backward_correction,
     estimate_transition,
@@ -9,6 +17,7 @@ from sanm_lightning.functional.correction import (
 )
 from sanm_lightning.functional.losses import (
     clamped_probs,
+    clipped_gradient_term,
     early_learning_regularization,
     entropy,
     feature_consistency,
@@ -22,9 +31,18 @@ from sanm_lightning.functional.losses import (
     reverse_kl,
     soft_cross_entropy,
     truncated_generalized_cross_entropy,
+    zero_term,
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
-from sanm_lightning.functional.neighbors import balanced_votes, knn_vote, nearest_neighbors
+from sanm_lightning.functional.neighbors import (
+    balanced_votes,
+    class_means,
+    corrected_votes,
+    knn_vote,
+    nearest_neighbors,
+    neighbor_mean,
+    similar_samples,
+)
 from sanm_lightning.functional.ramps import (
     critical_fraction,
     ema_decay,
@@ -35,9 +53,11 @@ from sanm_lightning.functional.ramps import (
 )
 from sanm_lightning.functional.selection import (
     class_balanced_draw,
+    class_quota,
     consistent_votes,
     critical_threshold,
     members_by_class,
+    pair_threshold,
     relabel,
     repeated_draw,
     small_loss,
@@ -45,7 +65,16 @@ from sanm_lightning.functional.selection import (
     threshold_split,
     uncertainty_weights,
 )
-from sanm_lightning.functional.targets import Mixed, co_refine, guided_mixup, label_step, mixup, sharpen
+from sanm_lightning.functional.targets import (
+    Mixed,
+    co_refine,
+    guided_mixup,
+    keep_given,
+    label_step,
+    mixup,
+    mixup_among,
+    sharpen,
+)
 
 __all__ = [
     "BetaMixture",
@@ -56,9 +85,13 @@ __all__ = [
     "beta_mixture_posterior",
     "clamped_probs",
     "class_balanced_draw",
+    "class_means",
+    "class_quota",
     "clean_probability",
+    "clipped_gradient_term",
     "co_refine",
     "consistent_votes",
+    "corrected_votes",
     "critical_fraction",
     "critical_threshold",
     "early_learning_regularization",
@@ -72,6 +105,9 @@ __all__ = [
     "forward_correction",
     "generalized_cross_entropy",
     "guided_mixup",
+    "instance_contrast",
+    "interpolated_contrast",
+    "keep_given",
     "knn_vote",
     "label_margin",
     "label_posterior",
@@ -82,15 +118,22 @@ __all__ = [
     "mixmatch_loss",
     "mixture_posterior",
     "mixup",
+    "mixup_among",
     "nearest_neighbors",
     "negative_entropy",
+    "neighbor_mean",
     "nt_xent",
+    "pair_similarity",
+    "pair_threshold",
     "prior_kl",
+    "queue_contrast",
     "relabel",
     "repeated_draw",
     "reverse_kl",
+    "selected_pairs",
     "sharpen",
     "sigmoid_ramp",
+    "similar_samples",
     "small_loss",
     "small_loss_among",
     "soft_cross_entropy",
@@ -98,4 +141,6 @@ __all__ = [
     "threshold_split",
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
+    "view_positives",
+    "zero_term",
 ]

@@ -16,13 +16,16 @@ from sanm_lightning.methods.gce import GCE as GCE
 from sanm_lightning.methods.joint_optim import JointOptim as JointOptim
 from sanm_lightning.methods.m_correction import MCorrection as MCorrection
 from sanm_lightning.methods.mixup import Mixup as Mixup
+from sanm_lightning.methods.moit import MOIT as MOIT
 from sanm_lightning.methods.pencil import PENCIL as PENCIL
 from sanm_lightning.methods.plc import PLC as PLC
+from sanm_lightning.methods.rrl import RRL as RRL
 from sanm_lightning.methods.schedules import Chained as Chained
 from sanm_lightning.methods.schedules import Cosine as Cosine
 from sanm_lightning.methods.schedules import LinearAfter as LinearAfter
 from sanm_lightning.methods.schedules import OneCycle as OneCycle
 from sanm_lightning.methods.schedules import Sequential as Sequential
+from sanm_lightning.methods.sel_cl import SelCL as SelCL
 from sanm_lightning.methods.selfie import SELFIE as SELFIE
 from sanm_lightning.methods.simclr import SimCLR as SimCLR
 from sanm_lightning.methods.ssr import SSR as SSR

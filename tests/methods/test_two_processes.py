@@ -36,7 +36,17 @@ from tests.methods.two_processes import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 
-DRAWING = {"ELRPlus", "DivideMix", "C2D", "SSR", "Mixup", "MCorrection"}  # methods that draw, beside views and masks
+DRAWING = {
+    "ELRPlus",
+    "DivideMix",
+    "C2D",
+    "SSR",
+    "Mixup",
+    "MCorrection",
+    "RRL",
+    "MOIT",
+    "SelCL",
+}  # methods that draw, beside views and masks
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
