@@ -42,6 +42,17 @@ METHODS = {  # options in addition to the recipe; two methods require the noise 
     "PLC": ["--model.warmup_epochs", "8"],
     "SELFIE": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "8", "--model.history", "5"],
     "ActiveBias": ["--model.warmup_epochs", "8"],
+    "RRL": ["--model.warmup_epochs", "3", "--model.given_epochs", "3", "--model.k", "20", "--model.view", "weak"],
+    "MOIT": ["--model.warmup_epochs", "10", "--model.k", "20", "--model.view", "weak"],
+    "MOIT plus": [
+        *("--model.warmup_epochs", "10", "--model.k", "20", "--model.view", "weak", "--model.select_epochs", "6"),
+        *("--model.finetune_lr", "0.001", "--model.bootstrap_after", "3"),
+    ],
+    "SelCL": ["--model.warmup_epochs", "3", "--model.k", "20", "--model.view", "weak", "--model.negatives", "500"],
+    "SelCL plus": [
+        *("--model.warmup_epochs", "3", "--model.k", "20", "--model.view", "weak", "--model.negatives", "500"),
+        *("--model.select_epochs", "13", "--model.finetune_lr", "0.001", "--model.bootstrap_after", "3"),
+    ],
     "GCE truncated": ["--model.truncation", "0.5", "--model.prune_every", "5", "--model.warmup_epochs", "15"],
 }
 

@@ -95,8 +95,8 @@ def interpolated_contrast(
         others: normalized embeddings that they are compared with, shape (M, P); the first V are those of the same views, with
             which a view is not compared itself.
         lam: weight of the larger part of each view, shape (V,), in [0, 1].
-        major: weights of the positive pairs of the larger part, shape (V, M), >= 0, integers.
-        minor: weights of the positive pairs of the smaller part, shape (V, M).
+        major: weights of the positive pairs of the larger part, shape (V, M), integers, >= 0, and 0 for rows that are not used.
+        minor: weights of the positive pairs of the smaller part, likewise.
         temperature: temperature, positive.
         valid: whether a row of ``others`` is used, shape (M,), bool; None uses all rows.
 

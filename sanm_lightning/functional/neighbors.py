@@ -86,8 +86,9 @@ def neighbor_mean(values: Tensor, neighbors: Tensor, weights: Tensor | None = No
         return values
     weights = torch.ones_like(neighbors, dtype=values.dtype) if weights is None else weights
     chunk = _rows(len(values), neighbors.shape[1] * values.shape[1])
-    parts = zip(neighbors.split(chunk), (weights / weights.sum(1, keepdim=True)).split(chunk), strict=True)
-    return torch.cat([(weight[:, None] @ values[rows])[:, 0] for rows, weight in parts])
+    parts = zip(neighbors.split(chunk), weights.split(chunk), strict=True)
+    sums = torch.cat([(weight[:, None] @ values[rows])[:, 0] for rows, weight in parts])
+    return sums / weights.sum(1, keepdim=True)  # divided last: equal numbers of votes stay equal
 
 
 def corrected_votes(labels: Tensor, neighbors: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:

@@ -73,8 +73,8 @@ class MOIT(SelectedContrast):
         """Return the contrast of the views with each other, plus that with the queue, to which they are added; a scalar."""
         found, size = views.embeddings, len(views.lam)
         queue: Any = self.memory if self.current_epoch >= self.memory_after else None
-        same = labels[:, None] == labels
-        major, minor = view_positives(same, views.partners, None if queue is None else labels[:, None] == queue.labels)
+        queued = None if queue is None else (labels[:, None] == queue.labels) & queue.valid
+        major, minor = view_positives(labels[:, None] == labels, views.partners, queued)
         near = (major[:, :size], minor[:, :size])
         loss = interpolated_contrast(found, found, views.lam, *near, self.temperature)
         if queue is not None:

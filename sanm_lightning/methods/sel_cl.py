@@ -111,7 +111,7 @@ class SelCL(SelectedContrast):
         )
         if similarity_clip is not None and kwargs.get("compile_network"):
             raise ValueError(
-                "expected similarity_clip null with compile_network, which frees its graph in a backward pass, got both; omit one"
+                "expected similarity_clip null with compile_network, which keeps no graph for it, got both; omit one of them"
             )
         super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip

@@ -47,6 +47,7 @@ DRAWING = {
     "MOIT",
     "SelCL",
 }  # methods that draw, beside views and masks
+CHOOSING = {*SCORING, "SelCL"}  # methods that choose the samples of an epoch
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
@@ -146,7 +147,7 @@ def test_the_processes_share_out_every_epoch(case):
     one, other = (process["trained"] for process in case.processes)
     assert list(one) == list(other) == list(range(EPOCHS))
     for epoch in one:
-        if case.method in SCORING and (epoch > 0 or case.method == "SSR"):
+        if case.method in CHOOSING and (epoch > 0 or case.method == "SSR"):
             continue  # the method chooses, see the next test
         times = Counter(one[epoch] + other[epoch])
         assert sorted(times) == list(range(TRAIN))
@@ -154,12 +155,12 @@ def test_the_processes_share_out_every_epoch(case):
 
 
 def test_the_sets_that_a_method_chooses_are_shared_out(case):
-    if case.method not in SCORING:
+    if case.method not in CHOOSING:
         return
     steps = -(-(TRAIN + 1) // 2 // BATCH)
-    blocks = 2 if case.method == "SSR" else 4
+    blocks = 2 if case.method in ("SSR", "SelCL") else 4
     one, other = (torch.tensor(process["trained"][EPOCHS - 1]).view(steps, blocks, -1) for process in case.processes)
-    for block in [1] if case.method == "SSR" else range(4):  # the first one of SSR is drawn with replacement
+    for block in [1] if case.method == "SSR" else range(blocks):  # the first one of SSR is drawn with replacement
         order = torch.stack([one[:, block].flatten(), other[:, block].flatten()], 1).flatten().tolist()
         pool = set(order)
         assert len(set(order[: len(pool)])) == len(pool), "a sample came again before all had come"
