@@ -37,7 +37,7 @@ def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk
 
 
 def similar_samples(
-    features: Tensor, k: int, exclude_self: bool = True, chunk: int | None = None
+    features: Tensor, k: int, exclude_self: bool = True, chunk: int | None = None, first: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Find the k samples of largest cosine similarity to each sample, and the similarities.
 
@@ -46,9 +46,10 @@ def similar_samples(
         k: number of neighbors, 1 to N, or to N - 1 with ``exclude_self``.
         exclude_self: whether to exclude the sample itself, by index.
         chunk: number of rows searched at once; None chooses at most 1024 and 2^27 similarities.
+        first: M, search for the first M samples only, among all; None searches for all samples.
 
     Returns:
-        Positions, shape (N, k), int64, most similar first; cosine similarities, shape (N, k), float32.
+        Positions, shape (M, k), int64, most similar first; cosine similarities, shape (M, k), float32.
 
     Raises:
         ValueError: if k is out of its range.
@@ -60,14 +61,14 @@ def similar_samples(
     features = features.float()
     scale = 1 / torch.cat([rows.norm(dim=1) for rows in features.split(chunk)]).clamp(min=1e-12)
     found, values = [], []
-    for first, rows in zip(range(0, len(features), chunk), features.split(chunk), strict=True):
+    for start, rows in zip(range(0, len(features), chunk), features[:first].split(chunk), strict=False):
         similarity = (rows @ features.T).mul_(scale)  # without a normalized copy of all features
         if exclude_self:
             place = torch.arange(len(rows), device=rows.device)
-            similarity[place, first + place] = float("-inf")
+            similarity[place, start + place] = float("-inf")
         top = similarity.topk(k, dim=1)
         found.append(top.indices)
-        values.append(top.values * scale[first : first + len(rows), None])
+        values.append(top.values * scale[start : start + len(rows), None])
     return torch.cat(found), torch.cat(values)
 
 

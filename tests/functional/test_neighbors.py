@@ -49,6 +49,7 @@ def test_the_chunks_do_not_change_the_neighbors_and_bound_the_similarities_held(
     assert max(held) == 4 * N
     torch.testing.assert_close(parts[1], whole[1])
     assert torch.equal(parts[0], nearest_neighbors(features, K, chunk=4))
+    assert torch.equal(similar_samples(features, K, first=7)[0], parts[0][:7])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
