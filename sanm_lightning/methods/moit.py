@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch, View
 from sanm_lightning.functional import interpolated_contrast, view_positives
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.feature_queue import FeatureQueue
 from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
 
@@ -59,6 +60,7 @@ class MOIT(SelectedContrast):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
+        require_index(batch, type(self).__name__)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         targets, quality = self.one_hot(batch.labels), None

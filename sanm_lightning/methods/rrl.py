@@ -22,7 +22,7 @@ from sanm_lightning.functional import (
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, clamped_neighbors
+from sanm_lightning.methods.checks import check_ranges, clamped_neighbors, require_index
 from sanm_lightning.models import Projection, pooled_width
 from sanm_lightning.per_sample import LabelStore
 
@@ -179,6 +179,7 @@ class RRL(NoisyLabelModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
+        require_index(batch, type(self).__name__)
         labels, confident, quality = batch.labels, torch.ones_like(batch.labels, dtype=torch.bool), None
         if self.stage.name == "correct":
             store = self.corrected

@@ -14,12 +14,11 @@ from sanm_lightning.functional import (
     pair_similarity,
     pair_threshold,
     queue_contrast,
-    repeated_draw,
     selected_pairs,
     view_positives,
     zero_term,
 )
-from sanm_lightning.methods.checks import check_ranges
+from sanm_lightning.methods.checks import check_ranges, require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.methods.feature_queue import FeatureQueue
 from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
@@ -142,15 +141,12 @@ class SelCL(SelectedContrast):
         """In the second stage, sample all samples and selected samples, both in random rounds."""
         if self.stage.name != "select":
             return super().epoch_batches(plan)
-        size = self.rows(plan)
-        generator = named_generator("turn", self.sanm.seed, plan.epoch)
-        order = repeated_draw(plan.pool(0), plan.world_size * plan.steps * size, generator)
-        every = order[plan.rank :: plan.world_size].view(plan.steps, size)
-        return torch.cat([every, self.selected_rows(plan, plan.steps, size)], 1)
+        return torch.cat([self.drawn_rows(plan, selected) for selected in (False, True)], 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
+        require_index(batch, type(self).__name__)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         if self.stage.name == "warmup":

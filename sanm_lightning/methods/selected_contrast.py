@@ -174,22 +174,18 @@ class SelectedContrast(NoisyLabelModule):
         """Return the fraction of the votes for each given label, (N,), in [0.01, 0.99]; None before the first selection."""
         return self.detected.given_quality if self.detected.filled else None
 
-    def selected_rows(self, plan: EpochPlan, steps: int, size: int) -> Tensor:
-        """Return positions (S, size) of this process in random rounds of the selected samples."""
-        pool = plan.pool(0)
-        chosen = pool[self.detected.selected.cpu()[pool]]
-        generator = named_generator("draw", self.sanm.seed, plan.epoch)
-        order = repeated_draw(chosen if len(chosen) else pool, plan.world_size * steps * size, generator)
-        return order[plan.rank :: plan.world_size].view(steps, size)
-
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample selected samples in the fine-tuning."""
-        return self.selected_rows(plan, plan.steps, self.rows(plan)) if self.stage.name == "finetune" else None
+        return self.drawn_rows(plan, selected=True) if self.stage.name == "finetune" else None
 
-    @staticmethod
-    def rows(plan: EpochPlan) -> int:
-        """Return the number of samples per step of this process."""
-        return min(plan.batch_size, -(-len(plan.pool(0)) // plan.world_size))
+    def drawn_rows(self, plan: EpochPlan, selected: bool) -> Tensor:
+        """Return positions (S, B) of this process in random rounds of the pool, or of the selected samples in it."""
+        pool = plan.pool(0)
+        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
+        chosen = pool[self.detected.selected.cpu()[pool]] if selected else pool
+        generator = named_generator("draw" if selected else "turn", self.sanm.seed, plan.epoch)
+        order = repeated_draw(chosen if len(chosen) else pool, plan.world_size * plan.steps * size, generator)
+        return order[plan.rank :: plan.world_size].view(plan.steps, size)
 
     # Each step
 

@@ -441,3 +441,10 @@ class TestUnmasked:
 def test_arguments_out_of_range_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("make", [RRL, MOIT, SelCL])
+def test_batches_without_index_are_refused_before_the_first_update(make):
+    module = at(make(**SMALL))
+    with pytest.raises(ValueError, match="expected batches with an index for"):
+        module.training_step(two_views()._replace(index=None), 0)
