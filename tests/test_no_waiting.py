@@ -119,10 +119,10 @@ def mixed_without_draws(images, targets, generator, alpha, larger_half=True):
     return mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
 
 
-def batch() -> NoisyBatch:
+def batch(views: int = 2) -> NoisyBatch:
     labels = torch.zeros(B, dtype=torch.int64, device="cuda")
     images = torch.rand(B, 3, 16, 16, device="cuda")
-    return NoisyBatch(images, labels, torch.arange(B, device="cuda"), labels, (images, images))
+    return NoisyBatch(images, labels, torch.arange(B, device="cuda"), labels, (images,) * views)
 
 
 def step(module: Any, move: Any, run: Any) -> torch.Tensor:
@@ -135,13 +135,21 @@ def step(module: Any, move: Any, run: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
-@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "GCE", "SSR"])
+@pytest.mark.parametrize(
+    "name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "GCE", "SSR", "RRL", "MOIT", "SelCL"]
+)
 def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
     sanm = SANM(seed=0, **options)
-    module = ready(name, monkeypatch, sanm)
-    for mixing in ("elr_plus", "ssr"):
+    module = ready(
+        name, monkeypatch, sanm, **({"similarity_clip": None} if name == "SelCL" else {})
+    )  # no backward pass
+    monkeypatch.setattr(
+        "sanm_lightning.methods.rrl.mixup_among", lambda *rows, among, **draws: mixed_without_draws(*rows, **draws)
+    )
+    for mixing in ("elr_plus", "ssr", "selected_contrast"):
         monkeypatch.setattr(importlib.import_module(f"sanm_lightning.methods.{mixing}"), "mixup", mixed_without_draws)
-    loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    views = 3 if name == "MOIT" else 2
+    loss = step(module, on_gpu, lambda: module.training_step(batch(views), 0))
     assert loss.requires_grad
     assert "quality" in sanm.last
 
