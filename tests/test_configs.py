@@ -452,6 +452,9 @@ def words_for(config: Path, encoder: str) -> list[str]:
         ],  # the map of a network for large images has one place on these
         "simclr": ["--data.track_test", "false"],  # it evaluates nothing
         "ssr": ["--model.k", "5"],
+        "rrl": ["--model.k", "5", "--model.given_epochs", "0"],
+        "moit": ["--model.k", "5", "--model.select_epochs", "null"],
+        "sel_cl": ["--model.k", "5", "--model.select_epochs", "null"],
     }.get(config.stem, [])
 
 

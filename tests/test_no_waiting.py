@@ -126,10 +126,10 @@ def mixed_without_draws(images, targets, generator, alpha, larger_half=True):
     return mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
 
 
-def batch() -> NoisyBatch:
+def batch(views: int = 2) -> NoisyBatch:
     labels = torch.zeros(B, dtype=torch.int64, device="cuda")
     images = torch.rand(B, 3, 16, 16, device="cuda")
-    return NoisyBatch(images, labels, torch.arange(B, device="cuda"), labels, (images, images))
+    return NoisyBatch(images, labels, torch.arange(B, device="cuda"), labels, (images,) * views)
 
 
 def step(module: Any, move: Any, run: Any) -> torch.Tensor:
@@ -155,10 +155,14 @@ def test_a_step_asks_the_device_nothing(name, options, on_gpu, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in (*IN_EVERY_VARIANT, "C2D")])
 def test_a_step_of_another_method_asks_the_device_nothing(name, on_gpu, monkeypatch):
-    module = ready(name, monkeypatch, SANM(seed=0))
-    for mixing in ("mixup", "m_correction"):
+    options = {"similarity_clip": None} if name == "SelCL" else {}  # the clip is a backward pass
+    module = ready(name, monkeypatch, SANM(seed=0), **options)
+    for mixing in ("mixup", "m_correction", "selected_contrast"):
         monkeypatch.setattr(importlib.import_module(f"sanm_lightning.methods.{mixing}"), "mixup", mixed_without_draws)
-    step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    monkeypatch.setattr(
+        "sanm_lightning.methods.rrl.mixup_among", lambda *rows, among, **draws: mixed_without_draws(*rows, **draws)
+    )
+    step(module, on_gpu, lambda: module.training_step(batch(3 if name == "MOIT" else 2), 0))
 
 
 class Normed(SmallCNN):

@@ -51,6 +51,7 @@ HELPERS = {
     "checks",
     "ema",
     "evaluation",
+    "feature_queue",
     "first_batch",
     "hooks",
     "learned",
@@ -58,6 +59,7 @@ HELPERS = {
     "passes",
     "reset",
     "schedules",
+    "selected_contrast",
 }
 """Files of methods/ that hold no method."""
 FOREIGN = {

@@ -82,7 +82,7 @@ class Stages(L.Callback):
     next rate from the last one are unaffected.
 
     Raises:
-        ValueError: if no stage after the first one is reached within ``max_epochs``.
+        ValueError: if no stage after the warm-up is reached within ``max_epochs``.
     """
 
     def __init__(self) -> None:
@@ -95,11 +95,10 @@ class Stages(L.Callback):
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and not getattr(trainer, "fast_dev_run", False):
             late = [stage.name for stage in stages if stage_epochs(stages, epochs)[stage.name] == 0]
-            if late and len(late) == len(stages) - 1:
+            if late and len(late) == len(stages) - 1 and stages[0].name == "warmup":
                 raise ValueError(
-                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage {stages[0].name!r}, got "
-                    f"{epochs}; raise max_epochs, or lower "
-                    f"{'warmup_epochs' if stages[0].name == 'warmup' else 'the length of the stage'}"
+                    f"expected max_epochs above the {stages[0].epochs} epochs of the stage 'warmup', got {epochs}; raise "
+                    "max_epochs, or lower warmup_epochs"
                 )
             for name in late:
                 rank_zero_warn(

@@ -1,6 +1,14 @@
 """Losses, selections and schedules of the methods as pure functions."""
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
+from sanm_lightning.functional.contrastive import (
+    instance_contrast,
+    interpolated_contrast,
+    pair_similarity,
+    queue_contrast,
+    selected_pairs,
+    view_positives,
+)
 from sanm_lightning.functional.correction import (
     backward_correction,
     estimate_transition,
@@ -16,6 +24,7 @@ from sanm_lightning.functional.cross_validation import (
 )
 from sanm_lightning.functional.losses import (
     clamped_probs,
+    clipped_gradient_term,
     early_learning_regularization,
     entropy,
     feature_consistency,
@@ -29,9 +38,18 @@ from sanm_lightning.functional.losses import (
     reverse_kl,
     soft_cross_entropy,
     truncated_generalized_cross_entropy,
+    zero_term,
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
-from sanm_lightning.functional.neighbors import balanced_votes, knn_vote, nearest_neighbors
+from sanm_lightning.functional.neighbors import (
+    balanced_votes,
+    class_means,
+    corrected_votes,
+    knn_vote,
+    nearest_neighbors,
+    neighbor_mean,
+    similar_samples,
+)
 from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
 from sanm_lightning.functional.prototypes import class_prototypes, density_peaks, select_peaks
 from sanm_lightning.functional.ramps import (
@@ -48,10 +66,12 @@ from sanm_lightning.functional.ramps import (
 from sanm_lightning.functional.selection import (
     Refurbishing,
     class_balanced_draw,
+    class_quota,
     consistent_votes,
     critical_threshold,
     label_ratio,
     members_by_class,
+    pair_threshold,
     refurbish,
     refurbished_quality,
     relabel,
@@ -62,7 +82,17 @@ from sanm_lightning.functional.selection import (
     threshold_split,
     uncertainty_weights,
 )
-from sanm_lightning.functional.targets import Mixed, bootstrapped, co_refine, guided_mixup, label_step, mixup, sharpen
+from sanm_lightning.functional.targets import (
+    Mixed,
+    bootstrapped,
+    co_refine,
+    guided_mixup,
+    keep_given,
+    label_step,
+    mixup,
+    mixup_among,
+    sharpen,
+)
 
 __all__ = [
     "BetaMixture",
@@ -75,10 +105,14 @@ __all__ = [
     "bootstrapped",
     "clamped_probs",
     "class_balanced_draw",
+    "class_means",
     "class_prototypes",
+    "class_quota",
     "clean_probability",
+    "clipped_gradient_term",
     "co_refine",
     "consistent_votes",
+    "corrected_votes",
     "critical_fraction",
     "critical_threshold",
     "cross_validated_noise_rate",
@@ -95,6 +129,9 @@ __all__ = [
     "forward_correction",
     "generalized_cross_entropy",
     "guided_mixup",
+    "instance_contrast",
+    "interpolated_contrast",
+    "keep_given",
     "knn_vote",
     "label_margin",
     "label_posterior",
@@ -107,11 +144,16 @@ __all__ = [
     "mixmatch_loss",
     "mixture_posterior",
     "mixup",
+    "mixup_among",
     "nearest_neighbors",
     "negative_entropy",
+    "neighbor_mean",
     "nested_probabilities",
     "nt_xent",
+    "pair_similarity",
+    "pair_threshold",
     "prior_kl",
+    "queue_contrast",
     "random_halves",
     "refurbish",
     "refurbished_quality",
@@ -120,9 +162,11 @@ __all__ = [
     "repeated_draw",
     "reverse_kl",
     "select_peaks",
+    "selected_pairs",
     "sequence_credibility",
     "sharpen",
     "sigmoid_ramp",
+    "similar_samples",
     "small_loss",
     "small_loss_among",
     "soft_cross_entropy",
@@ -134,4 +178,6 @@ __all__ = [
     "truncated_accuracy",
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
+    "view_positives",
+    "zero_term",
 ]

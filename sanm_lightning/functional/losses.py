@@ -1,11 +1,14 @@
 """Losses of the methods from logits; without reduction if a method weights or selects samples."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
     "clamped_probs",
+    "clipped_gradient_term",
     "early_learning_regularization",
     "entropy",
     "feature_consistency",
@@ -19,6 +22,7 @@ __all__ = [
     "reverse_kl",
     "soft_cross_entropy",
     "truncated_generalized_cross_entropy",
+    "zero_term",
 ]
 
 
@@ -100,6 +104,34 @@ def masked_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
     weight = weight.to(values.dtype)
     total = weight.sum()
     return (values * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
+
+
+def zero_term(module: torch.nn.Module) -> Tensor:
+    """Return 0 as a function of the parameters of a module that a step may not use, as DistributedDataParallel requires."""
+    sums = [parameter.sum() for parameter in module.parameters() if parameter.requires_grad]
+    return 0.0 * torch.stack(sums).sum()
+
+
+def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Return a term with the value of a loss, whose gradient is that of the loss with a norm of at most ``max_norm``.
+
+    It takes a backward pass of the loss, and keeps the graph.
+
+    Args:
+        loss: a scalar.
+        parameters: parameters with respect to which the gradient is clipped.
+        max_norm: largest norm, positive.
+
+    Returns:
+        A scalar; its gradient is not differentiable again.
+    """
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+    found = [(parameter, grad) for parameter, grad in zip(wanted, gradients, strict=True) if grad is not None]
+    norm = torch.stack([grad.norm() for _, grad in found]).norm()
+    scale = (max_norm / norm.clamp(min=1e-12)).clamp(max=1)
+    linear = torch.stack([(parameter * (scale * grad).detach()).sum() for parameter, grad in found]).sum()
+    return loss.detach() + linear - linear.detach()
 
 
 def label_margin(logits: Tensor, targets: Tensor) -> Tensor:

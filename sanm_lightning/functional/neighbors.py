@@ -4,7 +4,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["balanced_votes", "knn_vote", "nearest_neighbors"]
+__all__ = [
+    "balanced_votes",
+    "class_means",
+    "corrected_votes",
+    "knn_vote",
+    "nearest_neighbors",
+    "neighbor_mean",
+    "similar_samples",
+]
+
+CHUNK_VALUES = 2**27
+"""Similarities, or values of neighbors, that are held at once: 0.5 GB in float32."""
 
 
 def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk: int = 1024) -> Tensor:
@@ -22,19 +33,103 @@ def nearest_neighbors(features: Tensor, k: int, exclude_self: bool = True, chunk
     Raises:
         ValueError: if k is out of its range.
     """
+    return similar_samples(features, k, exclude_self, chunk)[0]
+
+
+def similar_samples(
+    features: Tensor, k: int, exclude_self: bool = True, chunk: int | None = None, first: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Find the k samples of largest cosine similarity to each sample, and the similarities.
+
+    Args:
+        features: shape (N, D), not necessarily normalized.
+        k: number of neighbors, 1 to N, or to N - 1 with ``exclude_self``.
+        exclude_self: whether to exclude the sample itself, by index.
+        chunk: number of rows searched at once; None chooses at most 1024 and 2^27 similarities.
+        first: M, search for the first M samples only, among all; None searches for all samples.
+
+    Returns:
+        Positions, shape (M, k), int64, most similar first; cosine similarities, shape (M, k), float32.
+
+    Raises:
+        ValueError: if k is out of its range.
+    """
     most = len(features) - exclude_self
     if not 1 <= k <= most:
         raise ValueError(f"expected k in 1 to {most}, got {k} neighbors of {len(features)} samples; lower k")
+    chunk = _rows(1024, len(features)) if chunk is None else chunk
     features = features.float()
     scale = 1 / torch.cat([rows.norm(dim=1) for rows in features.split(chunk)]).clamp(min=1e-12)
-    found = []
-    for first, rows in zip(range(0, len(features), chunk), features.split(chunk), strict=True):
+    found, values = [], []
+    for start, rows in zip(range(0, len(features), chunk), features[:first].split(chunk), strict=False):
         similarity = (rows @ features.T).mul_(scale)  # without a normalized copy of all features
         if exclude_self:
             place = torch.arange(len(rows), device=rows.device)
-            similarity[place, first + place] = float("-inf")
-        found.append(similarity.topk(k, dim=1).indices)
-    return torch.cat(found)
+            similarity[place, start + place] = float("-inf")
+        top = similarity.topk(k, dim=1)
+        found.append(top.indices)
+        values.append(top.values * scale[start : start + len(rows), None])
+    return torch.cat(found), torch.cat(values)
+
+
+def neighbor_mean(values: Tensor, neighbors: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the weighted mean of the values of the neighbors of each sample.
+
+    Args:
+        values: shape (N, C).
+        neighbors: positions, shape (N, k); with k = 0, the result is ``values``.
+        weights: shape (N, k), positive; None weights all neighbors equally.
+
+    Returns:
+        Shape (N, C).
+    """
+    if not neighbors.shape[1]:
+        return values
+    weights = torch.ones_like(neighbors, dtype=values.dtype) if weights is None else weights
+    chunk = _rows(len(values), neighbors.shape[1] * values.shape[1])
+    parts = zip(neighbors.split(chunk), weights.split(chunk), strict=True)
+    sums = torch.cat([(weight[:, None] @ values[rows])[:, 0] for rows, weight in parts])
+    return sums / weights.sum(1, keepdim=True)  # divided last: equal numbers of votes stay equal
+
+
+def corrected_votes(labels: Tensor, neighbors: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
+    """Let the neighbors vote on the label of each sample, and vote again with the labels that have won.
+
+    Source: MOIT (Ortego et al., CVPR 2021), Section 3.2; Sel-CL (Li et al., CVPR 2022) weights the votes.
+
+    Args:
+        labels: shape (N,).
+        neighbors: positions, shape (N, k).
+        num_classes: C, number of classes.
+        weights: weights of the votes, shape (N, k), positive; None weights all votes equally.
+
+    Returns:
+        Fractions of the second votes, shape (N, C); each row sums to 1.
+    """
+    first = neighbor_mean(F.one_hot(labels, num_classes).float(), neighbors, weights)
+    return neighbor_mean(F.one_hot(first.argmax(1), num_classes).float(), neighbors, weights)
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int, selected: Tensor | None = None) -> Tensor:
+    """Return the mean of the features of each class, 0 for classes without samples.
+
+    Args:
+        features: shape (N, D).
+        labels: shape (N,).
+        num_classes: C, number of classes.
+        selected: samples that are used, shape (N,), bool; None uses all samples.
+
+    Returns:
+        Shape (C, D).
+    """
+    members = F.one_hot(labels, num_classes).to(features.dtype)  # a product, since index_add_ is not deterministic
+    members = members if selected is None else members * selected[:, None]
+    return members.T @ features / members.sum(0).clamp(min=1)[:, None]
+
+
+def _rows(most: int, width: int) -> int:
+    """Return the number of rows of ``width`` values that are processed at once, 1 to ``most``."""
+    return max(1, min(most, CHUNK_VALUES // max(1, width)))
 
 
 def knn_vote(features: Tensor, labels: Tensor, k: int, num_classes: int, chunk: int = 1024) -> Tensor:

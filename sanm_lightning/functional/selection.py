@@ -9,10 +9,12 @@ from torch import Tensor
 __all__ = [
     "Refurbishing",
     "class_balanced_draw",
+    "class_quota",
     "consistent_votes",
     "critical_threshold",
     "label_ratio",
     "members_by_class",
+    "pair_threshold",
     "refurbish",
     "refurbished_quality",
     "relabel",
@@ -212,6 +214,64 @@ def class_balanced_draw(members: Tensor, sizes: Tensor, count: int, generator: t
     classes = present[torch.randint(len(present), (count,), generator=generator)]
     place = (torch.rand(count, generator=generator, dtype=torch.float64) * sizes[classes]).long()
     return members[(sizes.cumsum(0) - sizes)[classes] + place]
+
+
+def class_quota(scores: Tensor, labels: Tensor, agreeing: Tensor, num_classes: int, quantile: float = 0.5) -> Tensor:
+    """Select the same number of samples of smallest score from each class.
+
+    Source: MOIT (Ortego et al., CVPR 2021), Section 3.2, with the median over classes; Sel-CL (Li et al., CVPR 2022) uses
+    another quantile.
+    Departure: classes without samples are not counted.
+
+    Args:
+        scores: shape (N,).
+        labels: shape (N,).
+        agreeing: samples that are counted, shape (N,), bool.
+        num_classes: C, number of classes.
+        quantile: the number is this quantile over classes of the number of agreeing samples, in [0, 1]; the lower median for
+            0.5, rounded down for others. Smaller classes are selected completely.
+
+    Returns:
+        Shape (N,), bool.
+    """
+    sizes = labels.bincount(minlength=num_classes)
+    counts = labels[agreeing].bincount(minlength=num_classes)[sizes > 0].float()
+    quota = counts.median() if quantile == 0.5 else counts.quantile(quantile).floor()
+    by_score = scores.argsort(stable=True)
+    order = by_score[labels[by_score].argsort(stable=True)]  # by class, then by score
+    place = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[labels[order]]
+    return torch.zeros_like(agreeing).scatter_(0, order, place < quota)
+
+
+def pair_threshold(
+    features: Tensor, labels: Tensor, num_classes: int, quantile: float, generator: torch.Generator, draws: int = 64
+) -> Tensor:
+    """Return a quantile of the cosine similarity of samples with the same label, from random pairs.
+
+    Source: Sel-CL (Li et al., CVPR 2022), Section 3.2, and the authors' code, which samples 500 pairs per sample.
+
+    Args:
+        features: normalized embeddings, shape (n, P), n >= 1.
+        labels: shape (n,).
+        num_classes: C, number of classes.
+        quantile: in [0, 1].
+        generator: random generator, on the CPU.
+        draws: number of pairs per sample. The other sample is never the sample itself, unless its class has no other.
+
+    Returns:
+        A scalar.
+    """
+    order = labels.argsort(stable=True)
+    sizes = labels.bincount(minlength=num_classes)
+    size, first = sizes[labels[order]], (sizes.cumsum(0) - sizes)[labels[order]]
+    place = torch.arange(len(order), device=order.device) - first
+    found = []
+    for _ in range(draws):
+        step = torch.rand(len(order), generator=generator, dtype=torch.float64).to(order.device) * (size - 1)
+        partner = order[first + (place + 1 + step.long()) % size]
+        found.append((features[order] * features[partner]).sum(1))
+    similarity = torch.cat(found)
+    return similarity.kthvalue(1 + int(quantile * (len(similarity) - 1))).values
 
 
 def critical_threshold(weights: list[Tensor], gradients: list[Tensor], fraction: float) -> Tensor:

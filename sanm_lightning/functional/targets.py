@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Mixed", "bootstrapped", "co_refine", "guided_mixup", "label_step", "mixup", "sharpen"]
+__all__ = [
+    "Mixed",
+    "bootstrapped",
+    "co_refine",
+    "guided_mixup",
+    "keep_given",
+    "label_step",
+    "mixup",
+    "mixup_among",
+    "sharpen",
+]
 
 
 def sharpen(probs: Tensor, temperature: float) -> Tensor:
@@ -57,6 +67,10 @@ class Mixed(NamedTuple):
         """Mix other rows (V, ...) with the same weight and partners."""
         return self.lam * rows + (1 - self.lam) * rows[self.partners]
 
+    def of_samples(self, count: int) -> "Mixed":
+        """Return how the first ``count`` rows are mixed with each other, if the V rows are copies of ``count`` samples."""
+        return self._replace(partners=self.partners[:count] % count)
+
 
 def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, alpha: float, larger_half: bool = True) -> Mixed:
     """Mix each image and its target with those of a random other row, with one weight per batch.
@@ -76,14 +90,49 @@ def mixup(images: Tensor, targets: Tensor, generator: torch.Generator, alpha: fl
     Raises:
         ValueError: if alpha is negative.
     """
-    if alpha < 0:
-        raise ValueError(f"expected alpha >= 0, got {alpha}; use 0 to disable mixing")
-    seed = int(torch.randint(2**62, (), generator=generator))  # torch's Beta does not support generators
-    lam = float(np.random.default_rng(seed).beta(alpha, alpha)) if alpha > 0 else 1.0
+    lam = _drawn_weight(alpha, generator)
     lam = max(lam, 1 - lam) if larger_half else lam
     partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
     mixed = Mixed(images, targets, lam, partners)
     return mixed if lam == 1 else mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+
+def mixup_among(images: Tensor, targets: Tensor, among: Tensor, generator: torch.Generator, alpha: float) -> Mixed:
+    """Mix the rows of a subset with each other, and the other rows with each other, with one weight in [0, 1] per batch.
+
+    Source: RRL (Li et al., ICCV 2021), which mixes confident samples.
+
+    Args:
+        images: shape (V, 3, H, W).
+        targets: class probabilities, shape (V, C).
+        among: the subset, shape (V,), bool; it is not read on the host.
+        generator: random generator, on the CPU.
+        alpha: parameter of the weight's distribution Beta(alpha, alpha); 0 disables mixing.
+
+    Returns:
+        The mixed batch, on the device of the images.
+
+    Raises:
+        ValueError: if alpha is negative.
+    """
+    lam = _drawn_weight(alpha, generator)
+    keys = torch.rand(len(images), generator=generator).to(images.device, non_blocking=True)
+    rows, shuffled = (~among).long().argsort(stable=True), (keys - 2 * among).argsort()  # the subset first, in both
+    mixed = Mixed(images, targets, lam, torch.empty_like(rows).scatter_(0, rows, shuffled))
+    return mixed if lam == 1 else mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+
+def _drawn_weight(alpha: float, generator: torch.Generator) -> float:
+    if alpha < 0:
+        raise ValueError(f"expected alpha >= 0, got {alpha}; use 0 to disable mixing")
+    seed = int(torch.randint(2**62, (), generator=generator))  # torch's Beta does not support generators
+    return float(np.random.default_rng(seed).beta(alpha, alpha)) if alpha > 0 else 1.0
+
+
+def keep_given(targets: Tensor, labels: Tensor, threshold: float) -> Tensor:
+    """Replace targets (N, C) by the one-hot row of the given label (N,) where its probability is above ``threshold``."""
+    given = torch.nn.functional.one_hot(labels, targets.shape[1]).to(targets.dtype)
+    return torch.where((targets * given).sum(1, keepdim=True) > threshold, given, targets)
 
 
 def guided_mixup(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import BackboneFinetuning
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sanm_lightning.batch import NoisyBatch
@@ -14,6 +15,8 @@ __all__ = [
     "check_arguments",
     "check_callbacks",
     "check_num_classes",
+    "check_ranges",
+    "clamped_neighbors",
     "refuse_other_weights",
     "require",
     "require_index",
@@ -54,6 +57,23 @@ def require_noise_rate(noise_rate: float | None) -> float:
             f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
         )
     return noise_rate
+
+
+def check_ranges(*ranges: tuple[str, Any, bool]) -> None:
+    """Raise ValueError for the first argument out of its range: what is expected, the value, and whether it is good."""
+    for name, value, good in ranges:
+        if not good:
+            raise ValueError(f"expected {name}, got {value!r}")
+
+
+def clamped_neighbors(k: int, num_samples: int, method: str) -> int:
+    """Return k, or the number of other samples if it is smaller, with a warning."""
+    if k < num_samples:
+        return k
+    rank_zero_warn(
+        f"expected more than k = {k} samples for the neighbors of {method}, got {num_samples}; k is {num_samples - 1}"
+    )
+    return num_samples - 1
 
 
 def size_pair(image_size: Any) -> tuple[int, int]:

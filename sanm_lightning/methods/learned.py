@@ -33,6 +33,8 @@ class Learned(NamedTuple):
     """beta times the reconstruction loss, a scalar; 0 without SANM."""
     mixed: Mixed
     """How the views were mixed."""
+    unmasked: Tensor | None = None
+    """(B, D, h, w), with gradient: features of the unmasked images, mixed as the first B views; None if not requested."""
 
     def per_view(self, rows: Tensor) -> Tensor:
         """Repeat rows (B, ...) of the samples for all their views, (V, ...)."""
@@ -68,6 +70,7 @@ class TrainingPass(MethodHooks):
         features: Tensor | None = None,
         mix: Callable[[Tensor, Tensor], Mixed] | None = None,
         extra: tuple[Tensor, Tensor] | None = None,
+        unmasked: bool = False,
     ) -> Learned:
         """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
 
@@ -84,6 +87,8 @@ class TrainingPass(MethodHooks):
             mix: function that mixes (images, targets), such as :func:`~sanm_lightning.functional.mixup`. The decoder
                 then uses a separate forward pass on the unmixed views.
             extra: additional images (k B, C, H, W) and targets that are not masked; they precede the views.
+            unmasked: whether to return features of the unmasked images, for losses that do not use masks; without masks,
+                these are the features of the pass, otherwise they require another one. Not with ``extra``.
 
         Returns:
             Logits, targets, features and reconstruction term of the pass.
@@ -103,12 +108,18 @@ class TrainingPass(MethodHooks):
         mixed = Mixed(images, wanted, 1.0, torch.arange(0)) if mix is None else mix(images, wanted)
         maps = net.forward_features(mixed.images)
         logits = net.forward_head(maps)
+        plain = None
+        if unmasked:
+            seen = len(views.images) == len(batch.images) and (views.box is None or not sanm.hides_images)
+            again = mixed.of_samples(len(batch.images))
+            plain = maps if seen else net.forward_features(again.mix(batch.images) if again.lam < 1 else batch.images)
         clean = views.unmasked(logits) if unmixed else clean
         if evidence and clean is not None:
             sanm.label_quality.update(clean, targets, batch.index, views.features)
         if not unmixed and views.masked and sanm.reconstruct:  # the decoder uses unmixed, masked views only
             maps = net.forward_features(views.images)
-        return Learned(logits, mixed.targets, clean, maps, sanm.reconstruction(maps, batch.images, views), mixed)
+        reconstruction = sanm.reconstruction(maps, batch.images, views)
+        return Learned(logits, mixed.targets, clean, maps, reconstruction, mixed, plain)
 
     def _quality(self, judge: SANM, batch: NoisyBatch, targets: Tensor, estimate: Tensor | None) -> Quality:
         """Return the ``quality`` argument of SANM; None before the first mask."""

@@ -7,6 +7,7 @@ from sanm_lightning.models.normalized import Normalized, create_network, with_im
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.models.preact_resnet import PreActResNet
 from sanm_lightning.models.pretrained import load_pretrained
+from sanm_lightning.models.projection import Projection
 from sanm_lightning.models.small_cnn import SmallCNN
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LoadReport",
     "Normalized",
     "PreActResNet",
+    "Projection",
     "SmallCNN",
     "create_network",
     "load_pretrained",

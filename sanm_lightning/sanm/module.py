@@ -203,6 +203,11 @@ class SANM(QualitySource):
         return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed", "shuffled"))
 
     @property
+    def hides_images(self) -> bool:
+        """Whether images are changed after the warm-up, without a look at label quality."""
+        return self.mask and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
+
+    @property
     def enabled(self) -> bool:
         """Whether any of the three parts is enabled."""
         return self.mask or self.labels or self.reconstruct

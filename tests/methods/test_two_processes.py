@@ -45,7 +45,11 @@ DRAWING = {
     "Mixup",
     "MCorrection",
     "REED",
+    "RRL",
+    "MOIT",
+    "SelCL",
 }  # methods that draw, beside views and masks
+CHOOSING = {*SCORING, "SelCL"}  # methods that choose the samples of an epoch
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
@@ -146,7 +150,7 @@ def test_the_processes_share_out_every_epoch(case):
     one, other = (process["trained"] for process in case.processes)
     assert list(one) == list(other) == list(range(EPOCHS))
     for epoch in one:
-        if case.method in SCORING and (epoch > 0 or case.method in ("SSR", "INCV")):
+        if case.method in CHOOSING and (epoch > 0 or case.method in ("SSR", "INCV")):
             continue  # the method chooses, see the next test
         times = Counter(one[epoch] + other[epoch])
         assert sorted(times) == list(range(TRAIN))
@@ -154,10 +158,10 @@ def test_the_processes_share_out_every_epoch(case):
 
 
 def test_the_sets_that_a_method_chooses_are_shared_out(case):
-    if case.method not in SCORING:
+    if case.method not in CHOOSING:
         return
     steps = -(-(TRAIN + 1) // 2 // BATCH)
-    blocks = {"SSR": 2, "REED": 2, "INCV": 1}.get(case.method, 4)
+    blocks = {"SSR": 2, "REED": 2, "SelCL": 2, "INCV": 1}.get(case.method, 4)
     one, other = (torch.tensor(process["trained"][EPOCHS - 1]).view(steps, blocks, -1) for process in case.processes)
     # the first one of SSR and of REED is drawn with replacement
     for block in [1] if case.method in ("SSR", "REED") else range(blocks):

@@ -1,0 +1,224 @@
+"""Sel-CL and Sel-CL+ (Li et al., CVPR 2022): supervised contrast of pairs that are selected without a known noise rate."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import EpochPlan, NoisyBatch, View
+from sanm_lightning.functional import (
+    Mixed,
+    clipped_gradient_term,
+    interpolated_contrast,
+    pair_similarity,
+    pair_threshold,
+    queue_contrast,
+    selected_pairs,
+    view_positives,
+    zero_term,
+)
+from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.ema import EMA
+from sanm_lightning.methods.feature_queue import FeatureQueue
+from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
+from sanm_lightning.per_sample import SampleState
+from sanm_lightning.random_streams import named_generator
+from sanm_lightning.sanm.inference import inference_context
+
+__all__ = ["Embeddings", "SelCL"]
+
+
+class Embeddings(SampleState):
+    """Embedding of each sample at the start of the epoch.
+
+    Args:
+        dim: P, width of the embeddings.
+    """
+
+    features: Tensor
+    """(N, P) float32, normalized."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.add_state("features", (dim,), dist_reduce_fx=None)
+
+    def update(self, index: Tensor, features: Tensor) -> None:
+        """Set the rows of samples ``index`` (M,), the same in all processes."""
+        self.features = self.features.index_copy(0, index, features.to(self.features))
+
+
+class SelCL(SelectedContrast):
+    """Contrast without labels, then supervised contrast of selected pairs and cross-entropy on selected samples; fine-tune.
+
+    Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The first stage is MoCo. Then, before every epoch, the
+    nearest neighbors vote twice on the labels, weighted by exp(similarity / temperature), and from each class the same number
+    of samples is selected. Pairs with the same label are selected if both samples are, or if their similarity is above the
+    quantile ``pair_quantile`` of the similarities within the classes of selected samples. A step has the supervised contrast
+    of two mixed views over selected pairs, with the batch and with a queue of a key encoder; the contrast of MoCo for samples
+    without a selected partner; the cross-entropy of mixed views of a second batch of selected samples; and the binary
+    cross-entropy of the predictions' similarity over pairs. The third stage is Sel-CL+, as :class:`MOIT`'s.
+
+    Departures: similarities are computed for the pairs of a step only, where one version of the code stores those of all
+    samples. The quantile is that of 64 random pairs per sample (code: 500). A sample has a partner if there is one in the batch
+    or the queue; the code requires two rows. Selected samples come in random rounds, where the code samples with replacement.
+    The current batch is contrasted in addition to the queue. The classifier's weight decay is applied in the first stage. The
+    third stage differs as in :class:`MOIT`. The option of the code for a supervised first stage (WebVision) is not available.
+
+    With several processes, a batch is contrasted within its process, and with the queues of all processes.
+
+    Under SANM, the first view of the second batch is masked. Label quality is the fraction of the votes for the given label.
+
+    Args:
+        num_classes: C, number of classes.
+        pair_quantile: quantile of the similarities from which on pairs are selected, in [0, 1]; published: 0.25 on
+            CIFAR-10, 0.35 with symmetric and 0 with asymmetric noise on CIFAR-100.
+        negatives: number of keys in the queue of MoCo.
+        decay: weight of the old average in an update of the key encoder, in [0, 1).
+        w_similarity: weight of the similarity of predictions, >= 0; 0 omits it.
+        similarity_clip: norm to which its gradient is clipped, as in the code (0.25), by one more backward pass; None does not.
+        warmup_epochs: length of the first stage; published: 1.
+
+    All other arguments are those of :class:`~sanm_lightning.methods.selected_contrast.SelectedContrast`.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    weighted_votes = True
+    threshold: Tensor
+    """Similarity from which on pairs are selected, a scalar."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        pair_quantile: float = 0.25,
+        memory_per_class: int = 1000,
+        negatives: int = 10000,
+        decay: float = 0.999,
+        w_similarity: float = 0.01,
+        similarity_clip: float | None = None,
+        warmup_epochs: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        check_ranges(
+            ("pair_quantile in [0, 1]", pair_quantile, 0 <= pair_quantile <= 1),
+            ("negatives >= 1", negatives, negatives >= 1),
+            ("decay in [0, 1)", decay, 0 <= decay < 1),
+            ("w_similarity >= 0", w_similarity, w_similarity >= 0),
+            ("similarity_clip > 0 or null", similarity_clip, similarity_clip is None or similarity_clip > 0),
+        )
+        if similarity_clip is not None and kwargs.get("compile_network"):
+            raise ValueError(
+                "expected similarity_clip null with compile_network, which keeps no graph for it, got both; omit one of them"
+            )
+        super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
+        self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
+        dim = self.projection.out_features
+        rate = partial(constant_decay, decay=decay)
+        self.key_network, self.key_projection = EMA(self.network, rate), EMA(self.projection, rate)
+        self.embeddings = Embeddings(dim)
+        self.register_buffer("threshold", torch.tensor(1.0))
+        self.negatives = FeatureQueue(negatives, dim)
+        self.memory: FeatureQueue | None = None
+        if self.memory_rows:
+            payload = {"probs": ((num_classes,), torch.float32), "index": ((), torch.int64)}
+            self.memory = FeatureQueue(self.memory_rows, dim, payload)
+
+    def views(self) -> tuple[View, ...]:
+        """Return two views of each block: in the second stage, all samples and selected samples."""
+        found = super().views()
+        return tuple((self.view, self.view) for _ in found) if self.stage.name == "select" else found
+
+    def note(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
+        """Store the embeddings, and compute the threshold of the pairs."""
+        self.embeddings.update(index, embeddings)
+        generator = named_generator("pairs", self.sanm.seed, self.current_epoch)
+        chosen = (embeddings[selected], labels[selected])
+        self.threshold = pair_threshold(*chosen, self.num_classes, self.pair_quantile, generator).to(self.threshold)
+
+    def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
+        """In the second stage, sample all samples and selected samples, both in random rounds."""
+        if self.stage.name != "select":
+            return super().epoch_batches(plan)
+        return torch.cat([self.drawn_rows(plan, selected) for selected in (False, True)], 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        batch = NoisyBatch.from_any(batch)
+        require_index(batch, type(self).__name__)
+        if self.stage.name == "finetune":
+            return self.finetune(batch)
+        if self.stage.name == "warmup":
+            return self.unsupervised(batch).mean() + zero_term(self)
+        every, drawn = batch.chunk(2)
+        loss, _ = self.classified_views(
+            drawn, self.one_hot(drawn.labels), self.detected.quality[drawn.index], embed=False
+        )
+        supervised, partnered = self.supervised(every)
+        return loss + supervised + (self.unsupervised(every) * ~partnered).mean()
+
+    def unsupervised(self, batch: NoisyBatch) -> Tensor:
+        """Return the contrast (B,) of first views with the keys of second views, which are added to the queue."""
+        queries = self.projection.of_maps(self.network, self.network.forward_features(batch.views[0]))
+        keys, _ = self.key(batch.views[1])
+        losses = queue_contrast(queries, keys, self.negatives.features, self.negatives.valid, self.temperature)
+        self.negatives.enqueue(keys)
+        return losses
+
+    def supervised(self, batch: NoisyBatch) -> tuple[Tensor, Tensor]:
+        """Return the contrast and the similarity over selected pairs, a scalar, and which samples have a partner, (B,)."""
+        index: Any = batch.index
+        labels = self.one_hot(batch.labels)
+        mixed: list[Mixed] = [self.mix(number)(view, labels) for number, view in enumerate(batch.views, 3)]
+        maps = [self.network.forward_features(view.images) for view in mixed]
+        views = MixedViews.of([self.projection.of_maps(self.network, part) for part in maps], mixed)
+        probs = torch.cat([self.network.forward_head(part) for part in maps]).float().softmax(1)
+        queue: Any = self.memory if self.current_epoch >= self.memory_after else None
+        queued = None if queue is None else self.pairs(index, queue.index) & queue.valid
+        major, minor = view_positives(self.pairs(index, index), views.partners, queued)
+        columns: list[tuple[Tensor, Tensor, Tensor | None]] = [(views.embeddings, probs, None)]
+        if queue is not None:
+            keys, key_probs = (torch.cat(part) for part in zip(*(self.key(view.images) for view in mixed), strict=True))
+            others, valid = queue.behind(keys)
+            columns.append((others, torch.cat([key_probs, queue.probs]), valid))
+            queue.enqueue(keys, probs=key_probs, index=index.repeat(2))
+        contrast = similarity = views.embeddings.new_zeros(())
+        for others, other_probs, filled in columns:
+            near = (major[:, : len(others)], minor[:, : len(others)])
+            losses = interpolated_contrast(views.embeddings, others, views.lam, *near, self.temperature, filled)
+            partnered = near[0][: len(batch.labels)].sum(1) > 1  # beside the other view of the sample itself
+            contrast = contrast + (losses * partnered.repeat(2)).mean()
+            if self.w_similarity:
+                similarity = similarity + pair_similarity(probs, other_probs, views.lam, *near, filled)
+        similarity = self.w_similarity * similarity
+        if self.w_similarity and self.similarity_clip is not None:
+            similarity = clipped_gradient_term(similarity, self.network.parameters(), self.similarity_clip)
+        return contrast + similarity, partnered
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the selected pairs (B, M) of samples ``rows`` (B,) and ``columns`` (M,); a sample pairs with itself."""
+        store, features = self.detected, self.embeddings.features
+        labels, embeddings, selected = (
+            (table[rows], table[columns]) for table in (store.labels, features, store.selected)
+        )
+        return selected_pairs(labels, embeddings, selected, self.threshold) | (rows[:, None] == columns)
+
+    def key(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return embeddings (B, P) and class probabilities (B, C) by the key encoder, without gradient."""
+        network: Any = self.key_network.module
+        projection: Any = self.key_projection.module
+        with inference_context(network, images, batch_statistics=True):
+            maps = network.forward_features(images)
+            return projection.of_maps(network, maps), network.forward_head(maps).float().softmax(1)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the optimizer step, then update the key encoder, before a checkpoint can be saved."""
+        super().optimizer_step(*args, **kwargs)
+        self.key_network.update(self.network)
+        self.key_projection.update(self.projection)
+
+
+def constant_decay(step: int, decay: float) -> float:
+    """Return the weight of the old average in an update, the same in every step."""
+    return decay
