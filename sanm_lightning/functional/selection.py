@@ -7,6 +7,7 @@ from torch import Tensor
 
 __all__ = [
     "class_balanced_draw",
+    "class_sets",
     "consistent_votes",
     "critical_threshold",
     "members_by_class",
@@ -139,6 +140,31 @@ def class_balanced_draw(members: Tensor, sizes: Tensor, count: int, generator: t
     classes = present[torch.randint(len(present), (count,), generator=generator)]
     place = (torch.rand(count, generator=generator, dtype=torch.float64) * sizes[classes]).long()
     return members[(sizes.cumsum(0) - sizes)[classes] + place]
+
+
+def class_sets(members: Tensor, sizes: Tensor, sets: int, size: int, generator: torch.Generator) -> Tensor:
+    """Sample sets of members of one class, with equal numbers of sets for all non-empty classes.
+
+    Classes, and the members of a class, come in repeated random permutations: a class with fewer than ``size`` members
+    repeats them.
+
+    Args:
+        members: members from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
+        sizes: class sizes from :func:`members_by_class`, shape (C,).
+        sets: number of sets.
+        size: K, number of members of a set.
+        generator: random generator, on the CPU.
+
+    Returns:
+        Positions, shape (sets, K).
+    """
+    classes = repeated_draw(sizes.nonzero()[:, 0], sets, generator)
+    chosen = torch.empty((sets, size), dtype=torch.int64)
+    for number, part in enumerate(members.split(sizes.tolist())):
+        rows = (classes == number).nonzero()[:, 0]
+        if len(rows):
+            chosen[rows] = repeated_draw(part, len(rows) * size, generator).view(-1, size)
+    return chosen
 
 
 def critical_threshold(weights: list[Tensor], gradients: list[Tensor], fraction: float) -> Tensor:

@@ -13,9 +13,12 @@ from sanm_lightning.methods.elr import ELR as ELR
 from sanm_lightning.methods.elr_plus import ELRPlus as ELRPlus
 from sanm_lightning.methods.forward_correction import ForwardCorrection as ForwardCorrection
 from sanm_lightning.methods.gce import GCE as GCE
+from sanm_lightning.methods.ieg import IEG as IEG
 from sanm_lightning.methods.joint_optim import JointOptim as JointOptim
 from sanm_lightning.methods.m_correction import MCorrection as MCorrection
+from sanm_lightning.methods.meta_cleaner import MetaCleaner as MetaCleaner
 from sanm_lightning.methods.mixup import Mixup as Mixup
+from sanm_lightning.methods.mlnt import MLNT as MLNT
 from sanm_lightning.methods.pencil import PENCIL as PENCIL
 from sanm_lightning.methods.plc import PLC as PLC
 from sanm_lightning.methods.schedules import Chained as Chained

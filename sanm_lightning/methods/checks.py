@@ -14,6 +14,7 @@ __all__ = [
     "check_arguments",
     "check_callbacks",
     "check_num_classes",
+    "refuse_compiled",
     "refuse_other_weights",
     "require_index",
     "size_pair",
@@ -85,6 +86,15 @@ def check_callbacks(pl_module: Any) -> None:
         raise ValueError(
             f"expected a submodule 'backbone' for BackboneFinetuning, got none in {type(pl_module).__name__}; remove the "
             "callback, or define stages() with Stage(frozen=...) in a subclass"
+        )
+
+
+def refuse_compiled(method: str, compile_network: Any) -> None:
+    """Raise ValueError for a compiled network, whose training pass cannot be differentiated more than once."""
+    if compile_network:
+        raise ValueError(
+            f"expected compile_network false for {method}, which differentiates its training pass several times, got "
+            f"{compile_network!r}; omit compile_network"
         )
 
 
