@@ -85,7 +85,7 @@ def test_each_distinct_sample_of_a_row_and_each_sample_of_a_pass_is_decoded_once
     expected.update({sample: source.passes for sample in range(N) if source.passes})
     assert Counter(source.decoded()) == expected
     assert source.passes == {"DivideMix": 1, "C2D": 1, "SSR": 2, "ForwardCorrection": 1, "MCorrection": 1}.get(name, 0)
-    views = {"SimCLR": 2, "SSR": 2, "DivideMix": 2, "C2D": 2}.get(name, 1)
+    views = {"SimCLR": 2, "SSR": 2, "DivideMix": 2, "C2D": 2, "IEG": 2}.get(name, 1)
     assert len(rows.views[-1]) == views
     assert all(len(view) == len(row) for row, made in zip(rows.index, rows.views, strict=True) for view in made)
 

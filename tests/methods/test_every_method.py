@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -22,6 +23,9 @@ OPTIONS = {  # what a method needs beside warmup_epochs: 1; the others are found
     "SSR": {"warmup_epochs": 0, "k": 5},
     "CoTeachingPlus": {"noise_rate": 0.5, "num_gradual": 2},
     "SELFIE": {"noise_rate": 0.5, "history": 2, "uncertainty": 0.5},
+    "IEG": {"probe": str(Path(__file__).with_name("probe.csv"))},  # samples 0 to 3
+    "MLNT": {"num_lookaheads": 2, "neighbors": 3, "ramp_steps": 2},
+    "MetaCleaner": {"set_size": 4},
 }
 BASES = ("NoisyLabelModule", "TwoNetworks", "SimCLR")
 METHODS = {
@@ -225,8 +229,14 @@ class Steps(L.Callback):
 def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_training(make, samples, batch_size):
     name = type(make()).__name__
     module, count = make(**({"k": 1} if name == "SSR" else {})), Steps()
-    refused = {"SSR": min(samples, batch_size) == 1, "DivideMix": samples == 1, "C2D": samples == 1}.get(name, False)
-    sentence = "at least 2 samples per step" if name == "SSR" else "expected 2 or more training samples"
+    refused = {
+        "SSR": min(samples, batch_size) == 1, "DivideMix": samples == 1, "C2D": samples == 1, "IEG": samples < 4,
+    }.get(name, False)  # fmt: skip
+    sentences = {
+        "SSR": "at least 2 samples per step",
+        "IEG": f"expected one row for some of the {samples} training samples .* of no sample",
+    }
+    sentence = sentences.get(name, "expected 2 or more training samples")
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
         fit(module, data(num_samples=samples, batch_size=batch_size), epochs=2, callbacks=[count])
     assert bool(count.begun) is not refused
