@@ -34,6 +34,11 @@ class MethodHooks(L.LightningModule):
         return [getattr(self, name) for name in ("network", "network2")[: self.num_networks]]
 
     @property
+    def prediction_networks(self) -> list[Any]:
+        """The networks whose mean logits are the prediction, and which are exported; by default, the trained ones."""
+        return self.networks
+
+    @property
     def sanms(self) -> list[SANM]:
         """The SANM of each network."""
         return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
@@ -80,7 +85,7 @@ class MethodHooks(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, C, H, W) in [0, 1], averaged over the networks."""
-        logits: list[Tensor] = [network(images) for network in self.networks]
+        logits: list[Tensor] = [network(images) for network in self.prediction_networks]
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
     @property

@@ -117,7 +117,13 @@ class IEG(NoisyLabelModule):
         self.guess_weight, self.consistency_weight, self.temperature = guess_weight, consistency_weight, temperature
         self.mixup_beta, self.strong_view, self.second_order = mixup_beta, strong_view, second_order
         self.average = EMA(self.network, lambda step: min(decay, (1 + step) / (10 + step)))
+        self.average.restart()  # the first update copies the network
         self.samples = LabelStore()
+
+    @property
+    def prediction_networks(self) -> list[Any]:
+        """The averaged network."""
+        return [self.average.module]
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Read the probe set, and require training samples beside it."""
@@ -206,11 +212,6 @@ class IEG(NoisyLabelModule):
         logits = torch.cat([rms_normalize(block) for block in out.logits.split(size)])
         losses = soft_cross_entropy(logits, out.targets)
         return losses[:size].mean() + self.guess_weight * losses[size:].mean() + out.reconstruction
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (B, C) of images (B, C, H, W) in [0, 1], of the averaged network in evaluation mode."""
-        logits: Tensor = self.network(images) if self.training else self.average(images)
-        return logits
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take the optimizer step, then update the averaged network, with the batch norm statistics of the network."""

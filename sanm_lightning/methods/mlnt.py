@@ -104,8 +104,9 @@ class MLNT(NoisyLabelModule):
         return [Stage("warmup", self.warmup_epochs), Stage("meta")]
 
     def begin_stage(self) -> None:
-        """Copy the network to the mentor."""
-        self.mentor.load_state_dict(self.network.state_dict())
+        """Copy the network to mentor and teacher."""
+        for copied in (self.mentor, self.teacher.module):
+            copied.load_state_dict(self.network.state_dict())
 
     def label_quality(self) -> Tensor | None:
         """Return the teacher's last probability of each given label, (N,); None in the first stage or without index."""

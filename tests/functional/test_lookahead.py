@@ -143,7 +143,9 @@ class TestMetaGradients:
     @pytest.mark.parametrize("second_order", [False, True])
     def test_they_are_those_of_the_loss_of_the_probe_set_after_two_explicit_steps(self, given, second_order):
         network, lr, shift = given["network"].double(), 0.2, 1e-4
-        given = {key: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for key, v in given.items()}
+        given = {
+            key: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for key, v in given.items()
+        }
         found = meta_gradients(
             **given, logits=network(given["images"]), step=LookaheadStep(lr), second_order=second_order
         )

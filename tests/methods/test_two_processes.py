@@ -2,9 +2,10 @@
 
 Two processes of batch b take the steps of one of batch 2 b where a step is a mean over samples: CrossEntropy, CDR, ELR,
 SimCLR (whose partners are gathered), CoTeaching while it leaves nothing out, ELR+ while it mixes nothing, and MLNT while its
-look-ahead steps have length 0, each with the views and masks fixed. The definition of the others does not allow it: the small losses of Co-teaching are the smallest of a
-batch, mixup has one share per batch and partners within it, the prior penalty of DivideMix and C2D is a function of the
-batch's mean prediction, the look-ahead steps of MLNT and IEG are those of a batch, and SSR draws each process's selected samples at random. There a process's batch is the batch.
+look-ahead steps have length 0, each with the views and masks fixed. The definition of the others does not allow it: the small
+losses of Co-teaching are the smallest of a batch, mixup has one share per batch and partners within it, the prior penalty of
+DivideMix and C2D is a function of the batch's mean prediction, the look-ahead steps of MLNT and IEG are those of a batch, and
+SSR draws each process's selected samples at random. There a process's batch is the batch.
 """
 
 import csv
@@ -36,8 +37,19 @@ from tests.methods.two_processes import (
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 
-DRAWING = {"ELRPlus", "DivideMix", "C2D", "SSR", "Mixup", "MCorrection", "IEG"}  # methods that draw, beside views and masks
-CHOOSING = {"IEG", "MetaCleaner"}  # methods that choose their samples in every epoch, without a pass over the training set
+DRAWING = {
+    "ELRPlus",
+    "DivideMix",
+    "C2D",
+    "SSR",
+    "Mixup",
+    "MCorrection",
+    "IEG",
+}  # methods that draw, beside views and masks
+CHOOSING = {
+    "IEG",
+    "MetaCleaner",
+}  # methods that choose their samples in every epoch, without a pass over the training set
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
