@@ -104,10 +104,11 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
 
 
 def told(*configs: Path) -> list[str]:
-    """The noise rate, where the method wants to be told: it has no default."""
+    """The noise rate and the known labels, where the method wants to be told: they have no default."""
     classes = [read(config).get("model", {}).get("class_path") for config in configs]
-    takes = any(path and "noise_rate" in class_defaults(class_of(path)) for path in classes)
-    return ["--model.noise_rate", "0.5"] if takes else []
+    words = {"noise_rate": "0.5", "probe": str(Path(__file__).parent / "methods" / "probe.csv")}
+    taken = {name for path in classes if path for name in words.keys() & class_defaults(class_of(path)).keys()}
+    return [word for name in sorted(taken) for word in (f"--model.{name}", words[name])]
 
 
 class Parsed(Exception):  # noqa: N818
@@ -208,8 +209,8 @@ class TestComposition:
                 configs = [Path(words[i + 1]) for i, word in enumerate(words) if word == "--config"]
                 others = [word for word in words if word != "--config" and Path(word) not in configs]
                 assert path in configs
-                rate = "--model.noise_rate" in others
-                parse(*configs, words=None if rate else others)
+                told_already = {"--model.noise_rate", "--model.probe"} & set(others)
+                parse(*configs, words=None if told_already else others)
                 found += 1
         assert found >= len(METHODS) + len(JOBS)
 

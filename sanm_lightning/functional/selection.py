@@ -145,8 +145,8 @@ def class_balanced_draw(members: Tensor, sizes: Tensor, count: int, generator: t
 def class_sets(members: Tensor, sizes: Tensor, sets: int, size: int, generator: torch.Generator) -> Tensor:
     """Sample sets of members of one class, with equal numbers of sets for all non-empty classes.
 
-    Classes, and the members of a class, come in repeated random permutations: a class with fewer than ``size`` members
-    repeats them.
+    Classes, and the members of a class, come in repeated random permutations. A set has different members, unless the class
+    has fewer than ``size``.
 
     Args:
         members: members from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
@@ -162,8 +162,11 @@ def class_sets(members: Tensor, sizes: Tensor, sets: int, size: int, generator: 
     chosen = torch.empty((sets, size), dtype=torch.int64)
     for number, part in enumerate(members.split(sizes.tolist())):
         rows = (classes == number).nonzero()[:, 0]
-        if len(rows):
-            chosen[rows] = repeated_draw(part, len(rows) * size, generator).view(-1, size)
+        whole = len(part) // size * size or len(part)  # of a permutation, so that no set extends over two of them
+        rounds = -(-len(rows) * size // whole) if len(rows) else 0
+        drawn = [part[torch.randperm(len(part), generator=generator)[:whole]] for _ in range(rounds)]
+        if drawn:
+            chosen[rows] = torch.cat(drawn)[: len(rows) * size].view(-1, size)
     return chosen
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.functional import (
     LookaheadStep,
+    class_sets,
     directional_derivative,
     forward_kl,
     gradients,
@@ -238,3 +239,19 @@ def test_the_divergence_is_that_of_the_target_from_the_prediction():
 def test_normalized_logits_have_a_mean_square_of_one():
     logits = rms_normalize(torch.randn(7, C) * 5)
     assert float(logits.square().mean()) == pytest.approx(1.0)
+
+
+class TestClassSets:
+    def test_members_come_in_turn_and_no_set_has_one_twice(self):
+        members, sizes = torch.arange(9), torch.tensor([7, 0, 2])  # of classes 0 and 2
+        drawn = class_sets(members, sizes, 8, 3, torch.Generator().manual_seed(0))
+        first = [row for row in drawn.tolist() if row[0] < 7]
+        assert len(first) == 4
+        assert all(max(row) < 7 and len(set(row)) == 3 for row in first)
+        assert [len(set(first[i] + first[i + 1])) for i in (0, 2)] == [6, 6]
+
+    def test_a_class_with_fewer_members_than_a_set_repeats_them(self):
+        drawn = class_sets(torch.arange(9), torch.tensor([7, 0, 2]), 8, 3, torch.Generator().manual_seed(0))
+        small = [row for row in drawn.tolist() if row[0] >= 7]
+        assert len(small) == 4
+        assert all(set(row) == {7, 8} for row in small)
