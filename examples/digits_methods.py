@@ -8,6 +8,7 @@ Each row is a command line on the recipe of the quickstart, of this form (C2D pr
         --model METHOD --data.noise.rate RATE
 
 Results are written to runs/digits_methods/*/results.json; runs with existing results are skipped.
+IEG uses the true labels of ten training images per class.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from sanm_lightning import Digits
 from sanm_lightning.cli import main
 
 HOME = Path("runs/digits_methods")
@@ -42,6 +44,18 @@ METHODS = {  # options in addition to the recipe; two methods require the noise 
     "PLC": ["--model.warmup_epochs", "8"],
     "SELFIE": ["--model.noise_rate", "RATE", "--model.warmup_epochs", "8", "--model.history", "5"],
     "ActiveBias": ["--model.warmup_epochs", "8"],
+    "MLNT": [
+        "--model.warmup_epochs",
+        "8",
+        "--model.meta_lr",
+        "0.2",
+        "--model.meta_weight",
+        "0.4",
+        "--model.ramp_steps",
+        "200",
+    ],
+    "MetaCleaner": [],  # a method after MetaCleaner, which has no released code
+    "IEG with 100 known labels": ["--model.probe", "PROBE"],  # not comparable with methods without known labels
     "GCE truncated": ["--model.truncation", "0.5", "--model.prune_every", "5", "--model.warmup_epochs", "15"],
 }
 
@@ -83,10 +97,21 @@ def encoder(seed: int) -> str:
     return str(next(home.rglob("*.ckpt")))
 
 
+def probe() -> str:
+    """Write the true labels of the first ten training images of each class; return the file."""
+    file = HOME / "probe.csv"
+    labels = Digits(image_size=16).load_train().labels
+    known = [(labels == label).nonzero()[:10, 0] for label in range(10)]
+    rows = [f"{index},{label}" for label, part in enumerate(known) for index in part.tolist()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(["index,label", *rows]) + "\n")
+    return str(file)
+
+
 def words_of(method: str, rate: float, seed: int) -> list[str]:
-    """Insert the noise rate and the encoder."""
-    said = [str(rate) if word == "RATE" else word for word in METHODS[method]]
-    return [encoder(seed) if word == "ENCODER" else word for word in said]
+    """Insert the noise rate, the encoder and the file of known labels."""
+    found = {"RATE": lambda: str(rate), "ENCODER": lambda: encoder(seed), "PROBE": probe}
+    return [found[word]() if word in found else word for word in METHODS[method]]
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ class MethodHooks(L.LightningModule):
         data: Any = cast(Any, self.trainer).datamodule
         return cast(Tensor, data.labels.to(self.device))
 
+    def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
+        """Read a file of known labels of training samples: positions (P,) and labels (P,), int64, on the CPU.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is invalid, or has no sample of the training split.
+        """
+        data: Any = cast(Any, self.trainer).datamodule
+        found: tuple[Tensor, Tensor] = data.known_labels(path)
+        return found
+
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in order."""
         return [Stage("train")]

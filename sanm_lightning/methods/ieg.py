@@ -127,14 +127,13 @@ class IEG(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Read the probe set, and require training samples beside it."""
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        self.probe_positions, known = data.known_labels(self.probe)
+        self.probe_positions, known = self.known_labels(self.probe)
         if len(self.probe_positions) >= num_samples:
             raise ValueError(
                 f"expected training samples beside the probe set of IEG, got {num_samples}, all of which are in "
                 f"{self.probe!r}; remove some rows, or use a larger training set"
             )
-        correct = (known == data.labels[self.probe_positions]).float()
+        correct = (known == self.given_labels.cpu()[self.probe_positions]).float()
         self.samples.update(self.probe_positions, labels=known, given_quality=correct)
 
     def views(self) -> tuple[View, ...]:
