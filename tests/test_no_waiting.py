@@ -164,6 +164,25 @@ def test_a_step_with_the_gradient_of_the_head_asks_the_device_nothing_beside_the
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("name", ["MLNT", "IEG", "MetaCleaner"])
+def test_a_step_of_meta_learning_asks_the_device_nothing_beside_its_backward_passes(name, on_gpu, monkeypatch):
+    module, asked = ready(name, monkeypatch, SANM(seed=0)), []
+    module.trainer.optimizers = []
+
+    def zeros(loss, parameters, **_):
+        asked.append(loss)
+        return tuple(map(torch.zeros_like, parameters))
+
+    monkeypatch.setattr(torch.autograd, "grad", zeros)
+    monkeypatch.setattr(  # a forward pass without gradient, in forward mode
+        importlib.import_module("sanm_lightning.functional.reweighting"), "directional_derivative",
+        lambda network, parameters, direction, images: (network(images).detach(),) * 2,
+    )  # fmt: skip
+    loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    assert loss.requires_grad
+    assert len(asked) == {"MLNT": 2, "IEG": 2, "MetaCleaner": 0}[name]
+
+
 @pytest.mark.parametrize("sanm_views", ["all", "first"])
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
 def test_a_step_of_dividemix_asks_the_device_nothing(options, sanm_views, on_gpu, monkeypatch):
@@ -237,7 +256,9 @@ class OnTheRealOne(L.Callback):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("sanm", [None, {"mu": 0.5, "seed": 0}], ids=["alone", "sanm"])
-@pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "SSR"])
+@pytest.mark.parametrize(
+    "name", ["CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "SSR", "MLNT", "IEG", "MetaCleaner"]
+)
 def test_no_step_of_a_real_fit_waits(name, sanm):
     torch.manual_seed(0)
     words = {**SMALL, **METHODS[name], "warmup_epochs": 1}
