@@ -11,7 +11,7 @@ def test_an_edited_config_can_run_or_is_refused_by_the_key(monkeypatch):
     monkeypatch.setattr(L.Trainer, "_fit_impl", lambda *args, **options: None)
     for recipe in recipes()[::80]:
         assert attempt(merged(recipe), "whole.yaml") == ("made", "")
-    ends, wrong = fuzz(32, seed=14)
+    ends, wrong = fuzz(32, seed=15)
     assert not wrong, wrong[0]
     assert ends["refused"] > 3
     assert ends["made"] > 3
