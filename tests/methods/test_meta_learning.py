@@ -175,7 +175,7 @@ def two_views(size: int = 6):
     weak = torch.cat([given.images, torch.rand(size, 3, 16, 16, generator=torch.Generator().manual_seed(5))])
     labels = torch.cat([given.labels, (known + 1) % C])  # those of the training set, which are not the known ones
     return given._replace(
-        images=weak, labels=labels, index=torch.cat([given.index, known]), views=(weak, weak.flip(-1))
+        images=weak, labels=labels, index=torch.cat([given.index, known]), views=(weak, weak.flip(-1) ** 4)
     )
 
 
@@ -190,6 +190,8 @@ class TestIEG:
     def test_the_loss_of_a_step(self):
         """Section 13 of the code, one sample at a time."""
         module, rows = ieg(guess_weight=2.0, consistency_weight=3.0), two_views()
+        with torch.no_grad():
+            module.network.get_classifier().weight.mul_(100.0)  # views with different predictions
         loss = module.training_step(rows, 0)
         weak, strong, known = rows.images[:6], rows.views[1][:6], rows.index[6:]
         one, other = (module.network(view).detach() for view in (weak, strong))
@@ -212,7 +214,9 @@ class TestIEG:
             expected -= 0.5 / 6 * float((chosen * log_p).sum())
             expected -= 0.5 * weights[i] * float(((0.9 * labels[i] + 0.1 * guesses[i]) * log_p).sum())
             p = one[i].softmax(0)
-            expected += 3.0 / 6 * float((p * (p.log() - other[i].log_softmax(0))).sum())
+            divergence = float((p * (p.log() - other[i].log_softmax(0))).sum())
+            assert divergence > 1e-3
+            expected += 3.0 / 6 * divergence
         generator = module.stream("mixup")
         drawn = torch.randint(6, (6,), generator=generator)
         mixed = row_mixup(
