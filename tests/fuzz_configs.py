@@ -125,6 +125,8 @@ def merged(configs: list[Path]) -> dict[str, Any]:
         "SELFIE",
     ):  # required
         whole["model"]["init_args"].setdefault("noise_rate", 0.5)
+    if whole["model"].get("class_path") == "IEG":
+        whole["model"]["init_args"].setdefault("probe", "probe.csv")
     place = (((whole["model"].get("init_args") or {}).get("sanm") or {}).get("init_args") or {}).get("place")
     if isinstance(place, dict):  # its weights would be downloaded
         place["init_args"] = {**(place.get("init_args") or {}), "name": "resnet18", "pretrained": False}

@@ -104,12 +104,13 @@ def parts(setting: Path) -> tuple[Path, Path, list[Path]]:
 
 
 def told(*configs: Path) -> list[str]:
-    """The noise rate, where the method wants to be told and no setting says it: it has no default."""
+    """The noise rate and the known labels, where the method wants to be told and no setting says it: they have no default."""
     models = [read(config).get("model", {}) for config in configs]
-    said = any("noise_rate" in model.get("init_args", {}) for model in models)
-    classes = [model.get("class_path") for model in models]
-    takes = any(path and "noise_rate" in class_defaults(class_of(path)) for path in classes)
-    return ["--model.noise_rate", "0.5"] if takes and not said else []
+    words = {"noise_rate": "0.5", "probe": str(Path(__file__).parent / "methods" / "probe.csv")}
+    said = {name for model in models for name in words.keys() & model.get("init_args", {}).keys()}
+    paths = [model.get("class_path") for model in models]
+    taken = {name for path in paths if path for name in words.keys() & class_defaults(class_of(path)).keys()}
+    return [word for name in sorted(taken - said) for word in (f"--model.{name}", words[name])]
 
 
 class Parsed(Exception):  # noqa: N818
@@ -243,8 +244,8 @@ class TestComposition:
                 configs = [Path(words[i + 1]) for i, word in enumerate(words) if word == "--config"]
                 others = [word for word in words if word != "--config" and Path(word) not in configs]
                 assert path in configs
-                rate = "--model.noise_rate" in others
-                parse(*configs, words=None if rate else others)
+                told_already = {"--model.noise_rate", "--model.probe"} & set(others)
+                parse(*configs, words=None if told_already else others)
                 found += 1
         assert found >= len(METHODS) + len(JOBS)
 

@@ -183,6 +183,25 @@ def test_a_step_with_the_gradient_of_the_head_asks_the_device_nothing_beside_the
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize("name", ["MLNT", "IEG", "MetaCleaner"])
+def test_a_step_of_meta_learning_asks_the_device_nothing_beside_its_backward_passes(name, on_gpu, monkeypatch):
+    module, asked = ready(name, monkeypatch, SANM(seed=0)), []
+    module.trainer.optimizers = []
+
+    def zeros(loss, parameters, **_):
+        asked.append(loss)
+        return tuple(map(torch.zeros_like, parameters))
+
+    monkeypatch.setattr(torch.autograd, "grad", zeros)
+    monkeypatch.setattr(  # a forward pass without gradient, in forward mode
+        importlib.import_module("sanm_lightning.functional.reweighting"), "directional_derivative",
+        lambda network, parameters, direction, images: (network(images).detach(),) * 2,
+    )  # fmt: skip
+    loss = step(module, on_gpu, lambda: module.training_step(batch(), 0))
+    assert loss.requires_grad
+    assert len(asked) == {"MLNT": 2, "IEG": 2, "MetaCleaner": 0}[name]
+
+
 @pytest.mark.parametrize("sanm_views", ["all", "first"])
 @pytest.mark.parametrize("options", SANMS.values(), ids=SANMS)
 def test_a_step_of_dividemix_asks_the_device_nothing(options, sanm_views, on_gpu, monkeypatch):

@@ -74,7 +74,7 @@ def export(
     written = []
     with _new_folder(Path(out)) as folder:
         if "safetensors" in formats:
-            for name, network in zip(("network", "network2"), trained.module.networks, strict=False):
+            for name, network in zip(("network", "network2"), trained.module.prediction_networks, strict=False):
                 write_network(folder / name, network, trained)
                 written.append(f"{name}/model.safetensors")
         if predictor is not None:

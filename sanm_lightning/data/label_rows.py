@@ -14,7 +14,7 @@ from torch import Tensor
 from sanm_lightning.class_names import real_names
 from sanm_lightning.data.label_files import ClearError, read_labels
 
-__all__ = ["FileLabels", "read_label_file"]
+__all__ = ["FileLabels", "read_known_labels", "read_label_file"]
 
 LABEL_COLUMNS = ("new_label", "label", "labels")
 """Names of the label column in order of precedence, without a key."""
@@ -106,6 +106,50 @@ def read_label_file(
     return FileLabels(new, kept)
 
 
+def read_known_labels(
+    path: str | Path, size: int, class_names: Sequence[str], paths: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the labels of some samples of a training set, one row per sample, in the formats of :func:`read_label_file`.
+
+    Args:
+        path: path of a ``.csv`` file with a column ``path`` or ``index``, or of a ``.npz`` file with such an array.
+        size: N, number of samples of the training set.
+        class_names: C names in the order of the class indices.
+        paths: path of each sample, as in the file; None without files.
+
+    Returns:
+        Positions of the samples, shape (P,), and their labels, shape (P,), both int64.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if the file cannot be read or is empty, rows are duplicated or of unknown samples, or a label is not a
+            class.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file of known labels in {str(path)!r}, got no such file; check the path")
+    rows = None
+    if path.suffix in READERS:
+        try:
+            rows = READERS[path.suffix](path, None, paths is not None, real_names(class_names) is not None)
+        except ClearError:
+            raise
+        except Exception as error:  # numpy and csv raise various exceptions for damaged files
+            reason = str(error).split(".")[0]
+            raise ValueError(
+                f"expected a readable file of known labels, got {str(path)!r}, which cannot be read ({reason}); save it again"
+            ) from error
+    if rows is None or not rows.samples or (rows.by_path and paths is None):
+        got = "none" if rows is None else "no rows" if not rows.samples else "'path' for a data set without files"
+        raise ValueError(
+            f"expected known labels in rows of a column 'index' or 'path' and a column 'label' in {str(path)!r}, got {got}; "
+            "write a .csv file with these columns"
+        )
+    where = _samples(path, rows, size, paths, set(), every=False)
+    labels = _classes(path, rows.labels, [False] * len(where), class_names)
+    return torch.tensor(where, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64)
+
+
 def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
@@ -176,8 +220,10 @@ def _look_up(cell: str, known: Mapping[str, int]) -> int | None:
     return next((known[form] for form in _forms(cell) if form in known), None)
 
 
-def _samples(path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, others: set[str]) -> list[int | None]:
-    """Return the position of the sample of each row; None for rows of other splits."""
+def _samples(
+    path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, others: set[str], every: bool = True
+) -> list[int | None]:
+    """Return the position of the sample of each row; None for rows of other splits. ``every`` requires all samples."""
     names = [str(number) for number in range(size)] if not rows.by_path or paths is None else paths
     known = {name: number for number, name in enumerate(names)}
     where: list[int | None] = []
@@ -194,12 +240,13 @@ def _samples(path: Path, rows: _Rows, size: int, paths: Sequence[str] | None, ot
         else:
             seen.add(number)
         where.append(number)
-    missing = [name for name in names if known[name] not in seen]
+    missing = [name for name in names if known[name] not in seen] if every else []
     faults = [f"{len(cells)} {what} (first: {cells[0]!r})" for cells, what in (
         (missing, "missing"), (unknown, "of no sample"), (twice, "duplicated")) if cells]  # fmt: skip
     if faults:
+        whole = "each" if every else "some"
         raise ValueError(
-            f"expected one row for each of the {size} training samples in {str(path)!r}, got rows that are "
+            f"expected one row for {whole} of the {size} training samples in {str(path)!r}, got rows that are "
             f"{', '.join(faults)}; use a label file of this data set"
         )
     return where

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.data.image_store import ImageStore
+from sanm_lightning.data.label_rows import read_known_labels
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.list_files import PathList
 from sanm_lightning.data.noise import Noise
@@ -104,6 +105,35 @@ class Splits(ServedBatches):
         if isinstance(paths, PathList):
             return paths.at(rows.numpy())
         return None if paths is None else [paths[row] for row in rows.tolist()]
+
+    def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
+        """Read a file of known labels of training samples; see `read_known_labels`.
+
+        Args:
+            path: path of the file. Its indices are positions in the original training set, its paths are relative to the
+                root.
+
+        Returns:
+            Positions in the training split, shape (P,), and labels, shape (P,). Samples that are not in the training
+            split are left out, with one line in the log.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is invalid, or has no sample of the training split.
+        """
+        source, origin = self._source("train"), self.table("train").origin
+        size = len(source.labels)
+        found, labels = read_known_labels(path, size, self.class_names, source.paths)
+        place = torch.full((size,), -1).index_copy(0, origin, torch.arange(len(origin)))[found]
+        here = place >= 0
+        if not here.any():
+            raise ValueError(
+                f"expected known labels of samples of the training split in {str(path)!r}, got {len(found)} of samples "
+                "outside of it; add samples of the training split"
+            )
+        if not here.all():
+            self._say(f"{int((~here).sum())} of {len(here)} known labels are of samples outside of the training split")
+        return place[here], labels[here]
 
     def source_images(self, split: str = "train") -> Any:
         """Return the original images of a split, uint8 (3, H, W), indexed by ``table(split).origin`` and decoded on access."""

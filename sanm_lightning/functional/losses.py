@@ -12,6 +12,7 @@ __all__ = [
     "early_learning_regularization",
     "entropy",
     "feature_consistency",
+    "forward_kl",
     "generalized_cross_entropy",
     "label_margin",
     "masked_mean",
@@ -87,6 +88,12 @@ def reverse_kl(logits: Tensor, targets: Tensor) -> Tensor:
     """
     log_probs = logits.float().log_softmax(1)
     return (log_probs.exp() * (log_probs - targets.float().clamp(min=1e-12).log())).sum(1)
+
+
+def forward_kl(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the KL divergence of the target from the prediction, KL(t || p), logits (B, C), targets (B, C) -> (B,), >= 0."""
+    targets = targets.float()
+    return (torch.xlogy(targets, targets) - targets * logits.float().log_softmax(1)).sum(1)
 
 
 def masked_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:

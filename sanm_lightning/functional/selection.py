@@ -10,6 +10,7 @@ __all__ = [
     "Refurbishing",
     "class_balanced_draw",
     "class_quota",
+    "class_sets",
     "consistent_votes",
     "critical_threshold",
     "label_ratio",
@@ -290,3 +291,31 @@ def critical_threshold(weights: list[Tensor], gradients: list[Tensor], fraction:
     scores = torch.cat([(w * g).abs().flatten() for w, g in zip(weights, gradients, strict=True)]).float()
     critical = max(1, int(fraction * len(scores) + 1e-6))
     return scores.kthvalue(len(scores) - critical + 1).values
+
+
+def class_sets(members: Tensor, sizes: Tensor, sets: int, size: int, generator: torch.Generator) -> Tensor:
+    """Sample sets of members of one class, with equal numbers of sets for all non-empty classes.
+
+    Classes, and the members of a class, come in repeated random permutations. A set has different members, unless the class
+    has fewer than ``size``.
+
+    Args:
+        members: members from :func:`members_by_class`, shape (n,), n >= 1, on the CPU.
+        sizes: class sizes from :func:`members_by_class`, shape (C,).
+        sets: number of sets.
+        size: K, number of members of a set.
+        generator: random generator, on the CPU.
+
+    Returns:
+        Positions, shape (sets, K).
+    """
+    classes = repeated_draw(sizes.nonzero()[:, 0], sets, generator)
+    chosen = torch.empty((sets, size), dtype=torch.int64)
+    for number, part in enumerate(members.split(sizes.tolist())):
+        rows = (classes == number).nonzero()[:, 0]
+        whole = len(part) // size * size or len(part)  # of a permutation, so that no set extends over two of them
+        rounds = -(-len(rows) * size // whole) if len(rows) else 0
+        drawn = [part[torch.randperm(len(part), generator=generator)[:whole]] for _ in range(rounds)]
+        if drawn:
+            chosen[rows] = torch.cat(drawn)[: len(rows) * size].view(-1, size)
+    return chosen

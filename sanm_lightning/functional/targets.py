@@ -16,6 +16,9 @@ __all__ = [
     "label_step",
     "mixup",
     "mixup_among",
+    "neighbor_labels",
+    "rms_normalize",
+    "row_mixup",
     "sharpen",
 ]
 
@@ -58,14 +61,15 @@ class Mixed(NamedTuple):
     """(V, 3, H, W)."""
     targets: Tensor
     """(V, C)."""
-    lam: float
-    """Weight of the original rows, in [0, 1]."""
+    lam: float | Tensor
+    """Weight of the original rows, in [0, 1]; or one weight per row, shape (V,)."""
     partners: Tensor
     """(V,), position of the row that each row is mixed with."""
 
     def mix(self, rows: Tensor) -> Tensor:
         """Mix other rows (V, ...) with the same weight and partners."""
-        return self.lam * rows + (1 - self.lam) * rows[self.partners]
+        lam = self.lam if isinstance(self.lam, float) else self.lam.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+        return lam * rows + (1 - lam) * rows[self.partners]
 
     def of_samples(self, count: int) -> "Mixed":
         """Return how the first ``count`` rows are mixed with each other, if the V rows are copies of ``count`` samples."""
@@ -180,3 +184,62 @@ def label_step(logits: Tensor, prediction: Tensor, given: Tensor, alpha: float, 
             outer = learned.softmax(1) - given
             compatibility = learned * (outer - (learned * outer).sum(1, keepdim=True))
         return (learned - predicted) / logits.shape[1] + alpha * compatibility
+
+
+def row_mixup(images: Tensor, targets: Tensor, generator: torch.Generator, beta: float) -> Mixed:
+    """Mix each image and its target with those of a random other row, with one weight per row.
+
+    Source: the code of IEG (Zhang et al., CVPR 2020): the larger of m and 1 - m, with m = u^(1 / beta) / 2 and u ~ U(0, 1),
+    an approximation of Beta(beta, beta).
+
+    Args:
+        images: shape (V, 3, H, W).
+        targets: class probabilities, shape (V, C).
+        generator: random generator, on the CPU.
+        beta: parameter of the distribution, positive.
+
+    Returns:
+        The mixed batch, on the device of the images.
+    """
+    half = torch.rand(len(images), generator=generator) ** (1 / beta) / 2
+    partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+    mixed = Mixed(images, targets, (1 - half).to(images.device, non_blocking=True), partners)
+    return mixed._replace(images=mixed.mix(images), targets=mixed.mix(targets))
+
+
+def rms_normalize(logits: Tensor) -> Tensor:
+    """Divide logits (B, C) by their root mean square over the batch, (B, C) float32 (the code of IEG)."""
+    logits = logits.float()
+    return logits * (logits.square().mean() + 1e-8).rsqrt()
+
+
+def neighbor_labels(
+    labels: Tensor, features: Tensor, copies: int, fraction: float, k: int, generator: torch.Generator | None
+) -> Tensor:
+    """Perturb the labels of a batch: a random part of the samples takes the label of a near neighbor in the batch.
+
+    Source: MLNT (Li et al., CVPR 2019), Section 3.1. Neighbors have the smallest Euclidean distance of features; the sample
+    itself is excluded by its position.
+
+    Args:
+        labels: shape (B,), int64.
+        features: shape (B, D).
+        copies: M, number of perturbed copies.
+        fraction: fraction of the samples that are perturbed, in [0, 1], rounded down.
+        k: number of neighbors, one of which is chosen; at most B - 1 are used.
+        generator: random generator, on the CPU.
+
+    Returns:
+        Perturbed labels, shape (M, B), int64. A batch of one sample is not perturbed.
+    """
+    size = len(labels)
+    k = min(k, size - 1)
+    if k < 1:
+        return labels.repeat(copies, 1)
+    distance = torch.cdist(features.float(), features.float()).fill_diagonal_(float("inf"))
+    neighbors = distance.topk(k, largest=False).indices  # (B, k)
+    rank = torch.rand((copies, size), generator=generator).argsort(1).argsort(1)
+    perturbed = (rank < int(fraction * size + 1e-6)).to(labels.device, non_blocking=True)
+    choice = torch.randint(k, (copies, size), generator=generator).to(labels.device, non_blocking=True)
+    chosen = neighbors.gather(1, choice.T).T  # (M, B)
+    return torch.where(perturbed, labels[chosen], labels)

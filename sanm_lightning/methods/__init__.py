@@ -14,10 +14,13 @@ from sanm_lightning.methods.elr import ELR as ELR
 from sanm_lightning.methods.elr_plus import ELRPlus as ELRPlus
 from sanm_lightning.methods.forward_correction import ForwardCorrection as ForwardCorrection
 from sanm_lightning.methods.gce import GCE as GCE
+from sanm_lightning.methods.ieg import IEG as IEG
 from sanm_lightning.methods.incv import INCV as INCV
 from sanm_lightning.methods.joint_optim import JointOptim as JointOptim
 from sanm_lightning.methods.m_correction import MCorrection as MCorrection
+from sanm_lightning.methods.meta_cleaner import MetaCleaner as MetaCleaner
 from sanm_lightning.methods.mixup import Mixup as Mixup
+from sanm_lightning.methods.mlnt import MLNT as MLNT
 from sanm_lightning.methods.moit import MOIT as MOIT
 from sanm_lightning.methods.nested import Nested as Nested
 from sanm_lightning.methods.nested_co_teaching import NestedCoTeaching as NestedCoTeaching

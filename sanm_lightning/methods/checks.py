@@ -17,6 +17,7 @@ __all__ = [
     "check_num_classes",
     "check_ranges",
     "clamped_neighbors",
+    "refuse_compiled",
     "refuse_other_weights",
     "require",
     "require_index",
@@ -141,3 +142,12 @@ def require_index(batch: NoisyBatch, method: str) -> Tensor:
             "data module of this package, or batches NoisyBatch(images, labels, index)"
         )
     return batch.index
+
+
+def refuse_compiled(method: str, compile_network: Any) -> None:
+    """Raise ValueError for a compiled network, whose training pass cannot be differentiated more than once."""
+    if compile_network:
+        raise ValueError(
+            f"expected compile_network false for {method}, which differentiates its training pass several times, got "
+            f"{compile_network!r}; omit compile_network"
+        )

@@ -34,6 +34,11 @@ class MethodHooks(L.LightningModule):
         return [getattr(self, name) for name in ("network", "network2")[: self.num_networks]]
 
     @property
+    def prediction_networks(self) -> list[Any]:
+        """The networks whose mean logits are the prediction, and which are exported; by default, the trained ones."""
+        return self.networks
+
+    @property
     def sanms(self) -> list[SANM]:
         """The SANM of each network."""
         return [getattr(self, name) for name in ("sanm", "sanm2")[: self.num_networks]]
@@ -49,6 +54,17 @@ class MethodHooks(L.LightningModule):
         """Whether the data module is one of this package and has a validation split, for ``predict_val``."""
         data: Any = getattr(self.trainer, "datamodule", None)
         return hasattr(data, "pass_dataloader") and "val" in data.eval_names
+
+    def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
+        """Read a file of known labels of training samples: positions (P,) and labels (P,), int64, on the CPU.
+
+        Raises:
+            FileNotFoundError: if the file does not exist.
+            ValueError: if the file is invalid, or has no sample of the training split.
+        """
+        data: Any = cast(Any, self.trainer).datamodule
+        found: tuple[Tensor, Tensor] = data.known_labels(path)
+        return found
 
     def stages(self) -> list[Stage]:
         """Return the stages of the training, in order."""
@@ -86,7 +102,7 @@ class MethodHooks(L.LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, C, H, W) in [0, 1], averaged over the networks."""
-        logits: list[Tensor] = [network(images) for network in self.networks]
+        logits: list[Tensor] = [network(images) for network in self.prediction_networks]
         return logits[0] if len(logits) == 1 else (logits[0] + logits[1]) / 2
 
     @property

@@ -89,7 +89,7 @@ def test_each_distinct_sample_of_a_row_and_each_sample_of_a_pass_is_decoded_once
     expected.update({sample: source.passes for sample in range(N) if source.passes})
     assert Counter(source.decoded()) == expected
     assert source.passes == {"SSR": 2, **dict.fromkeys(PASSING, 1)}.get(name, 0)
-    paired = ("SimCLR", "SSR", "DivideMix", "C2D", "REED", "RRL", "SelCL")
+    paired = ("SimCLR", "SSR", "DivideMix", "C2D", "REED", "RRL", "SelCL", "IEG")
     views = {"MOIT": 3, **dict.fromkeys(paired, 2)}.get(name, 1)
     assert len(rows.views[-1]) == views
     assert all(len(view) == len(row) for row, made in zip(rows.index, rows.views, strict=True) for view in made)

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -31,6 +32,9 @@ OPTIONS = {  # what a method needs beside warmup_epochs: 1; the others are found
     "RRL": {"k": 5, "given_epochs": 0, "projection": 8, "high_threshold": 0.3, "view": "weak"},
     "MOIT": CONTRAST,
     "SelCL": {**CONTRAST, "negatives": 40, "similarity_clip": 0.25},
+    "IEG": {"probe": str(Path(__file__).with_name("probe.csv"))},  # samples 0 to 3
+    "MLNT": {"num_lookaheads": 2, "neighbors": 3, "ramp_steps": 2},
+    "MetaCleaner": {"set_size": 4},
 }
 BASES = ("NoisyLabelModule", "TwoNetworks", "SimCLR")
 METHODS = {
@@ -236,10 +240,14 @@ class Steps(L.Callback):
 def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_training(make, samples, batch_size):
     name = type(make()).__name__
     module, count = make(**({"k": 1} if name == "SSR" else {})), Steps()
-    refused = {"SSR": min(samples, batch_size) == 1, **dict.fromkeys(("DivideMix", "C2D", "REED"), samples == 1)}.get(
-        name, False
-    )
-    sentence = "at least 2 samples per step" if name == "SSR" else "expected 2 or more training samples"
+    refused = {
+        "SSR": min(samples, batch_size) == 1, "IEG": samples < 4, **dict.fromkeys(("DivideMix", "C2D", "REED"), samples == 1),
+    }.get(name, False)  # fmt: skip
+    sentences = {
+        "SSR": "at least 2 samples per step",
+        "IEG": f"expected one row for some of the {samples} training samples .* of no sample",
+    }
+    sentence = sentences.get(name, "expected 2 or more training samples")
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():
         fit(module, data(num_samples=samples, batch_size=batch_size), epochs=2, callbacks=[count])
     assert bool(count.begun) is not refused

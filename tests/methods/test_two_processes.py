@@ -1,10 +1,11 @@
 """Two processes under plain ``ddp``: every method, alone and under SANM, warm-up epoch included; one launch for all tests.
 
 Two processes of batch b take the steps of one of batch 2 b where a step is a mean over samples: CrossEntropy, CDR, ELR,
-SimCLR (whose partners are gathered), CoTeaching while it leaves nothing out, and ELR+ while it mixes nothing, each with the
-views and masks fixed. The definition of the others does not allow it: the small losses of Co-teaching are the smallest of a
-batch, mixup has one share per batch and partners within it, the prior penalty of DivideMix and C2D is a function of the
-batch's mean prediction, and SSR draws each process's selected samples at random. There a process's batch is the batch.
+SimCLR (whose partners are gathered), CoTeaching while it leaves nothing out, ELR+ while it mixes nothing, and MLNT while its
+look-ahead steps have length 0, each with the views and masks fixed. The definition of the others does not allow it: the small
+losses of Co-teaching are the smallest of a batch, mixup has one share per batch and partners within it, the prior penalty of
+DivideMix and C2D is a function of the batch's mean prediction, the look-ahead steps of MLNT and IEG are those of a batch, and
+SSR draws each process's selected samples at random. There a process's batch is the batch.
 """
 
 import csv
@@ -48,8 +49,10 @@ DRAWING = {
     "RRL",
     "MOIT",
     "SelCL",
+    "IEG",
 }  # methods that draw, beside views and masks
-CHOOSING = {*SCORING, "SelCL"}  # methods that choose the samples of an epoch
+CHOOSING = {*SCORING, "SelCL"}  # methods that choose the samples of an epoch after a pass over the training set
+GROUPING = {"IEG", "MetaCleaner"}  # methods that choose the samples of every epoch, without such a pass
 LOSS_BANKS = {
     "CrossEntropy",
     "CoTeaching",
@@ -150,7 +153,7 @@ def test_the_processes_share_out_every_epoch(case):
     one, other = (process["trained"] for process in case.processes)
     assert list(one) == list(other) == list(range(EPOCHS))
     for epoch in one:
-        if case.method in CHOOSING and (epoch > 0 or case.method in ("SSR", "INCV")):
+        if case.method in GROUPING or (case.method in CHOOSING and (epoch > 0 or case.method in ("SSR", "INCV"))):
             continue  # the method chooses, see the next test
         times = Counter(one[epoch] + other[epoch])
         assert sorted(times) == list(range(TRAIN))
@@ -158,13 +161,13 @@ def test_the_processes_share_out_every_epoch(case):
 
 
 def test_the_sets_that_a_method_chooses_are_shared_out(case):
-    if case.method not in CHOOSING:
+    if case.method not in CHOOSING and case.method != "IEG":
         return
     steps = -(-(TRAIN + 1) // 2 // BATCH)
-    blocks = {"SSR": 2, "REED": 2, "SelCL": 2, "INCV": 1}.get(case.method, 4)
+    blocks = {"SSR": 2, "REED": 2, "SelCL": 2, "IEG": 2, "INCV": 1}.get(case.method, 4)
     one, other = (torch.tensor(process["trained"][EPOCHS - 1]).view(steps, blocks, -1) for process in case.processes)
-    # the first one of SSR and of REED is drawn with replacement
-    for block in [1] if case.method in ("SSR", "REED") else range(blocks):
+    # the first block of SSR and of REED is drawn with replacement, the second one of IEG has the known labels
+    for block in {"SSR": [1], "REED": [1], "IEG": [0]}.get(case.method, range(blocks)):
         order = torch.stack([one[:, block].flatten(), other[:, block].flatten()], 1).flatten().tolist()
         pool = set(order)
         assert len(set(order[: len(pool)])) == len(pool), "a sample came again before all had come"

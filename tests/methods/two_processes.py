@@ -208,6 +208,7 @@ MEANS = {
     "ELR": (methods.ELR, {}),
     "ELRPlus": (methods.ELRPlus, {"alpha": 0.0, "gamma": 0.5, "ema_ramp_steps": None}),
     "CoTeaching": (methods.CoTeaching, {"noise_rate": 0.0}),
+    "MLNT": (methods.MLNT, {"num_lookaheads": 1, "meta_lr": 0.0, "ramp_steps": 0, "warmup_epochs": 1}),
 }
 MEAN_CASES = [(name, under) for name in MEANS for under in ("alone", "sanm") if (name, under) != ("SimCLR", "sanm")]
 

@@ -1,0 +1,220 @@
+"""IEG (Zhang et al., CVPR 2020): weights and labels of the samples from a look-ahead step, judged on a few known labels."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanm_lightning.batch import EpochPlan, NoisyBatch, View
+from sanm_lightning.functional import (
+    co_refine,
+    forward_kl,
+    meta_gradients,
+    meta_weights,
+    repeated_draw,
+    rms_normalize,
+    row_mixup,
+    sgd_step,
+    sharpen,
+    soft_cross_entropy,
+)
+from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import refuse_compiled, require_index
+from sanm_lightning.methods.ema import EMA
+from sanm_lightning.per_sample import LabelStore
+from sanm_lightning.random_streams import named_generator
+
+__all__ = ["IEG"]
+
+
+class IEG(NoisyLabelModule):
+    """Semi-supervised training with sample weights and label choices that reduce the loss on a few samples of known labels.
+
+    Source: Zhang et al., CVPR 2020 ("Distilling effective supervision from severe label noise"), and the authors' code. The
+    method requires known labels of some training samples, the probe set: its results are not comparable with those of
+    methods without them. Probe samples are excluded from the other training samples.
+
+    Each step guesses labels from a weak and a strong view; determines the weight of each sample, and whether its given or its
+    guessed label is used, by the gradient of the probe loss after one look-ahead step; and minimizes the sum of two
+    cross-entropies with these, a cross-entropy of mixed probe samples and views with guessed labels, and a KL divergence of
+    the strong from the weak view.
+
+    Departures: batches of the probe set are random permutations, where those of the code have balanced classes. The
+    look-ahead step has the weight decay and the momentum of ``torch.optim.SGD``, as in the code; with other optimizers, it is
+    plain gradient descent. The threshold between clean and noisy samples that the paper describes is not in the code, and
+    not here.
+
+    Prediction: the averaged network, with the batch norm statistics of the trained one.
+
+    Under SANM, the views with guessed labels are masked before they are mixed; label quality is B times the weight of the
+    sample, at most 1, if the given label is used, and 0 otherwise; of probe samples, whether the given label is the known one.
+
+    Args:
+        num_classes: C, number of classes.
+        probe: ``.csv`` or ``.npz`` file with the known labels: columns ``index`` (position in the original training set) or
+            ``path``, and ``label``. Required.
+        meta_lr: learning rate of the look-ahead step, > 0; published: 0.1.
+        meta_momentum: factor of the optimizer's momentum in the look-ahead step, >= 0; published: 0.9.
+        trust: weight of the given label against the guessed one in the look-ahead step, in (0, 1]; published: 0.9.
+        guess_weight: weight of the views with guessed labels, >= 0; published: 5.
+        consistency_weight: weight of the KL divergence, >= 0; published: 20.
+        temperature: temperature of the guessed labels, > 0; published: 0.5.
+        mixup_beta: parameter of the mixing weights' distribution, > 0; published: 0.5.
+        decay: decay of the averaged network, in [0, 1]; published: 0.999.
+        strong_view: policy of the strong view.
+        second_order: whether to differentiate the look-ahead step by a second backward pass, as in the code. The default
+            computes the same gradients with one forward pass, in less time and memory. Operations without forward-mode
+            derivatives require true.
+
+    All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
+
+    Raises:
+        ValueError: if an argument is out of its range, ``probe`` is missing or has no training sample, no training sample
+            remains beside it, or ``compile_network`` is set.
+        FileNotFoundError: if the probe file does not exist.
+    """
+
+    needs_data_module = True
+    estimates_quality = True
+    probe_positions: Tensor
+    """(P,), positions of the probe samples in the training set."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        probe: str | None = None,
+        meta_lr: float = 0.1,
+        meta_momentum: float = 0.9,
+        trust: float = 0.9,
+        guess_weight: float = 5.0,
+        consistency_weight: float = 20.0,
+        temperature: float = 0.5,
+        mixup_beta: float = 0.5,
+        decay: float = 0.999,
+        strong_view: str = "auto_augment",
+        second_order: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not probe:
+            raise ValueError(
+                f"expected probe, a file with known labels of some training samples, got {probe!r}; write a .csv file with "
+                "the columns index (or path) and label"
+            )
+        positive = {"meta_lr": meta_lr, "trust": trust, "temperature": temperature, "mixup_beta": mixup_beta}
+        others = {
+            "meta_momentum": meta_momentum,
+            "guess_weight": guess_weight,
+            "consistency_weight": consistency_weight,
+        }
+        for name, value in {**positive, **others, "decay": decay}.items():
+            if value < 0 or (value == 0 and name in positive) or (value > 1 and name in ("trust", "decay")):
+                sign, bound = ">" if name in positive else ">=", " and <= 1" if name in ("trust", "decay") else ""
+                raise ValueError(f"expected {name} {sign} 0{bound}, got {value}")
+        refuse_compiled("IEG", kwargs.get("compile_network"))
+        super().__init__(num_classes, **kwargs)
+        self.probe, self.meta_lr, self.meta_momentum, self.trust = probe, meta_lr, meta_momentum, trust
+        self.guess_weight, self.consistency_weight, self.temperature = guess_weight, consistency_weight, temperature
+        self.mixup_beta, self.strong_view, self.second_order = mixup_beta, strong_view, second_order
+        self.average = EMA(self.network, lambda step: min(decay, (1 + step) / (10 + step)))
+        self.average.restart()  # the first update copies the network
+        self.samples = LabelStore()
+
+    @property
+    def prediction_networks(self) -> list[Any]:
+        """The averaged network."""
+        return [self.average.module]
+
+    def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
+        """Read the probe set, and require training samples beside it."""
+        self.probe_positions, known = self.known_labels(self.probe)
+        if len(self.probe_positions) >= num_samples:
+            raise ValueError(
+                f"expected training samples beside the probe set of IEG, got {num_samples}, all of which are in "
+                f"{self.probe!r}; remove some rows, or use a larger training set"
+            )
+        correct = (known == self.given_labels.cpu()[self.probe_positions]).float()
+        self.samples.update(self.probe_positions, labels=known, given_quality=correct)
+
+    def views(self) -> tuple[View, ...]:
+        """Return a weak view, and a strong view of the samples that are not in the probe set."""
+        return ("weak", (self.strong_view, "none"))
+
+    def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
+        """Select the samples of each step, each followed by as many probe samples, both in repeated random permutations."""
+        pool, probe, seed = plan.pool(0), self.probe_positions, self.sanm.seed
+        pool = pool[~torch.isin(pool, probe)]
+        if not len(pool):
+            raise ValueError(
+                f"expected samples beside the probe set in the pool of an epoch, got none in epoch {plan.epoch}; raise "
+                "data.samples_per_epoch"
+            )
+        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
+        length = plan.world_size * plan.steps * size
+        drawn, beside = (
+            repeated_draw(part, length, named_generator(kind, seed, plan.epoch))[plan.rank :: plan.world_size]
+            for part, kind in ((pool, "draw"), (probe, "probe set"))
+        )
+        return torch.cat([drawn.view(plan.steps, size), beside.view(plan.steps, size)], 1)
+
+    def label_quality(self) -> Tensor | None:
+        """Return the quality of each given label, (N,), of its last visit; None before training."""
+        return self.samples.given_quality if self.samples.filled else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
+        given, probe = NoisyBatch.from_any(batch).chunk(2)
+        index = require_index(given, type(self).__name__)
+        known = self.samples.labels[probe.index]
+        labels, (weak, strong) = self.one_hot(given.labels), given.views
+        logits, strong_logits = self.network(weak).float(), self.network(strong).float()
+        guesses = self.guess(logits, strong_logits)
+        weights, chosen = self.judge(given._replace(images=weak), logits, guesses, probe.images, known)
+        quality = (chosen * len(labels) * weights).clamp(max=1)
+        self.samples.write("given_quality", index, quality)
+        chosen_losses = soft_cross_entropy(logits, co_refine(labels, chosen, guesses))
+        first_losses = soft_cross_entropy(logits, self.trust * labels + (1 - self.trust) * guesses)
+        loss = (chosen_losses.mean() + (weights * first_losses).sum()) / 2
+        consistency = forward_kl(strong_logits, logits.detach().softmax(1)).mean()
+        mixed = self.mixed_loss(given, guesses, quality, probe.images, known)
+        return loss + mixed + self.consistency_weight * consistency
+
+    @torch.no_grad()
+    def guess(self, logits: Tensor, strong_logits: Tensor) -> Tensor:
+        """Return labels (B, C), guessed from the logits of both views."""
+        views = (rms_normalize(view).softmax(1) for view in (logits, strong_logits))
+        return sharpen(sum(views, torch.zeros_like(logits)) / 2, self.temperature)
+
+    def judge(
+        self, given: NoisyBatch, logits: Tensor, guesses: Tensor, probe_images: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weight of each sample, and 1 where its given label is used or 0 where its guess is, each (B,)."""
+        by_weight, by_trust = meta_gradients(
+            self.network, given.images, logits, self.one_hot(given.labels), guesses, probe_images, known, self.trust,
+            sgd_step(self.network, self.trainer.optimizers, self.meta_lr, self.meta_momentum), self.second_order,
+        )  # fmt: skip
+        return meta_weights(by_weight), (by_trust < 0).float()
+
+    def mixed_loss(
+        self, given: NoisyBatch, guesses: Tensor, quality: Tensor, probe_images: Tensor, known: Tensor
+    ) -> Tensor:
+        """Return the cross-entropies of mixed probe samples and of mixed views with guessed labels, weighted."""
+        generator, size = self.stream("mixup"), len(guesses)
+        drawn = torch.randint(len(known), (size,), generator=generator).to(known.device, non_blocking=True)
+        out = self.learn(
+            given.with_images(torch.cat(given.views)),
+            guesses.repeat(2, 1),
+            quality=quality.repeat(2),
+            mix=partial(row_mixup, generator=generator, beta=self.mixup_beta),
+            extra=(probe_images[drawn], self.one_hot(known[drawn])),
+        )
+        logits = torch.cat([rms_normalize(block) for block in out.logits.split(size)])
+        losses = soft_cross_entropy(logits, out.targets)
+        return losses[:size].mean() + self.guess_weight * losses[size:].mean() + out.reconstruction
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take the optimizer step, then update the averaged network, with the batch norm statistics of the network."""
+        super().optimizer_step(*args, **kwargs)
+        self.average.update(self.network)
+        for average, buffer in zip(self.average.module.buffers(), self.network.buffers(), strict=True):
+            average.copy_(buffer)
