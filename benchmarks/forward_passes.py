@@ -19,31 +19,46 @@ RESULTS, PAGE = ROOT / "results" / "forward_passes.json", ROOT / "docs" / "cost.
 BEGIN, END = "<!-- table of benchmarks.forward_passes -->", "<!-- end of table -->"
 
 ONE = (1, 1, 0)
-LEAST: dict[str, tuple[int, int, int]] = {
+LEAST: dict[str, tuple[float, float, int]] = {
     "CoTeaching": (2, 2, 0), "CoTeachingPlus": (2, 2, 0), "ELRPlus": (4, 2, 0), "MCorrection": (2, 1, 1),
     "DivideMix": (10, 4, 2), "C2D": (10, 4, 2), "SSR": (4, 3, 1), "SimCLR": (2, 2, 0),
+    "SMP": (1, 1, 1), "CREMA": (1, 1, 1), "INCV": (2, 2, 0), "NestedCoTeaching": (1.5, 0.5, 0), "REED": (4, 2, 0),
+    "RRL": (4, 4, 1), "MOIT": (3, 2, 1), "SelCL": (5, 5, 1), "MLNT": (3, 5, 0), "IEG": (7, 7, 0),
 }  # fmt: skip
 """Forward and backward passes in steps, and forward passes between steps, that the algorithm of a paper needs per epoch
 after the warm-up: :data:`ONE` for methods that are not listed. ELR+: two networks and two teachers. M-correction: losses of
 the set, predictions of unmixed images, mixed images. DivideMix: losses under two networks; per network, two views of all
 samples to refine and guess, two of the unlabeled half by its peer, and two mixed views. SSR: features of the set, two mixed
-views, the weak and the strong view of the consistency."""
+views, the weak and the strong view of the consistency. SMP, CREMA: features or losses of the set. Nested Co-teaching: each
+network ranks half of a batch, and is trained on the selected half of the other half. REED: one network of DivideMix without the
+peer. RRL, MOIT, Sel-CL: features of the set; the views of the contrasts and the mixed views. MLNT: the batch, and one pass at
+each of two look-ahead points, with one backward pass more for each step. IEG: guesses of two views, the look-ahead pass with
+its derivative, the probe set, and the views of the sum of losses."""
 
-UNMASKED: dict[str, int] = {
-    "CoTeaching": 2, "CoTeachingPlus": 2, "ELRPlus": 2, "MCorrection": 0, "DivideMix": 0, "C2D": 0, "SSR": 2,
+MASKED: dict[str, tuple[float, float]] = {
+    "CoTeaching": (2, 0), "CoTeachingPlus": (2, 0), "ELRPlus": (2, 0), "SSR": (2, 0), "INCV": (2, 0),
+    "NestedCoTeaching": (0.5, 0), "MCorrection": (0, 0), "DivideMix": (0, 0), "C2D": (0, 0), "REED": (0, 0), "IEG": (0, 0),
+    "RRL": (1, 1), "MOIT": (1, 1), "SelCL": (1, 1), "MLNT": (1, 0),
 }  # fmt: skip
-"""Forward passes of unmasked images that SANM adds, for the position of the mask: one for each view that is masked, none if
-the method classifies these views without gradient anyway. 1 for methods that are not listed."""
+"""Forward and backward passes that SANM adds at least, (1, 0) for methods that are not listed: a pass of each view that is
+masked, for the position of the mask, none if the method classifies these views without gradient anyway; and a pass of the
+masked view with gradient where the other losses of a method use the unmasked one."""
 
 DECODER = "the decoder needs features of masked views that are not mixed"
-REASONS = dict.fromkeys(("C2D", "DivideMix", "ELRPlus", "MCorrection", "Mixup", "SSR"), DECODER)
+POSITION = "the pass for the position of the mask is not shared with that of the unmasked view, which has a gradient"
+REASONS = {
+    **dict.fromkeys(("C2D", "DivideMix", "ELRPlus", "MCorrection", "Mixup", "SSR", "REED"), DECODER),
+    **dict.fromkeys(("RRL", "SelCL", "MLNT"), POSITION),
+    **dict.fromkeys(("MOIT", "IEG"), f"{DECODER}; {POSITION}"),
+}
 """Why a method needs more passes under SANM than the least."""
 
 
-def least(case: Case) -> tuple[int, int, int]:
+def least(case: Case) -> tuple[float, float, int]:
     """Return the passes that the algorithms need: forward, backward, between steps."""
     forward, backward, between = LEAST.get(case.method, ONE)
-    return forward + case.under_sanm * UNMASKED.get(case.method, 1), backward, between
+    further, trained = MASKED.get(case.method, (1, 0)) if case.under_sanm else (0, 0)
+    return forward + further, backward + trained, between
 
 
 def measure(case: Case) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def check_ranges(*ranges: tuple[str, Any, bool]) -> None:
     """Raise ValueError for the first argument out of its range: what is expected, the value, and whether it is good."""
     for name, value, good in ranges:
         if not good:
-            raise ValueError(f"expected {name}, got {value!r}")
+            raise ValueError(f"expected {name}, got {value!r}; use the default")
 
 
 def clamped_neighbors(k: int, num_samples: int, method: str) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import soft_cross_entropy, step_fractions
-from sanm_lightning.methods.checks import require_index
+from sanm_lightning.methods.checks import require_index, require_noise_rate
 from sanm_lightning.methods.nested import Nested
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
@@ -59,16 +59,16 @@ class NestedCoTeaching(Nested):
         warmup_epochs: int = 100,
         **kwargs: Any,
     ) -> None:
-        if noise_rate is None or not 0 <= noise_rate < 1:
-            raise ValueError(
-                f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
-            )
         if finetune_lr <= 0 or not 0 <= finetune_drop <= 1:
             raise ValueError(
                 f"expected finetune_lr > 0 and finetune_drop in [0, 1], got {finetune_lr} and {finetune_drop}; use .001 and .5"
             )
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
-        self.noise_rate, self.finetune_lr, self.finetune_drop = noise_rate, finetune_lr, finetune_drop
+        self.noise_rate, self.finetune_lr, self.finetune_drop = (
+            require_noise_rate(noise_rate),
+            finetune_lr,
+            finetune_drop,
+        )
         self.ranked = LabelStore()
 
     def stages(self) -> list[Stage]:

@@ -24,7 +24,7 @@ from sanm_lightning.functional import (
     threshold_split,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
+from sanm_lightning.methods.checks import check_ranges, require_index
 from sanm_lightning.methods.encoder import load_encoder
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
@@ -115,7 +115,7 @@ class REED(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
+        check_ranges(
             ("p_threshold in [0, 1]", p_threshold, 0 <= p_threshold <= 1),
             ("k >= 1", k, k >= 1),
             ("graph_weight >= 0", graph_weight, graph_weight >= 0),
@@ -123,9 +123,7 @@ class REED(NoisyLabelModule):
             ("temperature > 0", temperature, temperature > 0),
             ("alpha >= 0", alpha, alpha >= 0),
             ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}; use the default")
+        )
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.pretrained, self.p_threshold, self.k, self.graph_weight = pretrained, p_threshold, k, graph_weight
         self.lambda_u, self.temperature, self.alpha, self.ramp_epochs = lambda_u, temperature, alpha, ramp_epochs

@@ -1,7 +1,7 @@
 """Base class of methods that contrast mixed views, select samples by votes of neighbors, and then fine-tune on them."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -44,7 +44,7 @@ class MixedViews(NamedTuple):
     @classmethod
     def of(cls, embeddings: list[Tensor], mixed: list[Mixed]) -> "MixedViews":
         """Join the two views, embeddings (B, P) each."""
-        lam = [torch.full_like(rows[:, 0], view.lam) for rows, view in zip(embeddings, mixed, strict=True)]
+        lam = [torch.full_like(rows[:, 0], cast(float, view.lam)) for rows, view in zip(embeddings, mixed, strict=True)]
         return cls(torch.cat(embeddings), torch.cat(lam), torch.cat([view.partners for view in mixed]))
 
 

@@ -18,6 +18,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "SELFIE": {"noise_rate": 0.5},
     "SSR": {"warmup_epochs": 0, "k": 5},
     "C2D": {"pretrained": "FILE"},
+    "NestedCoTeaching": {"noise_rate": 0.5},
+    "INCV": {"rounds": 1},
+    "REED": {"pretrained": "FILE"},
+    "RRL": {"k": 5, "given_epochs": 0},
+    "MOIT": {"k": 5},
+    "SelCL": {"k": 5, "negatives": 40},
+    "MLNT": {"num_lookaheads": 2, "neighbors": 3},
+    "MetaCleaner": {"set_size": 4},
+    "IEG": {"probe": "FILE"},
 }
 """What methods need beside one warm-up epoch."""
 BASES = ("NoisyLabelModule", "TwoNetworks")
@@ -57,7 +66,7 @@ class Case(NamedTuple):
 
         Args:
             size: size of the network.
-            folder: folder for the encoder of a method that starts from one.
+            folder: folder for the encoder, or the file of known labels, of a method that needs one.
             options: further arguments of the method.
         """
         network: dict[str, Any] = {
@@ -69,6 +78,10 @@ class Case(NamedTuple):
         if "pretrained" in words:
             words["pretrained"] = str(folder / "encoder.pt")
             torch.save({"state_dict": methods.CrossEntropy(**network).state_dict()}, words["pretrained"])
+        if "probe" in words:
+            known = folder / "known.csv"
+            known.write_text("\n".join(["index,label", *(f"{row},{row}" for row in range(size.num_classes))]) + "\n")
+            words["probe"] = str(known)
         made = getattr(methods, self.method)(**words, sanm=SANM(seed=0) if self.under_sanm else None)
         made.sanm.seed = 0
         return made
