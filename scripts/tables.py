@@ -21,13 +21,20 @@ sys.path.insert(0, str(ROOT / "examples"))
 import audit_cifar10  # noqa: E402  (examples/ is no package)
 import cifar10_small  # noqa: E402
 import clean_or_train  # noqa: E402
+import digits_methods  # noqa: E402
 
 MARKED = re.compile(r"(?<=<!-- table: )(?P<name>[\w-]+) -->\n(?P<table>.*?)\n*(?=<!-- end -->)", re.DOTALL)
 DIGITS_METHODS = ("CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "C2D", "SSR", "GCE")
-ONE_SEED_METHODS = (
-    "CrossEntropy", "Mixup", "GCE truncated", "ForwardCorrection", "MCorrection", "CoTeachingPlus", "PENCIL", "JointOptim",
-    "PLC", "SELFIE", "ActiveBias",
-)  # fmt: skip
+ONE_SEED_METHODS = {
+    "eleven": (
+        "CrossEntropy", "Mixup", "GCE truncated", "ForwardCorrection", "MCorrection", "CoTeachingPlus", "PENCIL", "JointOptim",
+        "PLC", "SELFIE", "ActiveBias",
+    ),
+    "representation": ("RRL", "MOIT", "MOIT plus", "SelCL"),
+    "selection": ("SMP", "Nested", "NestedCoTeaching", "INCV", "REED", "CREMA"),
+    "meta": ("MLNT", "MetaCleaner", "IEG with 100 known labels"),
+}  # fmt: skip
+"""Methods of ``results/digits_methods_<name>.json``."""
 Runs = list[dict[str, Any]]
 
 
@@ -139,7 +146,7 @@ def digits_runs(name: str) -> dict[tuple[float, str, bool], Runs]:
     return {(row["noise_rate"], row["method"], row["sanm"]): row["runs"] for row in load(name)["results"]}
 
 
-def digits_methods() -> str:
+def digits_all_methods() -> str:
     """Return the table of all methods on digits."""
     found, best = digits_runs("digits_methods"), "test_accuracy_best"
     return markdown(
@@ -174,16 +181,17 @@ def digits_methods_frame() -> str:
     )  # fmt: skip
 
 
-def digits_methods_eleven() -> str:
+def digits_methods_one_seed(*names: str) -> str:
     """Return the table of the methods on digits that were run with one seed."""
-    runs = load("digits_methods_eleven")["runs"]
     rows = []
-    for method in ONE_SEED_METHODS:
-        alone, sanm = ([runs[method.replace(" ", "_") + suffix]["50"]["1"]] for suffix in ("", "_sanm"))
-        measured = (
-            mean(found, f"test_accuracy_{which}") for found in (alone, sanm) for which in ("best", "last")
-        )  # fmt: skip
-        rows.append((f"`{method}`", *measured, mean(sanm, "quality_auc")))
+    for name in names:
+        runs = load(f"digits_methods_{name}")["runs"]
+        for method in ONE_SEED_METHODS[name]:
+            alone, sanm = ([runs[method.replace(" ", "_") + suffix]["50"]["1"]] for suffix in ("", "_sanm"))
+            measured = (
+                mean(found, f"test_accuracy_{which}") for found in (alone, sanm) for which in ("best", "last")
+            )  # fmt: skip
+            rows.append((f"`{method}`", *measured, mean(sanm, "quality_auc")))
     return markdown("| method | best alone | last alone | best, SANM | last, SANM | quality AUC |", rows)
 
 
@@ -299,9 +307,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "small-cifar10": small_cifar10,
     "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")),
     "quickstart": quickstart,
-    "digits-methods": digits_methods,
+    "digits-methods": digits_all_methods,
     "digits-methods-frame": digits_methods_frame,
-    "digits-methods-eleven": digits_methods_eleven,
+    "digits-methods-eleven": lambda: digits_methods_one_seed("eleven"),
+    "digits-methods-further": lambda: digits_methods_one_seed("representation", "selection", "meta"),
+    "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),
     "audit-or-training": audit_or_training,
