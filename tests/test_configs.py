@@ -175,7 +175,7 @@ class TestStudies:
         monkeypatch.chdir(ROOT)
         yield importlib.import_module(request.param)
         for module in (request.param, "_runs"):
-            sys.modules.pop(module)
+            sys.modules.pop(module, None)
 
     @pytest.mark.parametrize("study", ["digits_methods"], indirect=True)
     def test_the_methods_on_digits(self, parse, study):
@@ -183,7 +183,8 @@ class TestStudies:
             noise = list(study.NOISES)[number % len(study.NOISES)]
             settings = parse(CONFIGS / "quickstart.yaml", words=study.words_of(method, noise, masked=bool(number % 2)))
             assert settings["model.class_path"].endswith(f".{study.CLASSES.get(method, method.split()[0])}")
-            assert all(value_of(settings, f"model.init_args.{word[8:]}") is not None for word in options[::2])
+            said = [word.removeprefix("--").partition(".") for word in options[::2]]
+            assert all(value_of(settings, f"{part}.init_args.{key}") is not None for part, _, key in said)
             assert settings["data.init_args.noise.kind"] in study.NOISES[noise][2]
             assert bool(number % 2) == (value_of(settings, "model.init_args.sanm") is not None)
 

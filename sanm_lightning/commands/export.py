@@ -1,7 +1,6 @@
 """``sanm export``: export the weights or the whole predictor of a trained method."""
 
 import contextlib
-import copy
 import importlib
 import json
 import os
@@ -74,7 +73,7 @@ def export(
     written = []
     with _new_folder(Path(out)) as folder:
         if "safetensors" in formats:
-            for name, network in zip(("network", "network2"), trained.module.prediction_networks, strict=False):
+            for name, network in zip(("network", "network2"), trained.module.standalone_networks(), strict=False):
                 write_network(folder / name, network, trained)
                 written.append(f"{name}/model.safetensors")
         if predictor is not None:
@@ -98,15 +97,14 @@ def write_network(folder: Path, network: Normalized, trained: TrainedMethod) -> 
 
     Args:
         folder: output folder, which is created.
-        network: network with normalization.
+        network: network with normalization, whose untrained classifier is removed.
         trained: method of the network.
     """
-    whole = copy.deepcopy(network)
     if not trained.module.trains_classifier:
-        whole.network.reset_classifier(0)
+        network.network.reset_classifier(0)
     name = _architecture(trained)
     of_timm = timm.is_model(name) and timm.model_entrypoint(name).__module__.split(".")[0] == "timm"
-    state = (whole.network if of_timm else whole).state_dict()
+    state = (network.network if of_timm else network).state_dict()
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(
         save({key: part.clone().contiguous() for key, part in state.items()}, metadata={"format": "pt"})

@@ -22,7 +22,7 @@ from sanm_lightning.functional.cross_validation import (
     random_halves,
     remaining_noise_rate,
 )
-from sanm_lightning.functional.lookahead import directional_derivative, gradients, lookahead, network_at, trainable
+from sanm_lightning.functional.look_ahead import directional_derivative, gradients, lookahead, network_at, trainable
 from sanm_lightning.functional.losses import (
     clamped_probs,
     clipped_gradient_term,

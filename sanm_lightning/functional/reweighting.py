@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sanm_lightning.functional.lookahead import (
+from sanm_lightning.functional.look_ahead import (
     directional_derivative,
     gradients,
     lookahead,

@@ -1,5 +1,6 @@
 """Hooks of a method, with the defaults of standard training."""
 
+import copy
 from typing import Any, cast
 
 import lightning as L
@@ -37,6 +38,10 @@ class MethodHooks(L.LightningModule):
     def prediction_networks(self) -> list[Any]:
         """The networks whose mean logits are the prediction, and which are exported; by default, the trained ones."""
         return self.networks
+
+    def standalone_networks(self) -> list[Any]:
+        """Return copies of :attr:`prediction_networks` that predict the same without the method, for export."""
+        return [copy.deepcopy(network) for network in self.prediction_networks]
 
     @property
     def sanms(self) -> list[SANM]:

@@ -151,11 +151,10 @@ class IEG(NoisyLabelModule):
             )
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         length = plan.world_size * plan.steps * size
-        drawn, beside = (
-            repeated_draw(part, length, named_generator(kind, seed, plan.epoch))[plan.rank :: plan.world_size]
-            for part, kind in ((pool, "draw"), (probe, "probe set"))
-        )
-        return torch.cat([drawn.view(plan.steps, size), beside.view(plan.steps, size)], 1)
+        drawn = repeated_draw(pool, length, named_generator("draw", seed, plan.epoch))
+        beside = repeated_draw(probe, length, named_generator("probe set", seed, plan.epoch))
+        own = slice(plan.rank, None, plan.world_size)
+        return torch.cat([drawn[own].view(plan.steps, size), beside[own].view(plan.steps, size)], 1)
 
     def label_quality(self) -> Tensor | None:
         """Return the quality of each given label, (N,), of its last visit; None before training."""

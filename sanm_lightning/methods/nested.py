@@ -111,6 +111,13 @@ class Nested(NoisyLabelModule):
     def _dropouts(self) -> list[NestedDropout]:
         return cast(list[NestedDropout], list(self.dropouts))
 
+    def standalone_networks(self) -> list[Any]:
+        """Return copies of the networks whose classifiers have weight 0 for all but the first K features."""
+        copies = super().standalone_networks()
+        for network, dropout in zip(copies, self._dropouts, strict=True):
+            network.get_classifier().weight.data[:, int(dropout.kept) :] = 0
+        return copies
+
     def stages(self) -> list[Stage]:
         """Return the only stage."""
         return [self.first_stage("train", None)]

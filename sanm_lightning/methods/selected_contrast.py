@@ -156,7 +156,7 @@ class SelectedContrast(NoisyLabelModule):
         neighbors, similarity = similar_samples(embeddings, k) if k else (labels[:, None][:, :0], None)
         weights = (similarity / self.temperature).exp() if self.weighted_votes and similarity is not None else None
         votes = corrected_votes(labels, neighbors, self.num_classes, weights)
-        share = votes.gather(1, labels[:, None])[:, 0].clamp(0.01, 0.99)
+        share = votes.gather(1, labels[:, None])[:, 0].nan_to_num(0.01).clamp(0.01, 0.99)
         selected = class_quota(-share, labels, votes.argmax(1) == labels, self.num_classes, self.quantile)
         if not bool(selected.any()):
             rank_zero_warn(
@@ -183,7 +183,8 @@ class SelectedContrast(NoisyLabelModule):
         pool = plan.pool(0)
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         chosen = pool[self.detected.selected.cpu()[pool]] if selected else pool
-        generator = named_generator("draw" if selected else "turn", self.sanm.seed, plan.epoch)
+        seed, epoch = self.sanm.seed, plan.epoch
+        generator = named_generator("draw", seed, epoch) if selected else named_generator("turn", seed, epoch)
         order = repeated_draw(chosen if len(chosen) else pool, plan.world_size * plan.steps * size, generator)
         return order[plan.rank :: plan.world_size].view(plan.steps, size)
 

@@ -41,4 +41,4 @@ def commands_or_none(block: Block) -> list[list[str]] | None:
         return None
 
 
-PROGRAMS = {"sanm", "make", "pip", "torchrun", "sbatch", "xdg-open"}
+PROGRAMS = {"sanm", "python", "make", "pip", "torchrun", "sbatch", "xdg-open"}

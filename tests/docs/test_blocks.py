@@ -15,11 +15,14 @@ import yaml
 from sanm_lightning import commands as further
 from sanm_lightning.cli import main
 from sanm_lightning.parsing import CommandParser
+from sanm_lightning.study.schema import read_study
 from tests.docs.pages import ROOT, blocks, commands, is_shell
 from tests.full import FULL
 
 BLOCKS = blocks()
 ELSEWHERE = "docs/own-data.md"
+STUDIES = "docs/studies.md"
+COST = "docs/cost.md"  # run by tests/test_forward_passes.py
 EARLIER = "configs/cifar10/cross_entropy_small.yaml"  # as it was run: refused, with the present configs
 LISTINGS = ("root/", "path,", "$ sanm ")  # layouts of folders, tables, and a command with its output
 ANY = ["--config", "configs/method/cross_entropy.yaml", "--config", "configs/data/cifar10.yaml"]
@@ -58,7 +61,7 @@ def shorter(words: list[str]) -> str:
 def test_every_block_is_of_a_kind_that_is_tested():
     for block in BLOCKS:
         assert block.kind in ("python", "yaml") or is_shell(block) or block.text.startswith(LISTINGS), block
-    assert {block.page for block in BLOCKS if block.kind == "python"} == {*PREPARED, ELSEWHERE}
+    assert {block.page for block in BLOCKS if block.kind == "python"} == {*PREPARED, ELSEWHERE, COST}
 
 
 @pytest.fixture
@@ -105,6 +108,9 @@ def test_other_programs_are_given_files_and_targets_that_exist():
         for program, *words in commands(block):
             if program == "make":
                 assert re.search(rf"^{words[0]}:", makefile, re.MULTILINE), words
+            elif program == "python":
+                script = ROOT / words[0] if words[0] != "-m" else ROOT / f"{words[1].replace('.', '/')}.py"
+                assert script.is_file(), words
             elif program == "sbatch":
                 assert (ROOT / words[0]).is_file(), words
             elif program == "pip":
@@ -114,7 +120,7 @@ def test_other_programs_are_given_files_and_targets_that_exist():
 
 
 def test_yaml_is_accepted_where_the_page_puts_it(parse_only):
-    found = [block for block in BLOCKS if block.kind == "yaml" and block.page != ELSEWHERE]
+    found = [block for block in BLOCKS if block.kind == "yaml" and block.page not in (ELSEWHERE, STUDIES)]
     assert found
     for block in found:
         content = yaml.safe_load(block.text)
@@ -123,6 +129,15 @@ def test_yaml_is_accepted_where_the_page_puts_it(parse_only):
         )
         with pytest.raises(ParsedError):
             run(["fit", *ANY, "--config", "page.yaml"])
+
+
+def test_a_study_of_the_page_is_a_study(tmp_path):
+    found = [block for block in BLOCKS if block.kind == "yaml" and block.page == STUDIES]
+    assert found
+    for block in found:
+        path = tmp_path / "page.yaml"
+        path.write_text(block.text)
+        assert read_study(path).grids
 
 
 def of_a_network() -> dict[str, Any]:

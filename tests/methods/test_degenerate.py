@@ -1,7 +1,6 @@
 """What users of the field report: each method runs through it, or says in a sentence why it cannot."""
 
 import functools
-import warnings
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from sanm_lightning import SANM, Noise, methods
 from sanm_lightning.data import Toy
 from sanm_lightning.data.datamodule import Source
-from tests.methods.test_every_method import METHODS, SMALL, encoder  # noqa: F401  (a fixture)
+from tests.methods.test_every_method import METHODS, SMALL, empty_sets_allowed, encoder  # noqa: F401  (a fixture)
 from tests.methods.toy import trainer
 
 
@@ -54,8 +53,7 @@ def make(request, encoder):  # noqa: F811
 
 
 def fit(module, source, **options):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*empty.*")
+    with empty_sets_allowed():
         run = trainer(2, limit_val_batches=0, **options)
         run.fit(module, source)
     return run
