@@ -184,7 +184,7 @@ class SelectedContrast(NoisyLabelModule):
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         chosen = pool[self.detected.selected.cpu()[pool]] if selected else pool
         seed, epoch = self.sanm.seed, plan.epoch
-        generator = named_generator("draw", seed, epoch) if selected else named_generator("turn", seed, epoch)
+        generator = named_generator("draw", seed, epoch) if selected else named_generator("round", seed, epoch)
         order = repeated_draw(chosen if len(chosen) else pool, plan.world_size * plan.steps * size, generator)
         return order[plan.rank :: plan.world_size].view(plan.steps, size)
 
