@@ -464,7 +464,11 @@ def with_data(config: Path) -> list[Path]:
     return [config, CIFAR10] if config in METHODS else [config]
 
 
-@pytest.mark.parametrize("config", [*METHODS, *JOBS], ids=name)
+ALONE = [*METHODS, *JOBS] if FULL else [CONFIGS / "method" / "simclr.yaml", CONFIGS / "method" / "elr.yaml", *JOBS]
+"""The others run under SANM in ``make test``."""
+
+
+@pytest.mark.parametrize("config", ALONE, ids=name)
 def test_a_method_runs_a_step(monkeypatch, encoder, config):
     slim(monkeypatch)
     cli = one_step(monkeypatch, *with_data(config), words=words_for(config, encoder))

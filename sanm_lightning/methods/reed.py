@@ -180,7 +180,7 @@ class REED(NoisyLabelModule):
         members = members_by_class(labelled, self.given_labels.cpu()[labelled], self.num_classes)
         own = named_generator("draw", self.sanm.seed, plan.epoch, plan.rank)
         drawn = class_balanced_draw(*members, plan.steps * half, own).view(plan.steps, half)
-        shared = named_generator("turn", self.sanm.seed, plan.epoch)
+        shared = named_generator("refined", self.sanm.seed, plan.epoch)
         order = repeated_draw(unlabelled, plan.world_size * plan.steps * half, shared)
         return torch.cat([drawn, order[plan.rank :: plan.world_size].view(plan.steps, half)], 1)
 

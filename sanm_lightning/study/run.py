@@ -154,7 +154,9 @@ class _Queue:
         for _, job in self.jobs.values():
             job.cancel()
         until = time.monotonic() + (CANCELED if self.kind == "local" else 0.0)
-        while time.monotonic() < until and any(not job.done() for _, job in self.jobs.values()):
+        while time.monotonic() < until and any(
+            not job.done() or is_locked(self.record.folder(cell)) for cell, job in self.jobs.values()
+        ):
             time.sleep(0.1)
 
     def _is_queued(self, folder: str | None) -> bool:

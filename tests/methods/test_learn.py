@@ -239,7 +239,7 @@ HOOKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("hook", HOOKS if FULL else HOOKS[::3])
 @pytest.mark.parametrize("name", ["DivideMix", "ELR"] if FULL else ["DivideMix"])
 def test_a_hook_overridden_without_super_loses_nothing(name, hook, make, tmp_path):
     plain = make(name, SANM(mu=0.5, seed=0))

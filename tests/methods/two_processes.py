@@ -33,7 +33,23 @@ from tests.methods.renewing import Renewing
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
 from tests.methods.toy import data, trainer
 
-NAMES = [*METHODS, "Renewing"]
+ALIKE = (
+    *(
+        "Mixup",
+        "GCE",
+        "ForwardCorrection",
+        "ActiveBias",
+        "PENCIL",
+        "JointOptim",
+        "PLC",
+        "SMP",
+        "CREMA",
+        "Nested",
+        "C2D",
+    ),
+)
+"""Methods whose state, draws and passes are those of others; they run in ``make test-all``."""
+NAMES = [name for name in (*METHODS, "Renewing") if FULL or name not in ALIKE]
 UNDER = ("alone", "sanm") if FULL else ("sanm",)
 CASES = {f"{name}-{under}": (name, under == "sanm") for name in NAMES for under in UNDER}
 TRAIN, TEST, BATCH = 61, 21, 8  # odd: neither is a multiple of two processes
