@@ -445,7 +445,7 @@ class Convolutional(nn.Module):
     [
         (lambda: IEG(**SMALL), "expected probe, a file with known labels of some training samples, got None; write"),
         (lambda: IEG(**SMALL, probe=PROBE, meta_lr=0.0), "expected meta_lr > 0, got 0.0"),
-        (lambda: IEG(**SMALL, probe=PROBE, trust=1.5), "expected trust in (0, 1], got 1.5"),
+        (lambda: IEG(**SMALL, probe=PROBE, trust=1.5), r"expected trust in \(0, 1\], got 1.5"),
         (lambda: IEG(**SMALL, probe=PROBE, guess_weight=-1.0), "expected guess_weight >= 0, got -1.0"),
         (
             lambda: IEG(**SMALL, probe=PROBE, compile_network=True),
