@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import Tensor
 
+from sanm_lightning.methods.ema import EMA
+
 __all__ = ["BACKWARD_COST", "EpochPasses", "PassCounter", "count_passes"]
 
 BACKWARD_COST = 2.0
@@ -125,4 +127,5 @@ def count_passes(module: Any, data: Any, max_epochs: int) -> list[EpochPasses]:
 def _networks(module: Any) -> Iterable[Any]:
     """Return the networks of a method, and their averaged copies."""
     yield from module.networks
-    yield from (teacher.module for teacher in getattr(module, "teachers", ()))
+    averages = (part.module for part in module.modules() if isinstance(part, EMA))
+    yield from (average for average in averages if hasattr(average, "forward_features"))

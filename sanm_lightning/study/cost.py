@@ -11,18 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import yaml
 from rich.console import Console
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from sanm_lightning.config_paths import packaged
+from sanm_lightning.cost import PassCounter
 from sanm_lightning.models import create_network
 from sanm_lightning.study.cells import Cell, settings_of
 
-__all__ = ["PassCounter", "forward_passes", "images_per_epoch", "passes_per_image"]
+__all__ = ["forward_passes", "images_per_epoch", "passes_per_image"]
 
 IMAGES = 256
 """Training images of a measurement, of 32 x 32 pixels and 10 classes; half of their labels are resampled."""
@@ -31,7 +29,7 @@ EPOCHS = 3
 SIZES = {"cifar10": 50_000, "cifar100": 50_000, "cifar10n": 50_000, "cifar100n": 50_000, "animal10n": 50_000,
          "clothing1m": 32_000, "digits": 1_297}  # fmt: skip
 """Training images per epoch by data; of Clothing1M, those of the subset that is drawn for each epoch."""
-COUNTER = "sanm_lightning.study.cost.PassCounter"
+COUNTER = "sanm_lightning.cost.PassCounter"
 TOY = {
     "data.num_samples": IMAGES, "data.num_classes": 10, "data.image_size": 32, "data.num_test_samples": 8,
     "data.batch_size": 32, "data.max_train_samples": "null", "data.val_fraction": 0.0, "data.drop_last": "false",
@@ -41,52 +39,6 @@ TOY = {
     "trainer.enable_checkpointing": "false", "trainer.enable_progress_bar": "false", "trainer.enable_model_summary": "false",
     "trainer.num_sanity_val_steps": 0, "audit": "false", "seed_everything": 1,
 }  # fmt: skip
-
-
-class PassCounter(L.Callback):
-    """Count the images that enter any network during each epoch of a fit, at the first convolution.
-
-    Counted are the passes of all networks of a method, such as both networks, averaged copies and frozen networks, with and
-    without gradient, in training steps and in passes over the set at the beginning of an epoch. Decoders and validation
-    are not counted.
-
-    Attributes:
-        epochs: number of images by epoch.
-    """
-
-    def __init__(self) -> None:
-        self.epochs: list[int] = []
-        self._images = 0
-        self._hook: Any = None
-
-    def _count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3 and args:
-            self._images += len(args[0])
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Register the hook of all modules."""
-        self._hook = register_module_forward_pre_hook(self._count)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """End the count of an epoch."""
-        self.epochs.append(self._images)
-        self._images = 0
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop counting."""
-        self._before = self._images
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Continue the count without the images of the validation."""
-        self._images = self._before
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the hook."""
-        self._hook.remove()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Remove the hook."""
-        self._hook.remove()
 
 
 def forward_passes(cells: Sequence[Cell], console: Console | None = None) -> dict[str, float | None]:
@@ -131,7 +83,8 @@ def images_per_epoch(cell: Cell) -> int | None:
 def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretrained: bool = False) -> float | None:
     """Measure the forward passes per training image in an epoch after the warm-up.
 
-    A network of four layers is trained for a few epochs on synthetic images, half of whose labels are resampled.
+    A network of four layers is trained for a few epochs on synthetic images, half of whose labels are resampled. Which networks
+    are counted is documented in :class:`~sanm_lightning.cost.PassCounter`.
 
     Args:
         configs: configs of method, setting, SANM and overlay; their options of the data are not used.
@@ -160,7 +113,7 @@ def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretraine
             return None
     trainer: Any = run.trainer
     counter = next(part for part in trainer.callbacks if isinstance(part, PassCounter))
-    return counter.epochs[-1] / IMAGES
+    return counter.epochs[-1].forward + counter.epochs[-1].between_steps
 
 
 def _without_data(configs: Sequence[str], folder: Path) -> Iterator[Path]:

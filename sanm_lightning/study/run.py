@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,7 +178,7 @@ class _Queue:
         call = Launch(PROGRAM, str(folder), tuple(cell.command(self.record.root)), os.getcwd(), env)
         self.states[cell.folder] = State("running", attempts=before.attempts + 1)
         self.console.print(f"{'resumes' if before.attempts else 'starts'}: {escape(cell.folder)}", soft_wrap=True)
-        with _stderr_to(self.record.root / "jobs" / "submitit.log"):
+        with _stderr_to(self.record.root / "jobs" / "submitit.log"), _interruptible():
             self.jobs[slot] = cell, self.executor.submit(call)
 
     def _ended(self, cell: Cell, job: Any) -> None:
@@ -208,6 +210,22 @@ def _stderr_to(log: Path) -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let processes that are started meanwhile end on SIGINT, which cancels submitit's local jobs.
+
+    A process that ignores SIGINT, as in the background of a shell, passes this on to those that it starts.
+    """
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _devices() -> list[str]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -164,7 +165,15 @@ def test_an_environment_without_submitit(write, typed, monkeypatch):
     assert not Path("out").exists()
 
 
-@pytest.mark.usefixtures("stubbed", "submitit")
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def interrupt(request):
+    """What this process does on SIGINT; a shell lets its background processes ignore it."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("stubbed", "submitit", "interrupt")
 def test_ctrl_c_ends_running_cells_and_the_next_study_resumes_them(write, monkeypatch):
     """With submitit's local executor, two cells at once."""
     study = read_study(
