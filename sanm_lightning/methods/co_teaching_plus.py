@@ -24,7 +24,8 @@ class CoTeachingPlus(CoTeaching):
     Departures: losses are computed from logits and averaged once; the options ``released_*`` restore the code.
 
     Under SANM, as for :class:`CoTeaching`: disagreement and small losses are those of unmasked images, and each network is
-    masked according to the other network's estimate of label quality.
+    masked according to the other network's estimate of label quality, which is the loss mixture also for samples that both
+    networks select.
 
     Args:
         num_classes: C, number of classes.
@@ -74,7 +75,7 @@ class CoTeachingPlus(CoTeaching):
         ]
         total = torch.zeros((), device=targets.device)
         for out, choice in zip(seen, reversed(chosen), strict=True):
-            loss = masked_mean(self._losses(out.logits, out.targets), choice)
+            loss = masked_mean(self._losses(out.logits, out.targets), out.per_view(choice))
             total = total + (loss / choice.sum() if self.released_scale else loss) + out.reconstruction
         return total
 

@@ -125,6 +125,12 @@ class IEG(NoisyLabelModule):
         """The averaged network."""
         return [self.average.module]
 
+    def _probe_set(self) -> Tensor:
+        """Return the positions of the probe samples, (P,); they are read here in trials of Lightning's finders."""
+        if not hasattr(self, "probe_positions"):
+            self.probe_positions, _ = self.known_labels(self.probe)
+        return self.probe_positions
+
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Read the probe set, and require training samples beside it."""
         self.probe_positions, known = self.known_labels(self.probe)
@@ -142,7 +148,7 @@ class IEG(NoisyLabelModule):
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Select the samples of each step, each followed by as many probe samples, both in repeated random permutations."""
-        pool, probe, seed = plan.pool(0), self.probe_positions, self.sanm.seed
+        pool, probe, seed = plan.pool(0), self._probe_set(), self.sanm.seed
         pool = pool[~torch.isin(pool, probe)]
         if not len(pool):
             raise ValueError(

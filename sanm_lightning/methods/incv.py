@@ -76,8 +76,9 @@ class INCV(NoisyLabelModule):
 
     Prediction: the mean of both networks' logits; the code evaluates each.
 
-    Under SANM, masks are drawn in the main stage. Label quality is 1 for selected samples, and for the others the mixture on
-    the losses of the last round in which they were held out.
+    Under SANM, masks are drawn in the main stage, with an estimator that is handed in from the second round on. Label
+    quality is 1 for selected samples, and for the others the mixture on the losses of the last round in which they were held
+    out.
 
     Args:
         num_classes: C, number of classes.
@@ -88,7 +89,8 @@ class INCV(NoisyLabelModule):
             noise between pairs of classes.
         num_gradual: epochs of the main stage over which the excluded fraction increases from 0; published: 10.
         candidates_after: last epoch of the main stage without candidates, from 0; None is 40 of 200 epochs, or 80 with
-            ``symmetric: false`` or a noise rate above 0.6, as published.
+            ``symmetric: false`` or a noise rate above 0.6, as published. None depends on ``max_epochs``: give a number if a
+            run is to be extended.
         warmup_epochs: length of each round.
 
     All other arguments are those of :class:`NoisyLabelModule`. The learning rate is multiplied by .5, .25 and .1 after 40, 60

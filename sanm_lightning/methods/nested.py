@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, cast
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +49,15 @@ class NestedDropout(nn.Module):
         return features * used.to(features.dtype).view(1, -1, *[1] * (features.ndim - 2))
 
 
+class ChooseFeatures(L.Callback):
+    """Choose K at every validation of a fit, by the best accuracy on the validation split, less 1e-5 per feature."""
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Predict the validation split and choose K. A collective operation."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and pl_module.has_val_split:
+            pl_module.choose_num_features()
+
+
 class Nested(NoisyLabelModule):
     """Cross-entropy with nested dropout: in each step, the classifier sees the first k features only, with a random k.
 
@@ -59,7 +69,8 @@ class Nested(NoisyLabelModule):
     a validation split, K is sigma. The classifier keeps its bias.
 
     Under SANM, images are masked before, features after the pooling. Label quality is the mixture on the losses of the
-    predictions with K features, and the activation map is that of these predictions.
+    predictions with K features, before the first mask on those with k features, and the activation map is that of these
+    predictions.
 
     Args:
         num_classes: C, number of classes.
@@ -127,11 +138,11 @@ class Nested(NoisyLabelModule):
         factor = partial(step_ramp, length=self.lr_warmup_steps) if self.lr_warmup_steps else None
         return Stage(name, epochs, factor=factor, frozen=tuple(self.norms) if self.freeze_batch_norm else ())
 
-    def on_validation_start(self) -> None:
-        """Choose K by the accuracy on the validation split, of the smallest K for differences of 1e-5 per feature."""
-        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        if not (fitting and self.choose_features and self.has_val_split):
-            return
+    def _own_callbacks(self) -> list[Any]:
+        return [*super()._own_callbacks(), *([ChooseFeatures()] if self.choose_features else [])]
+
+    def choose_num_features(self) -> None:
+        """Set K to the number of features with the best accuracy on the validation split, less 1e-5 per feature."""
         found = self.predict_val("features", "labels", network=None)
         classifiers = [network.get_classifier() for network in self.networks]
         weight = torch.stack([part.weight for part in classifiers]).detach()

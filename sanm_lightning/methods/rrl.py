@@ -160,7 +160,7 @@ class RRL(NoisyLabelModule):
         k = min(self.k, len(index) - 1)
         if k:
             neighbors, similarity = similar_samples(embeddings, k)
-            targets = neighbor_mean(targets, neighbors, (similarity / self.temperature).exp())
+            targets = neighbor_mean(targets, neighbors, (similarity / self.temperature).softmax(1))
         smoothed = (targets + probs) / 2
         targets = keep_given(smoothed, given, self.low_threshold)
         confidence, labels = targets.max(1)

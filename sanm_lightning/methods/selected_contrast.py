@@ -154,9 +154,11 @@ class SelectedContrast(NoisyLabelModule):
         labels, embeddings = found["labels"], self.projection(found["features"]).float()
         k = min(self.k, len(labels) - 1)
         neighbors, similarity = similar_samples(embeddings, k) if k else (labels[:, None][:, :0], None)
-        weights = (similarity / self.temperature).exp() if self.weighted_votes and similarity is not None else None
+        weights = (similarity / self.temperature).softmax(1) if self.weighted_votes and similarity is not None else None
         votes = corrected_votes(labels, neighbors, self.num_classes, weights)
-        share = votes.gather(1, labels[:, None])[:, 0].nan_to_num(0.01).clamp(0.01, 0.99)
+        share = (
+            votes.gather(1, labels[:, None])[:, 0].nan_to_num(0.01).clamp(0.01, 0.99)
+        )  # NaN: the network has diverged
         selected = class_quota(-share, labels, votes.argmax(1) == labels, self.num_classes, self.quantile)
         if not bool(selected.any()):
             rank_zero_warn(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from sanm_lightning.sanm.options import made_from
 __all__ = [
     "RATIO_RANGES",
     "Ratio",
+    "RatioName",
     "affine_ratio",
     "apply_mask",
     "fixed_ratio",
@@ -112,6 +113,9 @@ def shuffled_ratio(quality: Tensor, mu: float, generator: torch.Generator | None
 
 Ratio = Callable[..., Tensor]
 """(quality (B,), generator=...) -> the fraction of each image to mask, (B,), in [0, 1]."""
+
+RatioName = Literal["noise_aware", "fixed", "random", "two_level", "affine", "shuffled"]
+"""Names of the ratios of the package, see :func:`resolve_ratio`."""
 
 RATIO_RANGES = {"random": (0.2, 0.4), "two_level": (0.2, 0.3), "affine": (0.02, 0.07)}
 """Published low and high of the ratios with a range."""

@@ -13,6 +13,7 @@ from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
     RATIO_RANGES,
     Ratio,
+    RatioName,
     apply_mask,
     mask_box,
     masked_fraction,
@@ -61,24 +62,20 @@ class SANM(QualitySource):
             (released code); ``"random"``; a :class:`FrozenNetwork`; or a callable (``sanm.saliency.Saliency``).
         ratio: masked fraction: ``"noise_aware"``, mu (1 - G) (Eq. 2); ``"fixed"``, mu; ``"random"``, U(low, high);
             ``"two_level"``, low for G >= .5, else high; ``"affine"``, U(low, high) + mu (1 - G) (released code);
-            ``"shuffled"``, mu (1 - G) of another image of the batch; or a callable, see
-            :data:`~sanm_lightning.sanm.masking.Ratio`.
+            ``"shuffled"``, mu (1 - G) of another image; or a callable, see :data:`~sanm_lightning.sanm.masking.Ratio`.
         ratio_range: low, high of random, two_level and affine; None: the published values (.2, .4), (.2, .3), (.02, .07).
         quality: None or ``"estimated"``: the method's estimate if it has one, else :class:`LabelQuality` on the
             network's losses; ``"oracle"``: the true labels, an upper bound for studies; or a :class:`QualityEstimator`,
             which overrides the method's estimate. The estimator is copied.
-        evidence: evidence of :class:`LabelQuality`.
-        history: history of :class:`LabelQuality`.
+        evidence, history: those of :class:`LabelQuality`.
         fill: ``"pixel"`` or ``"channel"``, see :func:`apply_mask`.
-        anchor: whether the maximum is the box's ``"center"`` (Eq. 4) or ``"corner"`` (released code), or its center if it
-            fits (``"inside"``), see :func:`mask_box`.
+        anchor: place of the box: ``"center"`` (Eq. 4), ``"corner"`` (released code) or ``"inside"``, see :func:`mask_box`.
         regions: ``"peak"`` masks the map's maximum; ``"peak_and_trough"`` (released code) creates two copies of each
             image with the same ratio, aspect and targets, one masked at the maximum and one at the minimum. The
-            reconstruction loss is the mean over copies, where the released code uses their sum: double ``beta`` for its
-            weight.
-        area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code:
-            1/2.
-        spread: classes that receive the label's probability: ``"all"`` (Eq. 7) or ``"others"`` (released code).
+            reconstruction loss is the mean over copies, that of the released code their sum: double ``beta`` for its weight.
+        area: fraction of the ratio that a box masks, in (0, 1]; labels are softened by the whole ratio. Released code: .5.
+        spread: classes that receive the label's probability: ``"all"`` (Eq. 7), ``"others"`` (released code) or
+            ``"smoothing"``, see :func:`regularize_labels`.
         scale: scale of fill and reconstruction: ``"unit"``, images in [0, 1], or ``"normalized"``, images as the network
             receives them (released code), in which the reconstruction loss is larger by 1 / std^2 and the fill U(0, 1) is
             brighter than the mean of the images.
@@ -86,9 +83,7 @@ class SANM(QualitySource):
             ties; None uses the map as it is. Released code: 256.
         batch_statistics: whether batch norm uses batch statistics in the pass over the unmasked images, as in the
             released code, whose network is in training mode; False uses running statistics, which are those of masked
-            images and lag behind: on digits with half of the labels wrong, the test accuracy in mid-training of a first
-            version of the PreAct ResNet was .25 with running statistics and .76 with statistics of unmasked images (one
-            run). The pass never updates running statistics.
+            images and lag behind (results/README.md). The pass never updates running statistics.
         keep_unmasked: whether to train on the unmasked images and their given labels in addition to the masked images.
             Departure: the paper trains on masked images only.
         warmup_epochs: epochs before the first mask; None uses the method's warm-up. In the first epoch, every label has
@@ -108,8 +103,7 @@ class SANM(QualitySource):
         labels: bool = True,
         reconstruct: bool = True,
         place: Literal["cam", "energy", "random"] | FrozenNetwork | Callable[[NetworkOutput], Tensor] = "cam",
-        ratio: Literal["noise_aware", "fixed", "random", "two_level", "affine", "shuffled"]
-        | Callable[..., Tensor] = "noise_aware",
+        ratio: RatioName | Callable[..., Tensor] = "noise_aware",
         ratio_range: tuple[float, float] | None = None,
         quality: QualityEstimator | Literal["estimated", "oracle"] | None = None,
         evidence: Literal["loss", "margin"] = "loss",
@@ -118,7 +112,7 @@ class SANM(QualitySource):
         anchor: Literal["center", "corner", "inside"] = "center",
         regions: Literal["peak", "peak_and_trough"] = "peak",
         area: float = 1.0,
-        spread: Literal["all", "others"] = "all",
+        spread: Literal["all", "others", "smoothing"] = "all",
         scale: Literal["unit", "normalized"] = "unit",
         map_levels: int | None = None,
         batch_statistics: bool = True,
@@ -200,12 +194,16 @@ class SANM(QualitySource):
     @property
     def softens_labels(self) -> bool:
         """Whether labels are changed after the warm-up, without a look at their quality."""
-        return self.labels and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed", "shuffled"))
+        return self.labels and not self._never
 
     @property
     def hides_images(self) -> bool:
         """Whether images are changed after the warm-up, without a look at label quality."""
-        return self.mask and not (self.mu == 0 and self.ratio in ("noise_aware", "fixed"))
+        return self.mask and not self._never
+
+    @property
+    def _never(self) -> bool:
+        return self.mu == 0 and self.ratio in ("noise_aware", "fixed", "shuffled")
 
     @property
     def enabled(self) -> bool:

@@ -30,7 +30,7 @@ def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
         "fill": ("pixel", "channel"),
         "anchor": ("center", "corner", "inside"),
         "regions": ("peak", "peak_and_trough"),
-        "spread": ("all", "others"),
+        "spread": ("all", "others", "smoothing"),
         "scale": ("unit", "normalized"),
     }
     for name, known in words.items():

@@ -218,7 +218,9 @@ def _interruptible() -> Iterator[None]:
 
     A process that ignores SIGINT, as in the background of a shell, passes this on to those that it starts.
     """
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    ignored = (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread()
+    )
     if ignored:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

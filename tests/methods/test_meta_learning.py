@@ -1,7 +1,9 @@
 """MLNT, IEG and the method after MetaCleaner against explicit steps and loops, in their limits, and their cost."""
 
+import warnings
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
@@ -341,6 +343,17 @@ class TestIEG:
     def test_a_missing_probe_file_is_refused_before_training(self):
         with pytest.raises(FileNotFoundError, match=r"expected a file of known labels in 'no\.csv', got no such file"):
             trainer(1).fit(IEG(**SMALL, probe="no.csv"), Toy(seed=0))
+
+
+def test_the_trials_of_a_finder_draw_batches_of_ieg_without_its_probe_set():
+    finder = L.pytorch.callbacks.LearningRateFinder(num_training_steps=4, early_stop_threshold=None, update_attr=False)
+    module = IEG(**SMALL, probe=PROBE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = trainer(1, callbacks=[finder])
+        run.fit(module, data())
+    assert len(finder.optimal_lr.results["loss"]) == 4
+    assert module.probe_positions.tolist() == [0, 1, 2, 3]
 
 
 class TestMetaCleaner:

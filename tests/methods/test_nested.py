@@ -102,6 +102,16 @@ class TestNested:
         trainer(1, limit_train_batches=1).fit(made, data(val_fraction=0.25))
         assert int(made.dropouts[0].kept) == number
 
+    def test_a_hook_of_a_subclass_without_super_does_not_prevent_the_choice(self, monkeypatch):
+        class Own(Nested):
+            def on_validation_start(self):
+                pass
+
+        chosen = []
+        monkeypatch.setattr(Nested, "choose_num_features", lambda self: chosen.append(self.current_epoch))
+        trainer(2).fit(Own(**SMALL, sigma=3.0), data(val_fraction=0.25))
+        assert chosen == [0, 1]
+
     def test_without_a_validation_split_it_is_sigma(self):
         made = module(sigma=3.4)
         trainer(1).fit(made, data())

@@ -258,3 +258,13 @@ class TestMCorrection:
 def test_arguments_out_of_range_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("options", [{"regions": "peak_and_trough"}, {"keep_unmasked": True}], ids=str)
+def test_co_teaching_plus_selects_samples_for_all_their_views(options):
+    torch.manual_seed(0)
+    sanm = SANM(mu=0.5, ratio="fixed", seed=0, **options)
+    module = ready(CoTeachingPlus(**SMALL, noise_rate=0.4, warmup_epochs=0, sanm=sanm), 1)
+    loss = module.training_step(batch(12)._replace(index=torch.arange(12)), 0)
+    assert bool(torch.isfinite(loss))
+    loss.backward()

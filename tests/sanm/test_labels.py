@@ -55,6 +55,19 @@ class TestRegularizeLabels:
 
     @quick
     @given(shapes, seeds)
+    def test_smoothing_is_a_mixture_with_the_uniform_distribution(self, shape: tuple[int, int], seed: int) -> None:
+        targets, ratio = soft_targets(*shape, seed=seed), ratios(shape[0], seed)
+        out = regularize_labels(targets, ratio, spread="smoothing")
+        torch.testing.assert_close(out, (1 - ratio[:, None]) * targets + ratio[:, None] / shape[1])
+
+    def test_smoothing_keeps_the_top_class_of_a_flat_target_and_eq_7_does_not(self) -> None:
+        targets = torch.tensor([[0.28, *[0.08] * 9]])
+        ratio = torch.tensor([0.276])
+        assert regularize_labels(targets, ratio, spread="smoothing").argmax(1).item() == 0
+        assert regularize_labels(targets, ratio).argmin(1).item() == 0
+
+    @quick
+    @given(shapes, seeds)
     def test_stays_on_the_simplex(self, shape: tuple[int, int], seed: int) -> None:
         out = regularize_labels(soft_targets(*shape, seed=seed), ratios(shape[0], seed))
         assert (out >= 0).all()
