@@ -17,11 +17,9 @@ from sanm_lightning.study.schema import Grid, Study
 
 __all__ = ["Cell", "cells_of", "settings_of"]
 
-MACHINE = ("trainer.enable_", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-           "trainer.num_sanity", "trainer.log_every", "data.num_workers", "data.root", "audit")  # fmt: skip
-"""Beginnings of the names of options without influence on the accuracy."""
-GIVEN = ("model.noise_rate", "model.pretrained")
-"""Options that the published runs have as well."""
+MACHINE = ("trainer.enable_", "trainer.accelerator", "trainer.num_sanity", "trainer.log_every", "data.num_workers",
+           "data.root", "audit")  # fmt: skip
+"""Beginnings of the names of options without influence on the accuracy; the batch size is that of each device."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,8 @@ def _differences(recipe: dict[str, Any], options: dict[str, Any], overlay: str) 
     found = [] if overlay == "none" else [f"overlay {overlay}"]
     for name, value in options.items():
         before = recipe.get(name)
-        if name.startswith(MACHINE + GIVEN) or before == value:
+        told = name == "model.noise_rate" and value == recipe.get("data.noise.rate")  # as in the published runs
+        if name.startswith(MACHINE) or before == value or told:
             continue
         if name == "trainer.max_epochs":
             found.append(f"{value} epochs" + (f" instead of {before}" if before is not None else ""))

@@ -48,7 +48,12 @@ class Record:
                 f"expected the folder of a study, got {str(self.root)!r} without {CELLS}; run 'sanm study FILE --out "
                 f"{self.root}' first"
             )
-        return content["study"], content["published"], [Cell.from_json(cell) for cell in content["cells"]]
+        try:
+            return content["study"], content["published"], [Cell.from_json(cell) for cell in content["cells"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"expected the cells of a study in {str(self.root / CELLS)!r}, got other content; choose the folder of a study"
+            ) from error
 
     def with_earlier(self, name: str, cells: list[Cell]) -> list[Cell]:
         """Return the cells of a study, and those that were run in this folder and are no longer in the study.
@@ -122,12 +127,13 @@ class SavedRecord(Record):
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
         self._content = read_json(self.root)
-        if not isinstance(self._content, dict) or "saved" not in self._content:
+        try:
+            self._parts = {Cell.from_json(part["cell"]).folder: part for part in self._content["saved"]}
+        except (KeyError, TypeError) as error:
             raise ValueError(
                 f"expected the results of a study in {str(path)!r}, got other content; write the file with 'sanm table FOLDER "
                 f"--format json --out {path}'"
-            )
-        self._parts = {Cell.from_json(part["cell"]).folder: part for part in self._content["saved"]}
+            ) from error
 
     def state(self, cell: Cell) -> State:
         """Return the state of a cell."""

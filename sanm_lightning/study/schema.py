@@ -1,5 +1,6 @@
 """The content of a study file: lists of methods, data, noise and seeds, whose product is the cells of the study."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -83,18 +84,35 @@ def read_study(path: str | Path) -> Study:
         raise FileNotFoundError(f"expected an existing study, got {str(path)!r}; check the path")
     try:
         content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"expected a study in valid YAML, got {str(path)!r} ({reason}); correct the file") from error
     _check_keys(content, (*KEYS, "published", "grids"), path)
     published, grids = content.pop("published", None), content.pop("grids", [{}])
-    if not isinstance(grids, list):
-        raise ValueError(f"expected a list of grids in {str(path)!r}, got {grids!r}; write one entry per grid")
+    if not isinstance(grids, list) or not grids:
+        raise ValueError(
+            f"expected a list of one or more grids in {str(path)!r}, got {grids!r}; write one entry per grid"
+        )
+    if not isinstance(published, str | None):
+        raise ValueError(
+            f"expected the name of a table for published in {str(path)!r}, got {published!r}; write one name"
+        )
     for grid in grids:
         _check_keys(grid, KEYS, path)
-    return Study(
-        path.stem, published, tuple(_grid({**content, **grid, **_merged(content, grid)}, path) for grid in grids)
-    )
+    found = tuple(_grid({**content, **grid, **_merged(content, grid)}, path) for grid in grids)
+    _check_methods(found, path)
+    return Study(path.stem, published, found)
+
+
+def _check_methods(grids: tuple[Grid, ...], path: Path) -> None:
+    """Require that methods with own options are methods of a grid, or are trained before one."""
+    methods = {method for grid in grids for method in (*grid.methods, *grid.pretraining.values())}
+    for key in ("known_rate", "pretraining", "method_options"):
+        for method in (name for grid in grids for name in getattr(grid, key)):
+            if method not in methods:
+                near = near_names(str(method), sorted(methods))
+                remedy = f"near: {', '.join(near)}" if near else f"choose one of {', '.join(sorted(methods))}"
+                raise ValueError(f"expected methods of the study for {key} in {str(path)!r}, got {method!r}; {remedy}")
 
 
 def _merged(content: dict[str, Any], grid: dict[str, Any]) -> dict[str, Any]:
@@ -139,6 +157,10 @@ def _grid(content: dict[str, Any], path: Path) -> Grid:
         if key in content:
             content[key] = tuple(value)
     grid = Grid(**content)
+    if not isinstance(grid.name, str) or not re.fullmatch(r"[\w.-]*", grid.name) or grid.name.startswith("."):
+        raise ValueError(
+            f"expected a name of letters, digits, '_', '-' and '.' in {str(path)!r}, got {grid.name!r}; correct it"
+        )
     for key in (*NAMES, "seeds"):
         if not getattr(grid, key):
             raise ValueError(

@@ -48,7 +48,12 @@ def read_state(folder: Path) -> State:
     content = read_json(folder / STATE)
     if content is None:
         return State()
-    state = State(**content)
+    try:
+        state = State(**content)
+    except TypeError as error:
+        raise ValueError(
+            f"expected the state of a cell in {str(folder / STATE)!r}, got other content; remove the file to run the cell again"
+        ) from error
     if state.state == "running" and not is_locked(folder):
         return State("interrupted", "the process was killed", state.attempts)
     return state

@@ -8,6 +8,7 @@ from typing import Any
 from sanm_lightning.study.cells import Cell
 from sanm_lightning.study.published import Published
 from sanm_lightning.study.record import Record
+from sanm_lightning.study.state import State
 
 __all__ = ["Row", "rows_of"]
 
@@ -88,9 +89,15 @@ def rows_of(record: Record, cells: Sequence[Cell], published: Published | None) 
 def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
     first = cells[0]
     known = {} if published is None else published.values.get((first.method, first.sanm, first.data, first.noise), {})
-    states = [record.state(cell) for cell in cells]
+    found = [record.results(cell) for cell in cells]
+    states = [
+        State("interrupted", "no results.json") if state.state == "finished" and not results else state
+        for state, results in zip(map(record.state, cells), found, strict=True)
+    ]
     finished = {
-        cell.seed: record.results(cell) for cell, state in zip(cells, states, strict=True) if state.state == "finished"
+        cell.seed: results
+        for cell, state, results in zip(cells, states, found, strict=True)
+        if state.state == "finished"
     }
     split = _split(finished)
     epochs = sorted({results["epochs"] for results in finished.values()})
@@ -105,7 +112,7 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
         last=_percent(finished, f"{split}_accuracy_last"),
         published=known,
         epochs=" to ".join(map(str, epochs if len(epochs) < 2 else (epochs[0], epochs[-1]))),
-        hours=sum(record.results(cell).get("seconds", 0.0) for cell in cells) / 3600,
+        hours=sum(results.get("seconds", 0.0) for results in found) / 3600,
         split=split,
         missing=_missing([(state.state, state.reason) for state in states]),
         reasons=_reasons(cells, finished, split) if known else (),

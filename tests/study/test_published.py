@@ -29,7 +29,7 @@ def test_a_table_has_the_rows_columns_and_sums_of_the_paper(table):
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_study_of_a_table_has_a_cell_for_each_value(table):
+def test_the_study_of_a_table_has_a_cell_for_each_value_but_those_of_ieg(table):
     study = read_study(packaged() / "configs" / "studies" / f"{table}.yaml")
     assert study.published == table
     planned = {
@@ -40,7 +40,8 @@ def test_the_study_of_a_table_has_a_cell_for_each_value(table):
         for data in grid.data
         for noise in grid.noise
     }
-    assert set(read_published(table).values) <= planned
+    published = set(read_published(table).values)
+    assert {key[0] for key in published - planned} <= {"ieg"}  # requires a file of known labels
 
 
 def test_values_that_two_tables_share_are_equal():

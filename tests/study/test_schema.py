@@ -1,6 +1,5 @@
 """The study file and its cells: configs in their order, options, folders, and one sentence for each mistake."""
 
-import dataclasses
 from pathlib import Path
 
 import lightning as L
@@ -9,7 +8,7 @@ import pytest
 from sanm_lightning import config_paths
 from sanm_lightning.config_paths import packaged
 from sanm_lightning.study.cells import Cell, cells_of, settings_of
-from sanm_lightning.study.schema import Study, read_study
+from sanm_lightning.study.schema import read_study
 from tests.full import FULL
 from tests.test_configs import Parsed, ParserOnly
 
@@ -97,6 +96,15 @@ class TestDifferences:
         cell = cells(methods=["elr"], options=options)[0]
         assert cell.differences == said
 
+    def test_a_known_rate_is_none_and_another_rate_is_one(self, cells):
+        told = cells(methods=["cdr"], known_rate=["cdr"], options={})[0]
+        assert told.options["model.noise_rate"] == 0.5 and told.differences == ()
+        other = cells(methods=["cdr"], options={"model.noise_rate": 0.9})[0]
+        assert other.differences == ("model.noise_rate 0.9",)
+
+    def test_more_devices_are_one(self, cells):
+        assert cells(methods=["elr"], options={"trainer.devices": 8})[0].differences == ("trainer.devices 8",)
+
     def test_an_overlay_is_one(self, cells):
         assert cells(overlays=["views/released"], options={})[0].differences == ("overlay views/released",)
 
@@ -141,6 +149,11 @@ class TestMistakes:
             ({"options": ["a"]}, r"expected a mapping for options in .*, got \['a'\]; write name: value"),
             ({"options": {"seed_everything": 3}}, "expected options that a study does not set itself .*'seed_everything'"),
             ({"grids": [{}, {"methods": ["elr"]}]}, "expected one cell per folder, got two for 'elr/base/cifar10/sym50/seed1'"),
+            ({"known_rate": ["co_teachng"]}, "expected methods of the study for known_rate in .*, got 'co_teachng'; choose"),
+            ({"method_options": {"elrr": {}}}, "expected methods of the study for method_options in .* got 'elrr'; near: elr"),
+            ({"grids": []}, r"expected a list of one or more grids in .*, got \[\]; write one entry per grid"),
+            ({"published": ["a"]}, r"expected the name of a table for published in .*, got \['a'\]; write one name"),
+            ({"name": "../x"}, "expected a name of letters, digits, .* got '../x'; correct it"),
             ({"methods": ["cdr"], "known_rate": ["cdr"], "noise": ["none"]}, "expected noise with a rate for the method 'cdr'"),
         ],
     )  # fmt: skip
@@ -177,22 +190,10 @@ def parser():
     return found
 
 
-def known_grids(study: Study) -> Study:
-    """A study without the methods whose config does not exist."""
-    grids = [
-        dataclasses.replace(
-            grid,
-            **{key: tuple(name for name in getattr(grid, key) if name in METHODS) for key in ("methods", "known_rate")},
-        )
-        for grid in study.grids
-    ]
-    return dataclasses.replace(study, grids=tuple(grids))
-
-
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_a_packaged_study_names_what_exists(path):
-    """All of its names but those of methods without a config, and it has as many cells as the lists say."""
-    study = known_grids(read_study(path))
+    """It has as many cells as the lists say."""
+    study = read_study(path)
     size = sum(
         len(grid.methods) * len(grid.sanm) * len(grid.data) * len(grid.noise) * len(grid.overlays) * len(grid.seeds)
         for grid in study.grids
@@ -210,8 +211,6 @@ PARSED = [path for path in STUDIES if FULL or path.stem == "animal10n"]
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: path.stem)
 def test_the_commands_of_a_packaged_study_are_valid(path, parser):
     """Each combination of configs and options, as ``sanm fit`` parses it."""
-    commands = {
-        (cell.configs, str(cell.options)): cell.command(Path("out")) for cell in cells_of(known_grids(read_study(path)))
-    }
+    commands = {(cell.configs, str(cell.options)): cell.command(Path("out")) for cell in cells_of(read_study(path))}
     for words in commands.values():
         parser.parse_args(config_paths.resolve(words))

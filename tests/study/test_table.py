@@ -91,6 +91,13 @@ class TestRows:
         assert row.reasons == (reason,)
         assert row.published["best"] == 79.4 and row.difference("best") is None
 
+    def test_a_finished_cell_without_results_counts_as_interrupted(self, study):
+        record, cells, _ = study()
+        finish_all(record, cells)
+        (record.folder(cells[0]) / "results.json").unlink()
+        row = rows_of(record, cells, None)[0]
+        assert row.missing.endswith("interrupted") and cells[0].seed not in row.best
+
     def test_without_a_test_accuracy_that_of_val_is_shown_and_not_compared(self, study):
         record, cells, published = study(methods=["cross_entropy"], sanm=["base"], seeds=[1])
         finish(record, cells[0], None)
@@ -219,6 +226,27 @@ class TestCommand:
             ValueError, match=r"expected the results of a study in 'other.json', got other content; write"
         ):
             typed("table", "other.json")
+
+    @pytest.mark.parametrize("content", ["{}", "[]", '{"saved": 3}', '{"saved": [{}]}'])
+    def test_a_file_or_folder_with_other_json(self, typed, content):
+        Path("file.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"expected the results of a study in 'file.json', got other content; write"
+        ):
+            typed("table", "file.json")
+        Path("folder").mkdir()
+        Path("folder/cells.json").write_text(content)
+        with pytest.raises(
+            ValueError, match=r"expected the cells of a study in 'folder/cells.json', got other content"
+        ):
+            typed("table", "folder")
+
+    def test_a_state_with_other_json(self, study, typed):
+        record, cells, _ = study()
+        finish_all(record, cells)
+        (record.folder(cells[0]) / "state.json").write_text('{"condition": "good"}')
+        with pytest.raises(ValueError, match=r"expected the state of a cell in .*, got other content; remove the file"):
+            typed("table", str(record.root))
 
     def test_a_folder_that_is_not_that_of_a_study(self, typed):
         with pytest.raises(
