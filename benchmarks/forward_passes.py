@@ -23,17 +23,18 @@ LEAST: dict[str, tuple[float, float, int]] = {
     "CoTeaching": (2, 2, 0), "CoTeachingPlus": (2, 2, 0), "ELRPlus": (4, 2, 0), "MCorrection": (2, 1, 1),
     "DivideMix": (10, 4, 2), "C2D": (10, 4, 2), "SSR": (4, 3, 1), "SimCLR": (2, 2, 0),
     "SMP": (1, 1, 1), "CREMA": (1, 1, 1), "INCV": (2, 2, 0), "NestedCoTeaching": (1.5, 0.5, 0), "REED": (4, 2, 0),
-    "RRL": (4, 4, 1), "MOIT": (3, 2, 1), "SelCL": (5, 5, 1), "MLNT": (3, 5, 0), "IEG": (7, 7, 0),
+    "RRL": (4, 4, 1), "MOIT": (3, 2, 1), "SelCL": (6, 5, 1), "MLNT": (4, 5, 0), "IEG": (7, 7, 0),
 }  # fmt: skip
 """Forward and backward passes in steps, and forward passes between steps, that the algorithm of a paper needs per epoch
 after the warm-up: :data:`ONE` for methods that are not listed. ELR+: two networks and two teachers. M-correction: losses of
 the set, predictions of unmixed images, mixed images. DivideMix: losses under two networks; per network, two views of all
 samples to refine and guess, two of the unlabeled half by its peer, and two mixed views. SSR: features of the set, two mixed
 views, the weak and the strong view of the consistency. SMP, CREMA: features or losses of the set. Nested Co-teaching: each
-network ranks half of a batch, and is trained on the selected half of the other half. REED: one network of DivideMix without the
-peer. RRL, MOIT, Sel-CL: features of the set; the views of the contrasts and the mixed views. MLNT: the batch, and one pass at
-each of two look-ahead points, with one backward pass more for each step. IEG: guesses of two views, the look-ahead pass with
-its derivative, the probe set, and the views of the sum of losses."""
+network ranks half of a batch, and is trained on the selected half of the other half. REED: one network of DivideMix, without
+the peer. RRL, MOIT, Sel-CL: features of the set; the views of the contrasts, for Sel-CL one of them by the averaged network,
+and the mixed views. MLNT: the batch by the network and by its teacher, and one pass at each of two look-ahead points, with
+one backward pass more for each step. IEG: guesses of two views, the look-ahead pass with its derivative, the probe set, and
+the views of the sum of losses."""
 
 MASKED: dict[str, tuple[float, float]] = {
     "CoTeaching": (2, 0), "CoTeachingPlus": (2, 0), "ELRPlus": (2, 0), "SSR": (2, 0), "INCV": (2, 0),

@@ -195,6 +195,17 @@ def digits_methods_one_seed(*names: str) -> str:
     return markdown("| method | best alone | last alone | best, SANM | last, SANM | quality AUC |", rows)
 
 
+def digits_soft_targets() -> str:
+    """Return the table of regularized soft targets on digits."""
+    rows = []
+    for method, kinds in load("digits_soft_targets")["runs"].items():
+        for kind, name in (("alone", "alone"), ("sanm", "SANM, Eq. 7"), ("smoothing", "SANM, `spread: smoothing`")):
+            runs = [kinds[kind][seed] for seed in sorted(kinds[kind])]
+            each = " ".join(decimals(run["test_accuracy_last"]) for run in runs)
+            rows.append((f"`{method}`", name, f"{mean(runs, 'test_accuracy_last')} ({each})"))
+    return markdown("| method | | last, seeds 1 to 3 |", rows)
+
+
 def digits_quality() -> str:
     """Return the table of C2D and DivideMix at 80 % with parts of SANM and another label quality."""
     found = digits_runs("digits_methods")
@@ -311,6 +322,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-methods-frame": digits_methods_frame,
     "digits-methods-eleven": lambda: digits_methods_one_seed("eleven"),
     "digits-methods-further": lambda: digits_methods_one_seed("representation", "selection", "meta"),
+    "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),

@@ -122,7 +122,7 @@ def _source(path: Path, kind: type) -> str:
 
 def _recorded() -> dict[str, set[str]]:
     """Return the words of the runs in each results file; empty where the package is installed without results/."""
-    files = sorted((packaged() / "results").glob("*.json"))
+    files = sorted(path for path in (packaged() / "results").rglob("*.json") if path.stem != "forward_passes")
     return {path.stem: set(_words(json.loads(path.read_text(encoding="utf-8")))) for path in files}
 
 
