@@ -1,5 +1,6 @@
 """Runs of ``sanm`` commands that several processes share, for the studies in this folder."""
 
+import fcntl
 import json
 import os
 import platform
@@ -27,17 +28,14 @@ def sanm(*words: str, log: Path) -> None:
 
 @contextmanager
 def reserved(run: Path) -> Iterator[bool]:
-    """Reserve a run with a lock file beside it while the block runs; False if another process has reserved it."""
-    lock = run.with_name(f"{run.name}.lock")
-    try:
-        lock.open("x").close()
-    except FileExistsError:
-        yield False
-        return
-    try:
+    """Lock a file beside a run while the block runs; False if another process has locked it. A killed process frees it."""
+    with run.with_name(f"{run.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
         yield True
-    finally:
-        lock.unlink()
 
 
 @contextmanager

@@ -7,9 +7,8 @@
 
 DIR has ``train/<class>/`` and ``test/<class>/``. Each run is a command line of ``sanm fit`` with its own folder in ``--runs``;
 several processes may share the runs. ``--methods`` runs each method alone, under SANM, and under SANM with quality from
-features. Results are added to results/cifar10_small_quality.json; a run whose results are there is not run again. A run
-that was killed leaves a file ``.lock`` in ``--runs``, to be deleted before it is run again. ``--table`` prints the results in
-Markdown.
+features. Results are added to results/cifar10_small_quality.json; a run whose results are there is not run again. ``--table``
+prints the results in Markdown.
 """
 
 import argparse

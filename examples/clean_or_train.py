@@ -14,15 +14,12 @@ processes may share the runs. Results are added to results/clean_or_train.json; 
 import argparse
 import csv
 import json
-import os
-import platform
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _runs import commit, decimals, reserved, sanm
+from _runs import decimals, record, recorded, reserved, sanm
 
 RESULTS = Path("results/clean_or_train.json")
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -47,6 +44,13 @@ ARMS = {
 }
 """Name of each row; k is the noise rate that the audit estimates."""
 AUDITED = ("dropped", "relabeled", "probe", "sanm_audit")
+
+
+STUDY = {
+    "data": f"CIFAR-10 as JPEG files with labels of CIFAR-10N, 5,000 training images balanced over the true classes, all "
+    f"10,000 test images, {SIDE} pixels",
+    "command": "python examples/clean_or_train.py --root DIR --labels cifar10n.npz --seeds 1 2 3",
+}
 
 
 class Study:
@@ -186,33 +190,11 @@ def auroc(score: Any, positive: Any) -> float:
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """Return the results of a run of all epochs; None if it is not finished."""
-    for record in sorted(folder.rglob("results.json")):
-        result: dict[str, Any] = json.loads(record.read_text())
-        if result["epochs"] == EPOCHS and result["test_accuracy_last"] and (record.parent / "samples.npz").exists():
+    for file in sorted(folder.rglob("results.json")):
+        result: dict[str, Any] = json.loads(file.read_text())
+        if result["epochs"] == EPOCHS and result["test_accuracy_last"] and (file.parent / "samples.npz").exists():
             return result
     return None
-
-
-def recorded() -> dict[str, Any]:
-    """Return the runs of the results file by noise, row and seed."""
-    return json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else {}
-
-
-def record(noise: str, arm: str, seed: int, result: dict[str, Any]) -> None:
-    """Add a run to the results file."""
-    runs = recorded()
-    runs.setdefault(noise, {}).setdefault(arm, {})[str(seed)] = {"commit": commit(), **result}
-    results = {
-        "data": f"CIFAR-10 as JPEG files with labels of CIFAR-10N, 5,000 training images balanced over the true classes, all "
-        f"10,000 test images, {SIDE} pixels",
-        "command": "python examples/clean_or_train.py --root DIR --labels cifar10n.npz --seeds 1 2 3",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread per run",
-        "versions": {name: version(name) for name in ("torch", "torchvision", "lightning", "timm")},
-        "runs": runs,
-    }
-    draft = RESULTS.with_name(f"{RESULTS.name}.tmp")
-    draft.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(draft, RESULTS)
 
 
 def table(runs: dict[str, Any]) -> str:
@@ -251,18 +233,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table of the results file")
     options = parser.parse_args()
     if options.table:
-        print(table(recorded()))
+        print(table(recorded(RESULTS)))
         return
     if options.root is None or options.labels is None:
         parser.error("expected --root DIR and --labels FILE, got one or none of them; set both")
     for seed in options.seeds:
         for arm in options.arms:
             for noise in options.noises:
-                if str(seed) not in recorded().get(noise, {}).get(arm, {}):
+                if str(seed) not in recorded(RESULTS).get(noise, {}).get(arm, {}):
                     result = Study(options, noise, seed).run(arm)
                     if result is not None:
-                        record(noise, arm, seed, result)
-                        print(table(recorded()), flush=True)
+                        record(RESULTS, STUDY, (noise, arm, str(seed)), result)
+                        print(table(recorded(RESULTS)), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ Each run is a command line on the recipe of the quickstart, of this form (C2D pr
         --data.noise NOISE
 
 with its own folder in ``--runs``. Several processes may share the runs. Results are added to results/digits_noises.json; a
-run whose results are there is not run again. A run that was killed leaves a file ``.lock`` in ``--runs``, to be deleted before
-it is run again. ``--table`` prints the results in Markdown.
+run whose results are there is not run again. ``--table`` prints the results in Markdown.
 """
 
 import argparse

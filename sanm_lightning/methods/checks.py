@@ -63,8 +63,7 @@ def require_noise_rate(noise_rate: float | None) -> float:
 def check_ranges(*ranges: tuple[str, Any, bool]) -> None:
     """Raise ValueError for the first argument out of its range: what is expected, the value, and whether it is good."""
     for name, value, good in ranges:
-        if not good:
-            raise ValueError(f"expected {name}, got {value!r}; use the default")
+        require(good, name, value, "use the default")
 
 
 def clamped_neighbors(k: int, num_samples: int, method: str) -> int:
