@@ -30,7 +30,7 @@ ALLOWED = {
         "safe_files",
         "sanm",
     },
-    "study": {"cli", "config_paths", "models", "parsing", "pictures", "safe_files", "study"},
+    "study": {"cli", "config_paths", "cost", "models", "parsing", "pictures", "safe_files", "study"},
     "callbacks": {"batch", "callbacks", "class_names", "compat", "random_streams"},
     "methods": {
         "batch",

@@ -65,7 +65,7 @@ def view_positives(pairs: Tensor, partners: Tensor, queued: Tensor | None = None
         queued: which samples attract the rows of a queue, shape (B, K), bool; None has no queue.
 
     Returns:
-        Weights for the larger and for the smaller part of each mixed view, shape (2 B, 2 B + K), integers; 0 for a view with
+        Weights for the larger and for the smaller part of each mixed view, shape (2 B, 2 B + K), 0, 1 or 2; 0 for a view with
         itself.
     """
     samples = torch.arange(len(pairs), device=pairs.device)

@@ -113,10 +113,13 @@ def masked_mean(values: Tensor, weight: Tensor | None = None) -> Tensor:
     return (values * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
-def zero_term(module: torch.nn.Module) -> Tensor:
-    """Return 0 as a function of the parameters of a module that a step may not use, as DistributedDataParallel requires."""
-    sums = [parameter.sum() for parameter in module.parameters() if parameter.requires_grad]
-    return 0.0 * torch.stack(sums).sum()
+def zero_term(parameters: Iterable[Tensor]) -> Tensor:
+    """Return 0 as a function of parameters that a step may not use, as DistributedDataParallel requires; a scalar.
+
+    Args:
+        parameters: one or more parameters; those without gradient are left out.
+    """
+    return 0.0 * torch.stack([parameter.sum() for parameter in parameters if parameter.requires_grad]).sum()
 
 
 def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -22,6 +22,7 @@ from sanm_lightning.functional import (
     sharpen,
     soft_cross_entropy,
     threshold_split,
+    zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_ranges, require_index
@@ -199,7 +200,7 @@ class REED(NoisyLabelModule):
         logits = self.network.get_classifier()(features.detach())
         loss = soft_cross_entropy(logits, self.one_hot(batch.labels)).mean()
         if self.trainer.world_size > 1:  # DDP requires a gradient of every parameter
-            loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._frozen()]).sum()
+            loss = loss + zero_term(self._frozen())
         return loss
 
     def _frozen(self) -> list[Tensor]:

@@ -109,15 +109,9 @@ class RRL(NoisyLabelModule):
             ("mix_views 1 or 2", mix_views, mix_views in (1, 2)),
         )
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
-        self.low_threshold, self.high_threshold, self.k, self.given_epochs = (
-            low_threshold,
-            high_threshold,
-            k,
-            given_epochs,
-        )
-        self.temperature, self.alpha, self.ramp_epochs, self.mix_views, self.view = (
-            temperature, alpha, ramp_epochs, mix_views, view,
-        )  # fmt: skip
+        self.low_threshold, self.high_threshold, self.temperature = low_threshold, high_threshold, temperature
+        self.k, self.given_epochs, self.ramp_epochs = k, given_epochs, ramp_epochs
+        self.alpha, self.mix_views, self.view = alpha, mix_views, view
         self.w_instance, self.w_prototype, self.w_reconstruction = w_instance, w_prototype, w_reconstruction
         self.projection = Projection(self.network, projection)
         self.expansion = nn.Linear(projection, pooled_width(self.network)) if w_reconstruction > 0 else None
@@ -189,7 +183,7 @@ class RRL(NoisyLabelModule):
         assert out.unmasked is not None
         loss, weak = out.cross_entropy(confident), self.pooled(out.unmasked)
         if self.stage.name == "warmup":
-            return loss + self.reconstruction(weak) + zero_term(self.projection)
+            return loss + self.reconstruction(weak) + zero_term(self.projection.parameters())
         strong = self.pooled(self.network.forward_features(batch.views[1]))
         instance = instance_contrast(self.projection(weak), self.projection(strong), self.temperature).mean()
         prototype = self.prototype_contrast(batch.views[: self.mix_views], targets, confident)
@@ -216,7 +210,7 @@ class RRL(NoisyLabelModule):
     def reconstruction(self, features: Tensor) -> Tensor:
         """Return the weighted squared error of features (B, D) that are reconstructed from their projection, a scalar."""
         if self.expansion is None:
-            return zero_term(self.projection)
+            return zero_term(self.projection.parameters())
         projected = F.linear(features, self.projection.weight, self.projection.bias)
         return self.w_reconstruction * (F.relu(self.expansion(projected)) - features).square().mean()
 

@@ -63,7 +63,8 @@ class SelCL(SelectedContrast):
     samples. The quantile is that of 64 random pairs per sample (code: 500). A sample has a partner if there is one in the batch
     or the queue; the code requires two rows. Selected samples come in random rounds, where the code samples with replacement.
     The current batch is contrasted in addition to the queue. The classifier's weight decay is applied in the first stage. The
-    third stage differs as in :class:`MOIT`. The option of the code for a supervised first stage (WebVision) is not available.
+    third stage differs as in :class:`MOIT`. ``similarity_clip`` is None by default (code: 0.25). The option of the code for a
+    supervised first stage (WebVision) is not available.
 
     With several processes, a batch is contrasted within its process, and with the queues of all processes.
 
@@ -130,7 +131,7 @@ class SelCL(SelectedContrast):
         found = super().views()
         return tuple((self.view, self.view) for _ in found) if self.stage.name == "select" else found
 
-    def note(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
+    def on_selection(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
         """Store the embeddings, and compute the threshold of the pairs."""
         self.embeddings.update(index, embeddings)
         generator = named_generator("pairs", self.sanm.seed, self.current_epoch)
@@ -150,7 +151,7 @@ class SelCL(SelectedContrast):
         if self.stage.name == "finetune":
             return self.finetune(batch)
         if self.stage.name == "warmup":
-            return self.unsupervised(batch).mean() + zero_term(self)
+            return self.unsupervised(batch).mean() + zero_term(self.parameters())
         every, drawn = batch.chunk(2)
         loss, _ = self.classified_views(
             drawn, self.one_hot(drawn.labels), self.detected.quality[drawn.index], embed=False

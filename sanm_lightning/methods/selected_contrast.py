@@ -167,10 +167,10 @@ class SelectedContrast(NoisyLabelModule):
             )
             selected = torch.ones_like(selected)
         self.detected.update(found["index"], selected=selected, quality=share, given_quality=share)
-        self.note(found["index"], embeddings, labels, selected)
+        self.on_selection(found["index"], embeddings, labels, selected)
 
-    def note(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
-        """Use the embeddings (M, P), labels and selection of samples ``index`` (M,) further."""
+    def on_selection(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
+        """Run after a selection, with embeddings (M, P), labels (M,) and selection (M,) of the samples ``index`` (M,)."""
 
     def label_quality(self) -> Tensor | None:
         """Return the fraction of the votes for each given label, (N,), in [0.01, 0.99]; None before the first selection."""
@@ -227,7 +227,7 @@ class SelectedContrast(NoisyLabelModule):
             predicted = self.one_hot(self.predicted(batch.views[1]).argmax(1))
             targets = co_refine(targets, torch.full_like(targets[:, 0], 1 - self.bootstrap), predicted)
         out = self.learn(batch, targets, quality=self.detected.quality[batch.index], mix=self.mix(1))
-        return out.cross_entropy() + zero_term(self.projection)
+        return out.cross_entropy() + zero_term(self.projection.parameters())
 
     def predicted(self, images: Tensor) -> Tensor:
         """Return class probabilities (B, C) of images, without gradient, in evaluation mode."""

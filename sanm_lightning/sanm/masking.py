@@ -102,10 +102,10 @@ def affine_ratio(
 
 
 def shuffled_ratio(quality: Tensor, mu: float, generator: torch.Generator | None = None) -> Tensor:
-    """Return noise-aware ratios in random order: the same masked area in total, unrelated to an image's own label.
+    """Return the noise-aware ratios of a batch in random order.
 
-    Not in the paper: a control for the question whether the ratio has to follow label quality. Shapes and errors as
-    :func:`mask_ratio`.
+    Not in the paper: a control with the same masked area in total, in which the ratio of an image does not depend on its
+    label. Shapes and errors as :func:`mask_ratio`.
     """
     order = torch.rand(quality.shape, generator=generator, device=quality.device, dtype=torch.float32).argsort()
     return mask_ratio(quality, mu)[order]
@@ -157,8 +157,7 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
 def mask_box(activation: Tensor, ratio: Tensor, aspect: Tensor, *, anchor: str = "center") -> Tensor:
     """Return a box with the given area and aspect at the first maximum of each map.
 
-    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so
-        that
+    Source: SANM (Tu et al., CVPR 2023), Eq. 4: the maximum is the box's center, and the box is clipped to the image, so that
     it is smaller than ``ratio`` near a border. In the released code (``anchor="corner"``), the maximum is the box's top
     left pixel, the sides are rounded to whole pixels, and a box that crosses the border is shifted inside. Not in the
     paper: ``anchor="inside"`` centers such a box at the maximum, so that its area does not depend on its position.

@@ -15,8 +15,7 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor) -> Tensor:
     """Return the mean squared error over all elements, in float32 or better.
 
     Source: SANM (Tu et al., CVPR 2023), Eq. 10.
-    Departure: the equation sums over the elements of an image; here, as in the released code, it is the mean, so that
-        the
+    Departure: the equation sums over the elements of an image; here, as in the released code, it is the mean, so that the
     weight beta does not depend on the image size.
 
     Args:

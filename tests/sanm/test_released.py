@@ -88,7 +88,7 @@ class TestSpread:
         )
 
     def test_another_word_is_refused(self):
-        with pytest.raises(ValueError, match="spread 'all' or 'others'"):
+        with pytest.raises(ValueError, match="spread 'all', 'others' or 'smoothing'"):
             regularize_labels(torch.rand(1, 3), torch.ones(1), spread="few")
 
 
@@ -250,7 +250,7 @@ def test_the_defaults_are_the_papers():
         ({"anchor": "middle"}, "anchor 'center', 'corner' or 'inside'"),
         ({"regions": "all"}, "regions 'peak' or 'peak_and_trough'"),
         ({"area": 0.0}, r"area in \(0, 1\], got 0.0"),
-        ({"spread": "none"}, "spread 'all' or 'others'"),
+        ({"spread": "none"}, "spread 'all', 'others' or 'smoothing'"),
         ({"scale": "bytes"}, "scale 'unit' or 'normalized', got 'bytes'"),
         ({"map_levels": 1}, "map_levels >= 2 or null, got 1"),
     ],

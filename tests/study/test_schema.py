@@ -209,7 +209,7 @@ PARSED = [path for path in STUDIES if FULL or path.stem == "animal10n"]
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: path.stem)
-def test_the_commands_of_a_packaged_study_are_valid(path, parser):
+def test_the_commands_of_a_packaged_study_are_parsed(path, parser):
     """Each combination of configs and options, as ``sanm fit`` parses it."""
     commands = {(cell.configs, str(cell.options)): cell.command(Path("out")) for cell in cells_of(read_study(path))}
     for words in commands.values():
