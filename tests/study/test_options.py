@@ -1,6 +1,7 @@
 """Options of a study are checked by the parser of ``sanm fit`` before a cell is run."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
