@@ -43,7 +43,7 @@ def check(write):
             "expected an option of sanm fit in the cell 'cross_entropy/base/cifar10/sym50/seed1' of the study 'own', "
             "got '--trainer.max_epoch'; near: --trainer.max_epochs",
         ),
-        ({"options": {"data.batchsize": 3}}, "expected an option of CIFAR10 in the cell .* got 'data.batchsize'; near: data.batch_size"),
+        ({"options": {"data.batchsize": 3}}, "expected an option of CIFAR10 in the cell .* got 'data.batchsize'; near:"),
         ({"options": {"trainer.max_epochs": "many"}}, "expected .* in the cell .* of the study 'own', got .*many"),
         ({"known_rate": ["elr"]}, "expected an option of ELR in the cell .*, got 'model.noise_rate'; "),
         ({"methods": ["elr"], "pretraining": {"elr": "simclr"}}, "expected an option of ELR .*, got 'model.pretrained'; "),
