@@ -328,7 +328,7 @@ def study(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "which-method": which_method,
     "small-cifar10": small_cifar10,
-    "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")),
+    "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")["runs"]),
     "quickstart": quickstart,
     "digits-methods": digits_all_methods,
     "digits-methods-frame": digits_methods_frame,

@@ -24,6 +24,13 @@ def test_every_table_is_on_one_page():
     assert sorted(re.findall("<!-- table: ([^ ]+) -->", text)) == sorted(TABLES)
 
 
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_has_a_row_with_a_number(name):
+    header, _, *rows = TABLES[name]().splitlines()
+    assert rows and any(character.isdigit() for row in rows for character in row)
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == header.count("|") for row in rows)
+
+
 def test_accuracies_are_in_generated_tables():
     for path in SCRIPT["pages"]():
         outside = re.sub("<!-- table: .*?<!-- end -->", "", path.read_text(), flags=re.DOTALL)
