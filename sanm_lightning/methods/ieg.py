@@ -217,9 +217,8 @@ class IEG(NoisyLabelModule):
         losses = soft_cross_entropy(logits, out.targets)
         return losses[:size].mean() + self.guess_weight * losses[size:].mean() + out.reconstruction
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the averaged network, with the batch norm statistics of the network."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the averaged network, with the batch norm statistics of the network."""
         self.average.update(self.network)
         for average, buffer in zip(self.average.module.buffers(), self.network.buffers(), strict=True):
             average.copy_(buffer)

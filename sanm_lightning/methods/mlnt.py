@@ -144,9 +144,8 @@ class MLNT(NoisyLabelModule):
             divergences.append(forward_kl(ahead, teacher).mean())
         return torch.stack(divergences).mean() / (self.num_classes if self.released_kl else 1)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the teacher, a copy of the network in the first stage."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the teacher, a copy of the network in the first stage."""
         if self.stage.name == "warmup":
             self.teacher.restart()
         self.teacher.update(self.network)

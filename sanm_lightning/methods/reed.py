@@ -137,7 +137,7 @@ class REED(NoisyLabelModule):
 
     def stages(self) -> list[Stage]:
         """Return the stage of the classifier and that of the whole network."""
-        return [Stage("warmup", self.warmup_epochs), Stage("mixmatch")]
+        return [Stage("warmup", self.warmup_epochs, trained="head"), Stage("mixmatch")]
 
     def views(self) -> tuple[View, ...]:
         """Return one view for the classifier, and two for MixMatch."""
@@ -199,20 +199,7 @@ class REED(NoisyLabelModule):
             features = self.network.forward_head(self.network.forward_features(batch.images), pre_logits=True)
         logits = self.network.get_classifier()(features.detach())
         loss = soft_cross_entropy(logits, self.one_hot(batch.labels)).mean()
-        if self.trainer.world_size > 1:  # DDP requires a gradient of every parameter
-            loss = loss + zero_term(self._frozen())
-        return loss
-
-    def _frozen(self) -> list[Tensor]:
-        """Return the trainable parameters outside of the classifier."""
-        learned = set(self.network.get_classifier().parameters())
-        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in learned]
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Set the gradients of the frozen encoder to None, so that it is not decayed."""
-        if self.stage.name == "warmup":
-            for parameter in self._frozen():
-                parameter.grad = None
+        return loss + zero_term(self.parameters()) if self.trainer.world_size > 1 else loss
 
     def mixmatch(self, batch: NoisyBatch, index: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of half a batch with labels and half a batch without."""

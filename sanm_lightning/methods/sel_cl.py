@@ -1,6 +1,5 @@
 """Sel-CL and Sel-CL+ (Li et al., CVPR 2022): supervised contrast of pairs that are selected without a known noise rate."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -116,8 +115,7 @@ class SelCL(SelectedContrast):
         super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
         dim = self.projection.out_features
-        rate = partial(constant_decay, decay=decay)
-        self.key_network, self.key_projection = EMA(self.network, rate), EMA(self.projection, rate)
+        self.key_network, self.key_projection = EMA(self.network, decay), EMA(self.projection, decay)
         self.embeddings = Embeddings(dim)
         self.register_buffer("threshold", torch.tensor(1.0))
         self.negatives = FeatureQueue(negatives, dim)
@@ -213,13 +211,7 @@ class SelCL(SelectedContrast):
             maps = network.forward_features(images)
             return projection.of_maps(network, maps), network.forward_head(maps).float().softmax(1)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the key encoder, before a checkpoint can be saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the key encoder."""
         self.key_network.update(self.network)
         self.key_projection.update(self.projection)
-
-
-def constant_decay(step: int, decay: float) -> float:
-    """Return the weight of the old average in an update, the same in every step."""
-    return decay

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sanm_lightning import SANM
 from sanm_lightning.batch import EpochPlan
+from sanm_lightning.callbacks import Stages
 from sanm_lightning.functional import (
     clean_probability,
     cross_validated_noise_rate,
@@ -181,7 +182,7 @@ class TestREED:
         module = self.made(0)
         for parameter in module.parameters():  # as with several processes
             parameter.grad = torch.zeros_like(parameter)
-        module.on_before_optimizer_step(None)
+        Stages().on_before_optimizer_step(module.trainer, module, None)
         left = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
         assert left == {"network.network.fc.weight", "network.network.fc.bias"}
 
