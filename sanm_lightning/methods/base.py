@@ -7,7 +7,15 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, Finders, FiniteLoss, OptimizerSteps, Stages
+from sanm_lightning.callbacks import (
+    CompileNetworks,
+    EpochStart,
+    ExactResume,
+    Finders,
+    FiniteLoss,
+    OptimizerSteps,
+    Stages,
+)
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.methods import checks

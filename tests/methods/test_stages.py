@@ -1,5 +1,7 @@
 """Stages: which epoch belongs to which, what a stage resets, freezes and sets, and that a resume loses none of it."""
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -129,7 +131,7 @@ def test_a_stage_that_trains_the_head_neither_moves_nor_decays_another_parameter
     trainer(3, callbacks=[Note()]).fit(probing, data())
     head, every = (
         {name for name, value in after.items() if not torch.equal(value, before[name])}
-        for before, after in zip(weights, weights[1:], strict=False)
+        for before, after in pairwise(weights)
     )
     assert head == {"network.network.fc.weight", "network.network.fc.bias"}
     assert every == set(weights[0])
