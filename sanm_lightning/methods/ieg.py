@@ -1,6 +1,6 @@
 """IEG (Zhang et al., CVPR 2020): weights and labels of the samples from a look-ahead step, judged on a few known labels."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -71,8 +71,6 @@ class IEG(NoisyLabelModule):
 
     needs_data_module = True
     estimates_quality = True
-    probe_positions: Tensor
-    """(P,), positions of the probe samples in the training set."""
 
     def __init__(
         self,
@@ -119,11 +117,10 @@ class IEG(NoisyLabelModule):
         """The averaged network."""
         return [self.average.module]
 
-    def _probe_set(self) -> Tensor:
-        """Return the positions of the probe samples, (P,); they are read here in trials of Lightning's finders."""
-        if not hasattr(self, "probe_positions"):
-            self.probe_positions, _ = self.known_labels(self.probe)
-        return self.probe_positions
+    @cached_property
+    def probe_positions(self) -> Tensor:
+        """(P,), positions of the probe samples in the training set; read here in trials of Lightning's finders only."""
+        return self.known_labels(self.probe)[0]
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Read the probe set, and require training samples beside it."""
@@ -142,7 +139,7 @@ class IEG(NoisyLabelModule):
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Select the samples of each step, each followed by as many probe samples, both in repeated random permutations."""
-        pool, probe, seed = plan.pool(0), self._probe_set(), self.sanm.seed
+        pool, probe, seed = plan.pool(0), self.probe_positions, self.sanm.seed
         pool = pool[~torch.isin(pool, probe)]
         if not len(pool):
             raise ValueError(

@@ -162,8 +162,8 @@ class INCV(NoisyLabelModule):
         """Last epoch of the main stage whose steps have selected samples only, from 0."""
         if self.candidates_after is not None:
             return self.candidates_after
-        main = 200 if self.total_epochs is None else max(0, self.total_epochs - self.rounds * self.warmup_epochs)
-        return main * (80 if not self.symmetric or self.selection.noise_rate > 0.6 else 40) // 200
+        published = 80 if not self.symmetric or self.selection.noise_rate > 0.6 else 40
+        return self.fraction_of_run(published, 200, after=self.rounds * self.warmup_epochs)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of both networks' losses."""

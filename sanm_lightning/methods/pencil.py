@@ -31,8 +31,8 @@ class PENCIL(NoisyLabelModule):
         num_classes: C, number of classes.
         alpha: weight of the compatibility with the given label, >= 0. 0.1 in the paper, 0.4 by default in the code.
         beta: weight of the entropy, >= 0. 0.4 in the paper, 0.1 by default in the code.
-        label_lr: learning rate of the label distributions for the loss of one sample, >= 0: it does not depend on the batch
-            size. The published lambda is 600 for a batch of 128.
+        label_lr: learning rate of the label distributions for the loss of one sample, which does not depend on the batch size,
+            >= 0; the default is the published lambda of 600 divided by the batch size of 128.
         label_scale: K, initial logit of the given label; published: 10.
         label_epochs: length of the second stage; None uses 130 of 250 epochs after the first stage, as published; set it if
             ``max_epochs`` may be raised in a resumed run.

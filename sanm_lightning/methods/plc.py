@@ -25,7 +25,7 @@ class PLC(NoisyLabelModule):
 
     Departure: samples without predictions keep their labels, where the code gives them a class.
 
-    Under SANM, label quality is this ratio for the current label.
+    Under SANM, label quality is this ratio for the current label; in lists, for the given label.
 
     Args:
         num_classes: C, number of classes.

@@ -26,7 +26,8 @@ class SELFIE(NoisyLabelModule):
     (``released_zero_history``).
 
     Under SANM, samples are selected by the losses of unmasked images; label quality is 1 minus the normalized entropy for
-    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit.
+    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit. In lists, the
+    quality of given labels that were replaced is 0.
 
     Args:
         num_classes: C, number of classes.
