@@ -11,6 +11,7 @@ from sanm_lightning.functional.contrastive import (
 )
 from sanm_lightning.functional.correction import (
     backward_correction,
+    check_transition,
     estimate_transition,
     forward_correction,
     label_posterior,
@@ -18,6 +19,7 @@ from sanm_lightning.functional.correction import (
 from sanm_lightning.functional.cross_validation import (
     cross_validated_noise_rate,
     discarded_fraction,
+    held_out,
     largest_losses,
     random_halves,
     remaining_noise_rate,
@@ -65,7 +67,13 @@ from sanm_lightning.functional.ramps import (
     step_thirds,
     temperature_ramp,
 )
-from sanm_lightning.functional.reweighting import LookaheadStep, meta_gradients, meta_weights, sgd_step
+from sanm_lightning.functional.reweighting import (
+    LookaheadStep,
+    meta_gradients,
+    meta_weights,
+    reweighted_cross_entropy,
+    sgd_step,
+)
 from sanm_lightning.functional.selection import (
     Refurbishing,
     class_balanced_draw,
@@ -90,6 +98,7 @@ from sanm_lightning.functional.targets import (
     Mixed,
     bootstrapped,
     co_refine,
+    guessed_labels,
     guided_mixup,
     keep_given,
     label_step,
@@ -111,6 +120,7 @@ __all__ = [
     "balanced_votes",
     "beta_mixture_posterior",
     "bootstrapped",
+    "check_transition",
     "clamped_probs",
     "class_balanced_draw",
     "class_means",
@@ -140,7 +150,9 @@ __all__ = [
     "forward_kl",
     "generalized_cross_entropy",
     "gradients",
+    "guessed_labels",
     "guided_mixup",
+    "held_out",
     "instance_contrast",
     "interpolated_contrast",
     "keep_given",
@@ -178,6 +190,7 @@ __all__ = [
     "remaining_noise_rate",
     "repeated_draw",
     "reverse_kl",
+    "reweighted_cross_entropy",
     "rms_normalize",
     "row_mixup",
     "select_peaks",

@@ -135,11 +135,14 @@ class MethodHooks(L.LightningModule):
         epochs = None if self._trainer is None else self._trainer.max_epochs
         return None if epochs is None or epochs < 0 else epochs
 
-    def fraction_of_run(self, numerator: int, denominator: int) -> int:
-        """Return a fraction of the epochs after the warm-up, rounded down; ``numerator`` epochs if it is unknown."""
+    def fraction_of_run(self, numerator: int, denominator: int, after: int | None = None) -> int:
+        """Return a fraction of the epochs ``after`` the warm-up or another number of epochs, rounded down.
+
+        It is ``numerator`` epochs if ``max_epochs`` is unknown.
+        """
         if self.total_epochs is None:
             return numerator
-        return max(0, self.total_epochs - self.warmup_epochs) * numerator // denominator
+        return max(0, self.total_epochs - (self.warmup_epochs if after is None else after)) * numerator // denominator
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""

@@ -106,10 +106,6 @@ class MLNT(NoisyLabelModule):
         for copied in (self.mentor, self.teacher.module):
             copied.load_state_dict(self.network.state_dict())
 
-    def label_quality(self) -> Tensor | None:
-        """Return the teacher's last probability of each given label, (N,); None in the first stage or without index."""
-        return self.judged.given_quality if self.judged.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)

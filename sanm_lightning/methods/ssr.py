@@ -19,9 +19,9 @@ from sanm_lightning.functional import (
     mixture_posterior,
     mixup,
     relabel,
-    repeated_draw,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.batches import permuted_batches
 from sanm_lightning.models import pooled_width
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
@@ -162,10 +162,6 @@ class SSR(NoisyLabelModule):
         mixture = fit_mixture(1 - agreeing)  # the component of lower mean has the larger fractions
         return mixture_posterior(mixture, 1 - agreeing), mixture_posterior(mixture, 1 - given_agreeing)
 
-    def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label, (N,), from the votes; None before the first vote."""
-        return self.selection.given_quality if self.selection.filled else None
-
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample selected samples with balanced classes, and all samples in random rounds for the consistency."""
         if self.stage.name == "warmup":
@@ -179,10 +175,8 @@ class SSR(NoisyLabelModule):
         drawn = class_balanced_draw(*members, plan.steps * size, drawing).view(plan.steps, size)
         if self.lambda_fc == 0:
             return drawn
-        order = repeated_draw(
-            pool, plan.world_size * plan.steps * size, named_generator("turn", self.sanm.seed, plan.epoch)
-        )
-        return torch.cat([drawn, order[plan.rank :: plan.world_size].view(plan.steps, size)], 1)
+        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.epoch))
+        return torch.cat([drawn, rounds], 1)
 
     # Each step
 

@@ -2,14 +2,23 @@
 
 from sanm_lightning.per_sample.state import SampleState
 from sanm_lightning.per_sample.statistics import EpochMean, History, RunningVariance
-from sanm_lightning.per_sample.targets import EMATargets, LabelStore, LearnableTargets, Refurbished
+from sanm_lightning.per_sample.targets import (
+    Candidates,
+    EMATargets,
+    LabelStore,
+    LearnableTargets,
+    NoiseRateStore,
+    Refurbished,
+)
 
 __all__ = [
+    "Candidates",
     "EMATargets",
     "EpochMean",
     "History",
     "LabelStore",
     "LearnableTargets",
+    "NoiseRateStore",
     "Refurbished",
     "RunningVariance",
     "SampleState",
