@@ -2,6 +2,7 @@
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.functional.contrastive import (
+    MixedViews,
     instance_contrast,
     interpolated_contrast,
     pair_similarity,
@@ -53,6 +54,7 @@ from sanm_lightning.functional.neighbors import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    weighted_neighbors,
 )
 from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
 from sanm_lightning.functional.prototypes import class_prototypes, density_peaks, select_peaks
@@ -66,6 +68,7 @@ from sanm_lightning.functional.ramps import (
     step_ramp,
     step_thirds,
     temperature_ramp,
+    weight_ramp,
 )
 from sanm_lightning.functional.reweighting import (
     LookaheadStep,
@@ -114,6 +117,7 @@ __all__ = [
     "BetaMixture",
     "LookaheadStep",
     "Mixed",
+    "MixedViews",
     "Mixture",
     "Refurbishing",
     "backward_correction",
@@ -213,5 +217,7 @@ __all__ = [
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
     "view_positives",
+    "weight_ramp",
+    "weighted_neighbors",
     "zero_term",
 ]

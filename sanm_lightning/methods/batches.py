@@ -4,9 +4,29 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan
-from sanm_lightning.functional import repeated_draw
+from sanm_lightning.functional import class_balanced_draw, members_by_class, repeated_draw
 
-__all__ = ["permuted_batches"]
+__all__ = ["balanced_batches", "permuted_batches"]
+
+
+def balanced_batches(
+    plan: EpochPlan, members: Tensor, labels: Tensor, num_classes: int, size: int, generator: torch.Generator
+) -> Tensor:
+    """Sample the batches of this process from a set with replacement: first a class, then one of its members.
+
+    Args:
+        plan: number of steps.
+        members: positions in the training set, shape (n,), n >= 1, on the CPU.
+        labels: labels of the members, shape (n,), on the CPU.
+        num_classes: C, number of classes; those without members are left out.
+        size: samples per step.
+        generator: random generator, on the CPU, with another seed in each process.
+
+    Returns:
+        Positions, shape (S, size).
+    """
+    by_class = members_by_class(members, labels, num_classes)
+    return class_balanced_draw(*by_class, plan.steps * size, generator).view(plan.steps, size)
 
 
 def permuted_batches(plan: EpochPlan, members: Tensor, size: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.functional import (
     Mixed,
+    MixedViews,
     clipped_gradient_term,
     interpolated_contrast,
     pair_similarity,
@@ -17,34 +18,15 @@ from sanm_lightning.functional import (
     view_positives,
     zero_term,
 )
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.methods.feature_queue import FeatureQueue
-from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
-from sanm_lightning.per_sample import SampleState
+from sanm_lightning.methods.selected_contrast import SelectedContrast
+from sanm_lightning.per_sample import Embeddings
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.inference import inference_context
 
-__all__ = ["Embeddings", "SelCL"]
-
-
-class Embeddings(SampleState):
-    """Embedding of each sample at the start of the epoch.
-
-    Args:
-        dim: P, width of the embeddings.
-    """
-
-    features: Tensor
-    """(N, P) float32, normalized."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.add_state("features", (dim,), dist_reduce_fx=None)
-
-    def update(self, index: Tensor, features: Tensor) -> None:
-        """Set the rows of samples ``index`` (M,), the same in all processes."""
-        self.features = self.features.index_copy(0, index, features.to(self.features))
+__all__ = ["SelCL"]
 
 
 class SelCL(SelectedContrast):
@@ -101,13 +83,11 @@ class SelCL(SelectedContrast):
         warmup_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("pair_quantile in [0, 1]", pair_quantile, 0 <= pair_quantile <= 1),
-            ("negatives >= 1", negatives, negatives >= 1),
-            ("decay in [0, 1)", decay, 0 <= decay < 1),
-            ("w_similarity >= 0", w_similarity, w_similarity >= 0),
-            ("similarity_clip > 0 or null", similarity_clip, similarity_clip is None or similarity_clip > 0),
-        )
+        check_range("in [0, 1]", pair_quantile=pair_quantile)
+        check_range("in [0, 1)", decay=decay)
+        check_range(">= 1", negatives=negatives)
+        check_range(">= 0", w_similarity=w_similarity)
+        check_range("> 0 or null", similarity_clip=similarity_clip)
         if similarity_clip is not None and kwargs.get("compile_network"):
             raise ValueError(
                 "expected similarity_clip null with compile_network, which keeps no graph for it, got both; omit one of them"

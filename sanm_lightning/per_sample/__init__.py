@@ -1,5 +1,6 @@
 """State with one row per training sample, declared like the metric states of torchmetrics."""
 
+from sanm_lightning.per_sample.features import Embeddings, NeighborGraph
 from sanm_lightning.per_sample.state import SampleState
 from sanm_lightning.per_sample.statistics import EpochMean, History, RunningVariance
 from sanm_lightning.per_sample.targets import (
@@ -14,10 +15,12 @@ from sanm_lightning.per_sample.targets import (
 __all__ = [
     "Candidates",
     "EMATargets",
+    "Embeddings",
     "EpochMean",
     "History",
     "LabelStore",
     "LearnableTargets",
+    "NeighborGraph",
     "NoiseRateStore",
     "Refurbished",
     "RunningVariance",
