@@ -126,11 +126,10 @@ class RRL(NoisyLabelModule):
         if self.stage.name == "warmup":
             return
         found = self.predict_train("labels", "features", "logits", pool_only=True)
-        embeddings, labels, confident = self.projection(found["features"]), found["labels"], None
+        index, embeddings = found["index"], self.projection(found["features"])
         if self.stage.name == "correct":
-            self.correct(found["index"], embeddings, found["logits"].softmax(1), labels)
-            store = self.corrected
-            labels, confident = store.labels[found["index"]], store.selected[found["index"]]
+            self.correct(index, embeddings, found["logits"].softmax(1), found["labels"])
+        labels, confident = self.corrected.labels[index], self.corrected.selected[index]
         self.prototypes = F.normalize(class_means(embeddings, labels, self.num_classes, confident), dim=1)
 
     def correct(self, index: Tensor, embeddings: Tensor, probs: Tensor, given: Tensor) -> None:
@@ -151,11 +150,9 @@ class RRL(NoisyLabelModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
-        labels, confident, quality = batch.labels, torch.ones_like(batch.labels, dtype=torch.bool), None
-        if self.stage.name == "correct":
-            store = self.corrected
-            labels, confident, quality = (part[batch.index] for part in (store.labels, store.selected, store.quality))
+        index, store = require_index(batch, type(self).__name__), self.corrected
+        labels, confident = store.labels[index], store.selected[index]  # given, and all, before the last stage
+        quality = store.quality[index] if self.stage.name == "correct" else None
         targets = self.one_hot(labels)
         out = self.learn(batch._replace(labels=labels), targets, quality=quality, unmasked=True)
         assert out.unmasked is not None

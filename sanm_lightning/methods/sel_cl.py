@@ -32,13 +32,8 @@ __all__ = ["SelCL"]
 class SelCL(SelectedContrast):
     """Contrast without labels, then supervised contrast of selected pairs and cross-entropy on selected samples; fine-tune.
 
-    Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The first stage is MoCo. Then, before every epoch, the
-    nearest neighbors vote twice on the labels, weighted by exp(similarity / temperature), and from each class the same number
-    of samples is selected. Pairs with the same label are selected if both samples are, or if their similarity is above the
-    quantile ``pair_quantile`` of the similarities within the classes of selected samples. A step has the supervised contrast
-    of two mixed views over selected pairs, with the batch and with a queue of a key encoder; the contrast of MoCo for samples
-    without a selected partner; the cross-entropy of mixed views of a second batch of selected samples; and the binary
-    cross-entropy of the predictions' similarity over pairs. The third stage is Sel-CL+, as :class:`MOIT`'s.
+    Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The third stage is Sel-CL+, as :class:`MOIT`'s. Values
+    published for CIFAR-100 are in ``configs/setting/sel_cl``.
 
     Departures: similarities are computed for the pairs of a step only, where one version of the code stores those of all
     samples. The quantile is that of 64 random pairs per sample (code: 500). A sample has a partner if there is one in the batch
@@ -53,8 +48,8 @@ class SelCL(SelectedContrast):
 
     Args:
         num_classes: C, number of classes.
-        pair_quantile: quantile of the similarities from which on pairs are selected, in [0, 1]; published: 0.25 on
-            CIFAR-10, 0.35 with symmetric and 0 with asymmetric noise on CIFAR-100.
+        pair_quantile: quantile of the similarities within the classes of selected samples, from which on other pairs of a
+            class are selected, in [0, 1].
         negatives: number of keys in the queue of MoCo.
         decay: weight of the old average in an update of the key encoder, in [0, 1).
         w_similarity: weight of the similarity of predictions, >= 0; 0 omits it.
@@ -131,9 +126,8 @@ class SelCL(SelectedContrast):
         if self.stage.name == "warmup":
             return self.unsupervised(batch).mean() + zero_term(self.parameters())
         every, drawn = batch.chunk(2)
-        loss, _ = self.classified_views(
-            drawn, self.one_hot(drawn.labels), self.detected.quality[drawn.index], embed=False
-        )
+        targets, quality = self.one_hot(drawn.labels), self.detected.quality[drawn.index]
+        loss, _ = self.classified_views(drawn, targets, quality, embed=False)
         supervised, partnered = self.supervised(every)
         return loss + supervised + (self.unsupervised(every) * ~partnered).mean()
 
@@ -177,10 +171,8 @@ class SelCL(SelectedContrast):
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the selected pairs (B, M) of samples ``rows`` (B,) and ``columns`` (M,); a sample pairs with itself."""
-        store, features = self.detected, self.embeddings.features
-        labels, embeddings, selected = (
-            (table[rows], table[columns]) for table in (store.labels, features, store.selected)
-        )
+        tables = (self.detected.labels, self.embeddings.features, self.detected.selected)
+        labels, embeddings, selected = ((table[rows], table[columns]) for table in tables)
         return selected_pairs(labels, embeddings, selected, self.threshold) | (rows[:, None] == columns)
 
     def key(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,17 +35,15 @@ class SelectedContrast(NoisyLabelModule):
 
     Args:
         num_classes: C, number of classes.
-        k: number of neighbors that vote, without the sample itself, at most the number of other samples; published: 250.
+        k: number of neighbors that vote, without the sample itself, at most the number of other samples.
         projection: P, width of the embeddings.
         temperature: temperature of the contrast and of weighted votes, positive.
         alpha: parameter of mixup's Beta distribution, >= 0.
         quantile: the number of selected samples per class is this quantile over classes of the number of samples whose label
-            wins, in [0, 1]. Published: 0.5; Sel-CL on CIFAR-100 0.75 with symmetric and 0.25 with asymmetric noise.
-        memory_per_class: rows per class and view of the queue of past embeddings; 0 has no queue. Published: 100; Sel-CL on
-            CIFAR-10 1000.
+            wins, in [0, 1].
+        memory_per_class: rows per class and view of the queue of past embeddings; 0 has no queue.
         memory_after: epochs before this queue is used.
-        select_epochs: length of the second stage, followed by the fine-tuning; None has no fine-tuning. Published: 120 of MOIT,
-            249 of Sel-CL.
+        select_epochs: length of the second stage, followed by the fine-tuning; None has no fine-tuning.
         finetune_lr: learning rate of the fine-tuning; published: 0.001. None uses the optimizer's with its schedule.
         bootstrap_after: epochs of the fine-tuning without bootstrapping.
         bootstrap: weight of the predicted class in the bootstrapping, in [0, 1].
@@ -83,8 +81,8 @@ class SelectedContrast(NoisyLabelModule):
         check_range(">= 1 or null", select_epochs=select_epochs)
         check_range("> 0", temperature=temperature)
         check_range("> 0 or null", finetune_lr=finetune_lr)
-        check_range(">= 0", alpha=alpha, memory_per_class=memory_per_class, memory_after=memory_after)
-        check_range(">= 0", bootstrap_after=bootstrap_after)
+        check_range(">= 0", alpha=alpha, bootstrap_after=bootstrap_after)
+        check_range(">= 0", memory_per_class=memory_per_class, memory_after=memory_after)
         check_range("in [0, 1]", quantile=quantile, bootstrap=bootstrap)
         super().__init__(num_classes, **kwargs)
         self.k, self.temperature, self.alpha, self.quantile, self.view = k, temperature, alpha, quantile, view
