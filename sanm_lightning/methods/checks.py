@@ -22,6 +22,7 @@ __all__ = [
     "refuse_compiled",
     "refuse_other_weights",
     "require",
+    "require_divisible",
     "require_index",
     "require_noise_rate",
     "size_pair",
@@ -169,6 +170,15 @@ def require_index(batch: NoisyBatch, method: str) -> Tensor:
             "data module of this package, or batches NoisyBatch(images, labels, index)"
         )
     return batch.index
+
+
+def require_divisible(num_samples: int, method: str) -> None:
+    """Raise ValueError for a training set of fewer than 2 samples, which cannot be divided into two sets."""
+    if num_samples < 2:
+        raise ValueError(
+            f"expected 2 or more training samples for {method}, which divides them into two sets, got {num_samples}; add "
+            "samples"
+        )
 
 
 def refuse_compiled(method: str, compile_network: Any) -> None:

@@ -23,7 +23,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import balanced_batches, permuted_batches
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range, require_divisible, require_index
 from sanm_lightning.methods.encoder import load_encoder
 from sanm_lightning.models import pooled_features
 from sanm_lightning.per_sample import NeighborGraph
@@ -102,10 +102,7 @@ class REED(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Require at least 2 training samples."""
-        if num_samples < 2:
-            raise ValueError(
-                f"expected 2 or more training samples for REED, which divides them, got {num_samples}; add samples"
-            )
+        require_divisible(num_samples, type(self).__name__)
 
     # Between the stages: divide
 
@@ -116,11 +113,9 @@ class REED(NoisyLabelModule):
         selected, _ = threshold_split(quality, self.p_threshold)
         self.graph.update(index, selected=selected, given_quality=quality, probs=found["logits"].softmax(1))
         neighbors, _ = weighted_neighbors(found["features"], self.k)
-        if neighbors.shape[1] < self.k:
-            rank_zero_info(
-                f"REED: each sample has {neighbors.shape[1]} instead of k = {self.k} neighbors, all other samples"
-            )
         self.graph.connect(index, neighbors)
+        if (k := neighbors.shape[1]) < self.k:
+            rank_zero_info(f"REED: each sample has {k} instead of k = {self.k} neighbors, all other samples")
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample half a batch with labels, with balanced classes, and half a batch without labels per step."""
@@ -157,8 +152,7 @@ class REED(NoisyLabelModule):
         first = torch.arange(2 * half, device=index.device) < half
         mean, maps = self.guess(list(batch.views))
         targets = torch.where(first[:, None], self.one_hot(batch.labels), sharpen(mean, self.temperature))
-        near = self.graph.neighbor_mean(index)
-        quality = self.graph.given_quality[index]
+        near, quality = self.graph.neighbor_mean(index), self.graph.given_quality[index]
         out = self.learn(
             batch.with_images(torch.cat(batch.views)), targets.repeat(2, 1), quality=quality.repeat(2),
             features=torch.cat(maps), mix=partial(mixup, generator=self.stream("mixup"), alpha=self.alpha),
