@@ -101,7 +101,9 @@ def nonempty_selection(selected: Tensor, epoch: int, method: str) -> Tensor:
     """Return the selected samples, shape (N,), bool, or all samples with a warning if none is selected."""
     if bool(selected.any()):
         return selected
-    rank_zero_warn(f"expected a selection with samples in epoch {epoch} of {method}, got none; training on all samples")
+    rank_zero_warn(
+        f"expected a selection with samples in epoch {epoch} of {method}, got an empty one; training on all samples"
+    )
     return torch.ones_like(selected)
 
 

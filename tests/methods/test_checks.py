@@ -43,7 +43,7 @@ def test_an_empty_selection_is_replaced_by_all_samples_with_a_warning():
         warnings.simplefilter("error")
         chosen = torch.tensor([True, False, True])
         assert torch.equal(nonempty_selection(chosen, 3, "MOIT"), chosen)
-    sentence = "^expected a selection with samples in epoch 3 of MOIT, got none; training on all samples$"
+    sentence = "^expected a selection with samples in epoch 3 of MOIT, got an empty one; training on all samples$"
     with pytest.warns(UserWarning, match=sentence):
         assert nonempty_selection(torch.zeros(3, dtype=torch.bool), 3, "MOIT").tolist() == [True] * 3
 
