@@ -169,7 +169,9 @@ class RRL(NoisyLabelModule):
     def prototype_contrast(self, views: tuple[Tensor, ...], targets: Tensor, confident: Tensor) -> Tensor:
         """Return the cross-entropy of the similarity of mixed views of confident samples to the prototypes, a scalar."""
         targets, confident = targets.repeat(len(views), 1), confident.repeat(len(views))
-        mixed = mixup_among(torch.cat(views), targets, confident, self.stream("mixup"), self.alpha)
+        mixed = mixup_among(
+            torch.cat(views), targets, among=confident, generator=self.stream("mixup"), alpha=self.alpha
+        )
         embeddings = self.projection.of_maps(self.network, self.network.forward_features(mixed.images))
         losses = soft_cross_entropy(embeddings @ self.prototypes.T / self.temperature, mixed.targets)
         return masked_mean(losses, confident)
