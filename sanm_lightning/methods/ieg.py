@@ -178,7 +178,7 @@ class IEG(NoisyLabelModule):
     def mixed_loss(self, given: NoisyBatch, guesses: Tensor, quality: Tensor, probe: NoisyBatch) -> Tensor:
         """Return the cross-entropies of mixed probe samples and of mixed views with guessed labels, weighted."""
         generator, size = self.stream("mixup"), len(guesses)
-        drawn = torch.randint(len(probe.labels), (size,), generator=generator).to(self.device, non_blocking=True)
+        drawn = torch.randint(len(probe.labels), (size,), generator=generator).to(guesses.device, non_blocking=True)
         extra = probe.images[drawn], self.one_hot(probe.labels[drawn])
         mix = partial(row_mixup, generator=generator, beta=self.mixup_beta)
         views = given.with_images(torch.cat(given.views))
