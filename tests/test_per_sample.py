@@ -16,6 +16,7 @@ from sanm_lightning.per_sample import (
     History,
     LabelStore,
     LearnableTargets,
+    NeighborGraph,
     RunningVariance,
     SampleState,
 )
@@ -429,6 +430,26 @@ class TestLabelStore:
         other.load_state_dict(saved_and_loaded(store.state_dict()))  # type: ignore[arg-type]
         assert other.filled
         assert other.selected.tolist() == [True, False]
+
+
+class TestNeighborGraph:
+    def test_the_neighbors_of_a_pool_are_positions_in_the_training_set(self):
+        graph = NeighborGraph(3, k=2)
+        graph.reset(6)
+        graph.update(probs=torch.rand(6, 3))
+        pool = torch.tensor([1, 2, 5])
+        graph.connect(pool, torch.tensor([[1, 2], [0, 2], [0, 1]]))
+        assert graph.neighbors.tolist() == [[-1, -1], [2, 5], [1, 5], [-1, -1], [-1, -1], [1, 2]]
+        for sample, near in {0: [0], 1: [2, 5], 2: [1, 5], 5: [1, 2]}.items():
+            mean = torch.stack([graph.probs[j] for j in near]).mean(0)
+            torch.testing.assert_close(graph.neighbor_mean(torch.tensor([sample]))[0], mean)
+
+    def test_fewer_neighbors_than_k_are_averaged_alone(self):
+        graph = NeighborGraph(3, k=4)
+        graph.reset(2)
+        graph.update(probs=torch.rand(2, 3))
+        graph.connect(torch.arange(2), torch.tensor([[1], [0]]))
+        torch.testing.assert_close(graph.neighbor_mean(torch.arange(2)), graph.probs.flip(0))
 
 
 class TestLearnableTargets:

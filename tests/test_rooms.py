@@ -48,6 +48,7 @@ ALLOWED = {
 HELPERS = {
     "__init__",
     "base",
+    "batches",
     "checks",
     "ema",
     "evaluation",

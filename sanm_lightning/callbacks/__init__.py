@@ -5,6 +5,16 @@ from sanm_lightning.callbacks.epoch_start import EpochStart
 from sanm_lightning.callbacks.exact_resume import ExactResume
 from sanm_lightning.callbacks.finders import Finders
 from sanm_lightning.callbacks.finite_loss import FiniteLoss
+from sanm_lightning.callbacks.optimizer_steps import OptimizerSteps
 from sanm_lightning.callbacks.stages import Stage, Stages
 
-__all__ = ["CompileNetworks", "EpochStart", "ExactResume", "Finders", "FiniteLoss", "Stage", "Stages"]
+__all__ = [
+    "CompileNetworks",
+    "EpochStart",
+    "ExactResume",
+    "Finders",
+    "FiniteLoss",
+    "OptimizerSteps",
+    "Stage",
+    "Stages",
+]

@@ -33,6 +33,7 @@ class Stage:
         gradient_clip_val: norm for gradient clipping of each network, which overrides the trainer's setting.
         frozen: names of submodules whose parameters are not updated. Their gradients are still computed, so ``ddp``
             finds no unused parameters.
+        trained: parameters that are updated: ``"all"``, or those of the ``"head"`` (classifier) of every network only.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Stage:
     factor: Callable[[int, int], float] | None = None
     gradient_clip_val: float | None = None
     frozen: tuple[str, ...] = ()
+    trained: Literal["all", "head"] = "all"
 
 
 def locate(stages: Iterable[Stage], epoch: int) -> tuple[int, Stage, int]:
@@ -145,9 +147,13 @@ class Stages(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
         """Set the gradients of frozen parameters to None, so that the optimizer neither updates nor decays them."""
-        for name in pl_module.stage.frozen:
-            for parameter in pl_module.get_submodule(name).parameters():
-                parameter.grad = None
+        stage = pl_module.stage
+        frozen = [parameter for name in stage.frozen for parameter in pl_module.get_submodule(name).parameters()]
+        if stage.trained == "head":
+            heads = {parameter for network in pl_module.networks for parameter in network.get_classifier().parameters()}
+            frozen += [parameter for parameter in pl_module.parameters() if parameter not in heads]
+        for parameter in frozen:
+            parameter.grad = None
 
     def _leave(self, optimizer: torch.optim.Optimizer) -> None:
         for group, before in zip(optimizer.param_groups, self._before, strict=True):

@@ -2,6 +2,7 @@
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.functional.contrastive import (
+    MixedViews,
     instance_contrast,
     interpolated_contrast,
     pair_similarity,
@@ -11,6 +12,7 @@ from sanm_lightning.functional.contrastive import (
 )
 from sanm_lightning.functional.correction import (
     backward_correction,
+    check_transition,
     estimate_transition,
     forward_correction,
     label_posterior,
@@ -18,6 +20,7 @@ from sanm_lightning.functional.correction import (
 from sanm_lightning.functional.cross_validation import (
     cross_validated_noise_rate,
     discarded_fraction,
+    held_out,
     largest_losses,
     random_halves,
     remaining_noise_rate,
@@ -51,6 +54,7 @@ from sanm_lightning.functional.neighbors import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    weighted_neighbors,
 )
 from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
 from sanm_lightning.functional.prototypes import class_prototypes, density_peaks, select_peaks
@@ -64,8 +68,15 @@ from sanm_lightning.functional.ramps import (
     step_ramp,
     step_thirds,
     temperature_ramp,
+    weight_ramp,
 )
-from sanm_lightning.functional.reweighting import LookaheadStep, meta_gradients, meta_weights, sgd_step
+from sanm_lightning.functional.reweighting import (
+    LookaheadStep,
+    meta_gradients,
+    meta_weights,
+    reweighted_cross_entropy,
+    sgd_step,
+)
 from sanm_lightning.functional.selection import (
     Refurbishing,
     class_balanced_draw,
@@ -90,6 +101,7 @@ from sanm_lightning.functional.targets import (
     Mixed,
     bootstrapped,
     co_refine,
+    guessed_labels,
     guided_mixup,
     keep_given,
     label_step,
@@ -105,12 +117,14 @@ __all__ = [
     "BetaMixture",
     "LookaheadStep",
     "Mixed",
+    "MixedViews",
     "Mixture",
     "Refurbishing",
     "backward_correction",
     "balanced_votes",
     "beta_mixture_posterior",
     "bootstrapped",
+    "check_transition",
     "clamped_probs",
     "class_balanced_draw",
     "class_means",
@@ -140,7 +154,9 @@ __all__ = [
     "forward_kl",
     "generalized_cross_entropy",
     "gradients",
+    "guessed_labels",
     "guided_mixup",
+    "held_out",
     "instance_contrast",
     "interpolated_contrast",
     "keep_given",
@@ -178,6 +194,7 @@ __all__ = [
     "remaining_noise_rate",
     "repeated_draw",
     "reverse_kl",
+    "reweighted_cross_entropy",
     "rms_normalize",
     "row_mixup",
     "select_peaks",
@@ -200,5 +217,7 @@ __all__ = [
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
     "view_positives",
+    "weight_ramp",
+    "weighted_neighbors",
     "zero_term",
 ]

@@ -1,10 +1,15 @@
 """Contrastive losses on normalized embeddings, and the pairs that they attract."""
 
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.functional.targets import Mixed
+
 __all__ = [
+    "MixedViews",
     "instance_contrast",
     "interpolated_contrast",
     "pair_similarity",
@@ -12,6 +17,23 @@ __all__ = [
     "selected_pairs",
     "view_positives",
 ]
+
+
+class MixedViews(NamedTuple):
+    """Embeddings of two mixed views of B samples, first views, then second views."""
+
+    embeddings: Tensor
+    """(2 B, P), normalized."""
+    lam: Tensor
+    """(2 B,), weight of the larger part of each view, in [1/2, 1]."""
+    partners: Tensor
+    """(2 B,), position of the sample that each view is mixed with."""
+
+    @classmethod
+    def of(cls, embeddings: list[Tensor], mixed: list[Mixed]) -> "MixedViews":
+        """Join the two views, embeddings (B, P) each, that were mixed with one weight per view."""
+        lam = [torch.full_like(rows[:, 0], cast(float, view.lam)) for rows, view in zip(embeddings, mixed, strict=True)]
+        return cls(torch.cat(embeddings), torch.cat(lam), torch.cat([view.partners for view in mixed]))
 
 
 def instance_contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:

@@ -1,13 +1,45 @@
 """Loss correction with a noise transition matrix, and its estimation."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sanm_lightning.functional.losses import soft_cross_entropy
 
-__all__ = ["backward_correction", "estimate_transition", "forward_correction", "label_posterior"]
+__all__ = ["backward_correction", "check_transition", "estimate_transition", "forward_correction", "label_posterior"]
+
+
+def check_transition(transition: Any, num_classes: int) -> Tensor:
+    """Return a transition matrix as a tensor (C, C), float32.
+
+    Args:
+        transition: rows of the matrix; entry (i, j) is the probability that class i is labeled j.
+        num_classes: C.
+
+    Raises:
+        ValueError: if the matrix is not square with C rows, not stochastic, or singular.
+    """
+    matrix = torch.as_tensor(transition, dtype=torch.float64)
+    if matrix.shape != (num_classes, num_classes):
+        raise ValueError(
+            f"expected a transition matrix ({num_classes}, {num_classes}), got shape {tuple(matrix.shape)}; use one row and "
+            "one column per class"
+        )
+    if bool((matrix < 0).any()) or not torch.allclose(
+        matrix.sum(1), torch.ones(num_classes, dtype=torch.float64), atol=1e-3
+    ):
+        raise ValueError(
+            f"expected a transition matrix with rows of probabilities, got sums from {matrix.sum(1).min():.4g} to "
+            f"{matrix.sum(1).max():.4g} and a smallest entry of {matrix.min():.4g}; normalize its rows"
+        )
+    if int(torch.linalg.matrix_rank(matrix)) < num_classes:
+        raise ValueError(
+            f"expected an invertible transition matrix, got one of rank {int(torch.linalg.matrix_rank(matrix))} for "
+            f"{num_classes} classes; mix it with the identity matrix"
+        )
+    return (matrix / matrix.sum(1, keepdim=True)).float()
 
 
 def forward_correction(logits: Tensor, targets: Tensor, transition: Tensor) -> Tensor:

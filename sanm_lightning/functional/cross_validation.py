@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = [
     "cross_validated_noise_rate",
     "discarded_fraction",
+    "held_out",
     "largest_losses",
     "random_halves",
     "remaining_noise_rate",
@@ -21,6 +22,19 @@ def random_halves(candidate: Tensor, generator: torch.Generator) -> Tensor:
     half = torch.full_like(candidate, -1, dtype=torch.int64)
     half[order] = (torch.arange(len(order), device=order.device) >= len(order) // 2).long()
     return half
+
+
+def held_out(values: Tensor, half: Tensor) -> Tensor:
+    """Return for each sample the value of the network that was not trained on its half.
+
+    Args:
+        values: values of networks 0 and 1, which were trained on half 0 and 1, shape (2, N).
+        half: half of each sample, shape (N,), 0 or 1; -1, for samples that are in neither, takes the value of network 1.
+
+    Returns:
+        Shape (N,).
+    """
+    return torch.where(half == 1, values[0], values[1])
 
 
 def largest_losses(losses: Tensor, agreed: Tensor, half: Tensor, fraction: float) -> Tensor:

@@ -12,6 +12,7 @@ __all__ = [
     "nearest_neighbors",
     "neighbor_mean",
     "similar_samples",
+    "weighted_neighbors",
 ]
 
 CHUNK_VALUES = 2**27
@@ -70,6 +71,24 @@ def similar_samples(
         found.append(top.indices)
         values.append(top.values * scale[start : start + len(rows), None])
     return torch.cat(found), torch.cat(values)
+
+
+def weighted_neighbors(features: Tensor, k: int, temperature: float | None = None) -> tuple[Tensor, Tensor | None]:
+    """Find the nearest other samples, and their weights, in the form that :func:`neighbor_mean` takes.
+
+    Args:
+        features: shape (N, D), N >= 1, not necessarily normalized.
+        k: number of neighbors, >= 0; at most N - 1 are returned.
+        temperature: weights are proportional to exp(cosine similarity / temperature), positive; None for no weights.
+
+    Returns:
+        Positions, shape (N, min(k, N - 1)), int64, most similar first; weights of the same shape, rows sum to 1, or None.
+    """
+    k = min(k, len(features) - 1)
+    if not k:
+        return torch.empty((len(features), 0), dtype=torch.int64, device=features.device), None
+    neighbors, similarity = similar_samples(features, k)
+    return neighbors, None if temperature is None else (similarity / temperature).softmax(1)
 
 
 def neighbor_mean(values: Tensor, neighbors: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ __all__ = [
     "step_ramp",
     "step_thirds",
     "temperature_ramp",
+    "weight_ramp",
 ]
 
 
@@ -77,3 +78,8 @@ def step_ramp(step: int, steps: int, length: int) -> float:
 def temperature_ramp(epoch: int, length: int, last: float = 0.001) -> float:
     """Return a temperature that falls linearly from 1 to ``last`` over the first ``length`` epochs, counted from 0."""
     return 1 - (1 - last) * min(epoch, length - 1) / max(1, length - 1)
+
+
+def weight_ramp(epoch: int, length: int, weight: float) -> float:
+    """Return a weight that increases linearly from 1 to ``weight`` over ``length`` epochs, counted from 0; never above it."""
+    return min(1 + epoch * (weight - 1) / length, weight) if length else weight

@@ -17,7 +17,7 @@ from sanm_lightning.functional.look_ahead import (
 from sanm_lightning.functional.losses import soft_cross_entropy
 from sanm_lightning.functional.targets import co_refine
 
-__all__ = ["LookaheadStep", "meta_gradients", "meta_weights", "sgd_step"]
+__all__ = ["LookaheadStep", "meta_gradients", "meta_weights", "reweighted_cross_entropy", "sgd_step"]
 
 
 class LookaheadStep(NamedTuple):
@@ -122,3 +122,26 @@ def meta_weights(by_weight: Tensor) -> Tensor:
     """
     useful = (-by_weight).clamp(min=0)
     return useful / (useful.sum() + 1e-5)
+
+
+def reweighted_cross_entropy(
+    logits: Tensor, labels: Tensor, guesses: Tensor, chosen: Tensor, weights: Tensor, trust: float
+) -> Tensor:
+    """Return the mean of two cross-entropies: of chosen labels with equal weights, and of mixed labels with given weights.
+
+    Source: the code of IEG (Zhang et al., CVPR 2020).
+
+    Args:
+        logits: shape (B, C).
+        labels: given labels as one-hot rows, shape (B, C).
+        guesses: guessed labels, class probabilities, shape (B, C).
+        chosen: 1 where the given label is used, 0 where the guessed one is, shape (B,).
+        weights: weights for the labels ``trust`` y + (1 - ``trust``) g, shape (B,), see :func:`meta_weights`.
+        trust: weight of the given against the guessed label in these, in [0, 1].
+
+    Returns:
+        A scalar.
+    """
+    chosen_losses = soft_cross_entropy(logits, co_refine(labels, chosen, guesses))
+    mixed_losses = soft_cross_entropy(logits, trust * labels + (1 - trust) * guesses)
+    return (chosen_losses.mean() + (weights * mixed_losses).sum()) / 2

@@ -1,5 +1,6 @@
 """Targets from labels and predictions, and mixup."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ __all__ = [
     "Mixed",
     "bootstrapped",
     "co_refine",
+    "guessed_labels",
     "guided_mixup",
     "keep_given",
     "label_step",
@@ -211,6 +213,23 @@ def rms_normalize(logits: Tensor) -> Tensor:
     """Divide logits (B, C) by their root mean square over the batch, (B, C) float32 (the code of IEG)."""
     logits = logits.float()
     return logits * (logits.square().mean() + 1e-8).rsqrt()
+
+
+@torch.no_grad()
+def guessed_labels(views: Sequence[Tensor], temperature: float) -> Tensor:
+    """Guess labels from several views of each sample: the sharpened mean of the predictions for logits of mean square 1.
+
+    Source: the code of IEG (Zhang et al., CVPR 2020).
+
+    Args:
+        views: logits of each view, shape (B, C).
+        temperature: temperature of :func:`sharpen`, positive.
+
+    Returns:
+        Class probabilities, shape (B, C), float32, without gradient.
+    """
+    predictions = (rms_normalize(logits).softmax(1) for logits in views)
+    return sharpen(sum(predictions, torch.zeros_like(views[0])) / len(views), temperature)
 
 
 def neighbor_labels(

@@ -7,7 +7,15 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sanm_lightning.callbacks import CompileNetworks, EpochStart, ExactResume, Finders, FiniteLoss, Stages
+from sanm_lightning.callbacks import (
+    CompileNetworks,
+    EpochStart,
+    ExactResume,
+    Finders,
+    FiniteLoss,
+    OptimizerSteps,
+    Stages,
+)
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.methods import checks
@@ -137,7 +145,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
         first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
-        return [*first, stages, FiniteLoss(), FirstBatch(), *compiled]
+        return [*first, stages, OptimizerSteps(), FiniteLoss(), FirstBatch(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""

@@ -1,6 +1,6 @@
 """Checks common to all methods: arguments, and callbacks of the trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ __all__ = [
     "check_arguments",
     "check_callbacks",
     "check_num_classes",
+    "check_range",
     "check_ranges",
     "clamped_neighbors",
+    "nonempty_selection",
     "refuse_compiled",
     "refuse_other_weights",
     "require",
+    "require_divisible",
     "require_index",
     "require_noise_rate",
     "size_pair",
@@ -66,6 +69,24 @@ def check_ranges(*ranges: tuple[str, Any, bool]) -> None:
         require(good, name, value, "use the default")
 
 
+RANGES: dict[str, Callable[[Any], bool]] = {
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
+    "in (0, 1]": lambda value: 0 < value <= 1,
+    "> 0": lambda value: value > 0,
+    ">= 0": lambda value: value >= 0,
+    ">= 1": lambda value: value >= 1,
+}
+
+
+def check_range(expected: str, **arguments: Any) -> None:
+    """Raise ValueError for the first argument out of a range of ``RANGES``; with `` or null``, None is in the range."""
+    in_range = RANGES[expected.removesuffix(" or null")]
+    for name, value in arguments.items():
+        if value is not None or not expected.endswith(" or null"):
+            require(in_range(value), f"{name} {expected}", value, "use the default")
+
+
 def clamped_neighbors(k: int, num_samples: int, method: str) -> int:
     """Return k, or the number of other samples if it is smaller, with a warning."""
     if k < num_samples:
@@ -74,6 +95,16 @@ def clamped_neighbors(k: int, num_samples: int, method: str) -> int:
         f"expected more than k = {k} samples for the neighbors of {method}, got {num_samples}; k is {num_samples - 1}"
     )
     return num_samples - 1
+
+
+def nonempty_selection(selected: Tensor, epoch: int, method: str) -> Tensor:
+    """Return the selected samples, shape (N,), bool, or all samples with a warning if none is selected."""
+    if bool(selected.any()):
+        return selected
+    rank_zero_warn(
+        f"expected a selection with samples in epoch {epoch} of {method}, got an empty one; training on all samples"
+    )
+    return torch.ones_like(selected)
 
 
 def size_pair(image_size: Any) -> tuple[int, int]:
@@ -141,6 +172,15 @@ def require_index(batch: NoisyBatch, method: str) -> Tensor:
             "data module of this package, or batches NoisyBatch(images, labels, index)"
         )
     return batch.index
+
+
+def require_divisible(num_samples: int, method: str) -> None:
+    """Raise ValueError for a training set of fewer than 2 samples, which cannot be divided into two sets."""
+    if num_samples < 2:
+        raise ValueError(
+            f"expected 2 or more training samples for {method}, which divides them into two sets, got {num_samples}; add "
+            "samples"
+        )
 
 
 def refuse_compiled(method: str, compile_network: Any) -> None:

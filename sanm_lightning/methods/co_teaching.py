@@ -76,10 +76,7 @@ class CoTeaching(NoisyLabelModule):
         targets = self.one_hot(batch.labels)
         kept = 1 - forget_rate_at(self.current_epoch, self.noise_rate, self.num_gradual, self.exponent)
         seen = [self.learn(batch, targets, number) for number in (0, 1)]
-        chosen = []
-        for out in seen:
-            assert out.clean_logits is not None
-            chosen.append(small_loss(soft_cross_entropy(out.clean_logits.detach(), targets), kept))
+        chosen = [small_loss(soft_cross_entropy(out.unmasked_logits(), targets), kept) for out in seen]
         total = torch.zeros((), device=targets.device)
         for out, choice in zip(seen, reversed(chosen), strict=True):
             loss = out.classification(choice)

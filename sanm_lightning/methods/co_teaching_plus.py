@@ -65,14 +65,12 @@ class CoTeachingPlus(CoTeaching):
         targets = self.one_hot(batch.labels)
         kept = 1 - forget_rate_at(self.current_epoch, self.noise_rate, self.num_gradual, self.exponent)
         seen = [self.learn(batch, targets, number) for number in (0, 1)]
-        clean: Any = [out.clean_logits for out in seen]
+        clean = [out.unmasked_logits() for out in seen]
         differing = clean[0].argmax(1) != clean[1].argmax(1)
         if self.released_lost_sample:
             differing = _without_last(differing, require_index(batch, type(self).__name__))
         agreed = ~differing.any()
-        chosen = [
-            small_loss_among(self._losses(logits.detach(), targets), kept, differing) | agreed for logits in clean
-        ]
+        chosen = [small_loss_among(self._losses(logits, targets), kept, differing) | agreed for logits in clean]
         total = torch.zeros((), device=targets.device)
         for out, choice in zip(seen, reversed(chosen), strict=True):
             loss = masked_mean(self._losses(out.logits, out.targets), out.per_view(choice))

@@ -106,10 +106,6 @@ class CREMA(NoisyLabelModule):
             given_quality=likelihood,
         )
 
-    def label_quality(self) -> Tensor | None:
-        """Return the geometric mean of the credibilities of each given label, (N,); None before the first division."""
-        return self.judged.given_quality if self.judged.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)

@@ -19,11 +19,12 @@ from sanm_lightning.functional import (
     mixup,
     negative_entropy,
     prior_kl,
-    repeated_draw,
     sharpen,
     threshold_split,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.batches import permuted_batches
+from sanm_lightning.methods.checks import require_divisible
 from sanm_lightning.per_sample import History
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.inference import inference_context
@@ -193,11 +194,7 @@ class DivideMix(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Require at least 2 training samples."""
-        if num_samples < 2:
-            raise ValueError(
-                f"expected 2 or more training samples for {type(self).__name__}, which divides them into two sets, got "
-                f"{num_samples}; add samples"
-            )
+        require_divisible(num_samples, type(self).__name__)
 
     # Once per epoch: divide
 
@@ -236,8 +233,7 @@ class DivideMix(NoisyLabelModule):
                 )
             generator = named_generator("draw", self.sanm.seed, plan.epoch, number)
             for part in (pool[labelled], pool[~labelled]):
-                order = repeated_draw(part, plan.world_size * plan.steps * half, generator)
-                blocks.append(order[plan.rank :: plan.world_size].view(plan.steps, half))
+                blocks.append(permuted_batches(plan, part, half, generator))
         return torch.cat(blocks, 1)
 
     # Each step: refine, guess, mix

@@ -107,9 +107,8 @@ class ELRPlus(NoisyLabelModule):
             total = total + loss + out.reconstruction
         return total
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the teachers, before a checkpoint can be saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the teachers."""
         pairs: Any = zip(self.teachers, self.networks, strict=True)
         for teacher, network in pairs:
             teacher.update(network)

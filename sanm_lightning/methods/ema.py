@@ -18,10 +18,10 @@ class EMA(nn.Module):
 
     Args:
         network: network with the initial values, which are copied.
-        decay: function of the update number, from 0, that returns the weight of the old average, in [0, 1].
+        decay: weight of the old average in an update, in [0, 1], or a function of the update number, from 0, that returns it.
     """
 
-    def __init__(self, network: nn.Module, decay: Callable[[int], float]) -> None:
+    def __init__(self, network: nn.Module, decay: float | Callable[[int], float]) -> None:
         super().__init__()
         self.module = copy.deepcopy(network).requires_grad_(False)
         self.decay = decay
@@ -31,7 +31,8 @@ class EMA(nn.Module):
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Update the average with the parameters of ``network``; call it after the optimizer step."""
-        weight = 1.0 if self._copy_next else 1 - self.decay(self.steps)
+        decay = self.decay(self.steps) if callable(self.decay) else self.decay
+        weight = 1.0 if self._copy_next else 1 - decay
         self._copy_next = False
         for slow, fast in zip(self.module.parameters(), network.parameters(), strict=True):
             slow.lerp_(fast.to(slow.dtype), weight)

@@ -7,42 +7,18 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.functional import backward_correction, estimate_transition, forward_correction, label_posterior
+from sanm_lightning.functional import (
+    backward_correction,
+    check_transition,
+    estimate_transition,
+    forward_correction,
+    label_posterior,
+)
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import require
 from sanm_lightning.per_sample import LabelStore
 
 __all__ = ["ForwardCorrection", "check_transition"]
-
-
-def check_transition(transition: Any, num_classes: int) -> Tensor:
-    """Return a transition matrix as a tensor (C, C), float32.
-
-    Args:
-        transition: rows of the matrix; entry (i, j) is the probability that class i is labeled j.
-        num_classes: C.
-
-    Raises:
-        ValueError: if the matrix is not square with C rows, not stochastic, or singular.
-    """
-    matrix = torch.as_tensor(transition, dtype=torch.float64)
-    if matrix.shape != (num_classes, num_classes):
-        raise ValueError(
-            f"expected a transition matrix ({num_classes}, {num_classes}), got shape {tuple(matrix.shape)}; use one row and "
-            "one column per class"
-        )
-    if bool((matrix < 0).any()) or not torch.allclose(
-        matrix.sum(1), torch.ones(num_classes, dtype=torch.float64), atol=1e-3
-    ):
-        raise ValueError(
-            f"expected a transition matrix with rows of probabilities, got sums from {matrix.sum(1).min():.4g} to "
-            f"{matrix.sum(1).max():.4g} and a smallest entry of {matrix.min():.4g}; normalize its rows"
-        )
-    if int(torch.linalg.matrix_rank(matrix)) < num_classes:
-        raise ValueError(
-            f"expected an invertible transition matrix, got one of rank {int(torch.linalg.matrix_rank(matrix))} for "
-            f"{num_classes} classes; mix it with the identity matrix"
-        )
-    return (matrix / matrix.sum(1, keepdim=True)).float()
 
 
 class ForwardCorrection(NoisyLabelModule):
@@ -87,10 +63,11 @@ class ForwardCorrection(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        if direction not in ("forward", "backward"):
-            raise ValueError(f"expected direction 'forward' or 'backward', got {direction!r}; choose one of them")
-        if percentile is not None and not 0 < percentile <= 100:
-            raise ValueError(f"expected percentile in (0, 100] or null, got {percentile}; use 97 or null")
+        require(
+            direction in ("forward", "backward"), "direction 'forward' or 'backward'", direction, "choose one of them"
+        )
+        good = percentile is None or 0 < percentile <= 100
+        require(good, "percentile in (0, 100] or null", percentile, "use 97 or null")
         known = None if transition is None else check_transition(transition, num_classes)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.direction, self.percentile, self.renew, self.known = direction, percentile, reset, transition is not None
@@ -109,10 +86,6 @@ class ForwardCorrection(NoisyLabelModule):
         """Estimate the matrix from the predictions of the first network."""
         self.transition = estimate_transition(self.predict_train("logits")["logits"].softmax(1), self.percentile)
 
-    def label_quality(self) -> Tensor | None:
-        """Return the posterior probability of each given label, (N,); None before the first corrected step."""
-        return self.posterior.given_quality if self.posterior.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
@@ -121,8 +94,8 @@ class ForwardCorrection(NoisyLabelModule):
         if self.stage.name == "warmup":
             return self.learn(batch, labels).cross_entropy()
         out = self.learn(batch, labels, quality=self.posterior.given_quality[batch.index] if tracked else None)
-        if tracked and out.clean_logits is not None:
-            posterior = label_posterior(out.clean_logits.detach(), labels, self.transition)
+        if tracked:
+            posterior = label_posterior(out.unmasked_logits(), labels, self.transition)
             self.posterior.write("given_quality", batch.index, posterior)
         corrected = forward_correction if self.direction == "forward" else backward_correction
         return corrected(out.logits, out.targets, self.transition).mean() + out.reconstruction

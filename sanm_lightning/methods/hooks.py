@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from sanm_lightning.batch import EpochPlan, View
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.callbacks.stages import locate
+from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.module import SANM
 
 __all__ = ["MethodHooks"]
@@ -98,12 +99,20 @@ class MethodHooks(L.LightningModule):
     def begin_stage(self) -> None:
         """Run once before the first epoch of each stage after the first one, before its reset and :meth:`begin_epoch`."""
 
+    def after_optimizer_step(self) -> None:
+        """Run after each optimizer step, before a checkpoint can be saved; not in the trials of Lightning's finders."""
+
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Raise ValueError for a training set that the method does not support."""
 
     def label_quality(self) -> Tensor | None:
-        """Return the method's estimate of the quality of each given label, (N,), in [0, 1]; None if not available."""
-        return None
+        """Return the method's estimate of the quality of each given label, (N,), in [0, 1]; None if not available.
+
+        The default is the ``given_quality`` of the :class:`LabelStore` of a method with ``estimates_quality``, and None
+        before anything is written to it.
+        """
+        stores = [part for part in self.children() if isinstance(part, LabelStore) and self.estimates_quality]
+        return next((store.given_quality for store in stores if store.filled), None)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits (B, C) of images (B, C, H, W) in [0, 1], averaged over the networks."""
@@ -115,12 +124,25 @@ class MethodHooks(L.LightningModule):
         """The stage of the current epoch."""
         return locate(self.stages(), self.current_epoch)[1]
 
-    def fraction_of_run(self, numerator: int, denominator: int) -> int:
-        """Return a fraction of the epochs after the warm-up, rounded down; ``numerator`` epochs if it is unknown."""
+    @property
+    def stage_epoch(self) -> int:
+        """Number of the current epoch in its stage, from 0."""
+        return self.current_epoch - locate(self.stages(), self.current_epoch)[2]
+
+    @property
+    def total_epochs(self) -> int | None:
+        """``max_epochs`` of the trainer; None if there is no trainer or no limit."""
         epochs = None if self._trainer is None else self._trainer.max_epochs
-        if epochs is None or epochs < 0:
+        return None if epochs is None or epochs < 0 else epochs
+
+    def fraction_of_run(self, numerator: int, denominator: int, after: int | None = None) -> int:
+        """Return a fraction of the epochs ``after`` the warm-up or another number of epochs, rounded down.
+
+        It is ``numerator`` epochs if ``max_epochs`` is unknown.
+        """
+        if self.total_epochs is None:
             return numerator
-        return max(0, epochs - self.warmup_epochs) * numerator // denominator
+        return max(0, self.total_epochs - (self.warmup_epochs if after is None else after)) * numerator // denominator
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""

@@ -1,6 +1,6 @@
 """IEG (Zhang et al., CVPR 2020): weights and labels of the samples from a look-ahead step, judged on a few known labels."""
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -8,18 +8,18 @@ from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.functional import (
-    co_refine,
     forward_kl,
+    guessed_labels,
     meta_gradients,
     meta_weights,
-    repeated_draw,
+    reweighted_cross_entropy,
     rms_normalize,
     row_mixup,
     sgd_step,
-    sharpen,
     soft_cross_entropy,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.batches import permuted_batches
 from sanm_lightning.methods.checks import check_ranges, refuse_compiled, require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import LabelStore
@@ -33,12 +33,7 @@ class IEG(NoisyLabelModule):
 
     Source: Zhang et al., CVPR 2020 ("Distilling effective supervision from severe label noise"), and the authors' code. The
     method requires known labels of some training samples, the probe set: its results are not comparable with those of
-    methods without them. Probe samples are excluded from the other training samples.
-
-    Each step guesses labels from a weak and a strong view; determines the weight of each sample, and whether its given or its
-    guessed label is used, by the gradient of the probe loss after one look-ahead step; and minimizes the sum of two
-    cross-entropies with these, a cross-entropy of mixed probe samples and views with guessed labels, and a KL divergence of
-    the strong from the weak view.
+    methods without them. Weights and choices of labels follow the gradient of the probe loss after one look-ahead step.
 
     Departures: batches of the probe set are random permutations, where those of the code have balanced classes. The
     look-ahead step has the weight decay and the momentum of ``torch.optim.SGD``, as in the code; with other optimizers, it is
@@ -63,9 +58,8 @@ class IEG(NoisyLabelModule):
         mixup_beta: parameter of the mixing weights' distribution, > 0; published: 0.5.
         decay: decay of the averaged network, in [0, 1]; published: 0.999.
         strong_view: policy of the strong view.
-        second_order: whether to differentiate the look-ahead step by a second backward pass, as in the code. The default
-            computes the same gradients with one forward pass, in less time and memory. Operations without forward-mode
-            derivatives require true.
+        second_order: whether to differentiate the look-ahead step by a second backward pass, as in the code; the gradients
+            are the same. Operations without forward-mode derivatives require true.
 
     All other arguments are those of :class:`NoisyLabelModule`; ``warmup_epochs`` affects SANM only.
 
@@ -77,8 +71,6 @@ class IEG(NoisyLabelModule):
 
     needs_data_module = True
     estimates_quality = True
-    probe_positions: Tensor
-    """(P,), positions of the probe samples in the training set."""
 
     def __init__(
         self,
@@ -125,11 +117,10 @@ class IEG(NoisyLabelModule):
         """The averaged network."""
         return [self.average.module]
 
-    def _probe_set(self) -> Tensor:
-        """Return the positions of the probe samples, (P,); they are read here in trials of Lightning's finders."""
-        if not hasattr(self, "probe_positions"):
-            self.probe_positions, _ = self.known_labels(self.probe)
-        return self.probe_positions
+    @cached_property
+    def probe_positions(self) -> Tensor:
+        """(P,), positions of the probe samples in the training set; read here in trials of Lightning's finders only."""
+        return self.known_labels(self.probe)[0]
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Read the probe set, and require training samples beside it."""
@@ -148,7 +139,7 @@ class IEG(NoisyLabelModule):
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Select the samples of each step, each followed by as many probe samples, both in repeated random permutations."""
-        pool, probe, seed = plan.pool(0), self._probe_set(), self.sanm.seed
+        pool, probe, seed = plan.pool(0), self.probe_positions, self.sanm.seed
         pool = pool[~torch.isin(pool, probe)]
         if not len(pool):
             raise ValueError(
@@ -156,70 +147,48 @@ class IEG(NoisyLabelModule):
                 "data.samples_per_epoch"
             )
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        length = plan.world_size * plan.steps * size
-        drawn = repeated_draw(pool, length, named_generator("draw", seed, plan.epoch))
-        beside = repeated_draw(probe, length, named_generator("probe set", seed, plan.epoch))
-        own = slice(plan.rank, None, plan.world_size)
-        return torch.cat([drawn[own].view(plan.steps, size), beside[own].view(plan.steps, size)], 1)
-
-    def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label, (N,), of its last visit; None before training."""
-        return self.samples.given_quality if self.samples.filled else None
+        drawn = permuted_batches(plan, pool, size, named_generator("draw", seed, plan.epoch))
+        beside = permuted_batches(plan, probe, size, named_generator("probe set", seed, plan.epoch))
+        return torch.cat([drawn, beside], 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         given, probe = NoisyBatch.from_any(batch).chunk(2)
         index = require_index(given, type(self).__name__)
-        known = self.samples.labels[probe.index]
+        probe = probe._replace(labels=self.samples.labels[probe.index])  # the known ones
         labels, (weak, strong) = self.one_hot(given.labels), given.views
         logits, strong_logits = self.network(weak).float(), self.network(strong).float()
-        guesses = self.guess(logits, strong_logits)
-        weights, chosen = self.judge(given._replace(images=weak), logits, guesses, probe.images, known)
+        guesses = guessed_labels([logits, strong_logits], self.temperature)
+        weights, chosen = self.judge(given._replace(images=weak), logits, guesses, probe)
         quality = (chosen * len(labels) * weights).clamp(max=1)
         self.samples.write("given_quality", index, quality)
-        chosen_losses = soft_cross_entropy(logits, co_refine(labels, chosen, guesses))
-        first_losses = soft_cross_entropy(logits, self.trust * labels + (1 - self.trust) * guesses)
-        loss = (chosen_losses.mean() + (weights * first_losses).sum()) / 2
+        loss = reweighted_cross_entropy(logits, labels, guesses, chosen, weights, self.trust)
         consistency = forward_kl(strong_logits, logits.detach().softmax(1)).mean()
-        mixed = self.mixed_loss(given, guesses, quality, probe.images, known)
+        mixed = self.mixed_loss(given, guesses, quality, probe)
         return loss + mixed + self.consistency_weight * consistency
 
-    @torch.no_grad()
-    def guess(self, logits: Tensor, strong_logits: Tensor) -> Tensor:
-        """Return labels (B, C), guessed from the logits of both views."""
-        views = (rms_normalize(view).softmax(1) for view in (logits, strong_logits))
-        return sharpen(sum(views, torch.zeros_like(logits)) / 2, self.temperature)
-
-    def judge(
-        self, given: NoisyBatch, logits: Tensor, guesses: Tensor, probe_images: Tensor, known: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def judge(self, given: NoisyBatch, logits: Tensor, guesses: Tensor, probe: NoisyBatch) -> tuple[Tensor, Tensor]:
         """Return the weight of each sample, and 1 where its given label is used or 0 where its guess is, each (B,)."""
         by_weight, by_trust = meta_gradients(
-            self.network, given.images, logits, self.one_hot(given.labels), guesses, probe_images, known, self.trust,
+            self.network, given.images, logits, self.one_hot(given.labels), guesses, probe.images, probe.labels, self.trust,
             sgd_step(self.network, self.trainer.optimizers, self.meta_lr, self.meta_momentum), self.second_order,
         )  # fmt: skip
         return meta_weights(by_weight), (by_trust < 0).float()
 
-    def mixed_loss(
-        self, given: NoisyBatch, guesses: Tensor, quality: Tensor, probe_images: Tensor, known: Tensor
-    ) -> Tensor:
+    def mixed_loss(self, given: NoisyBatch, guesses: Tensor, quality: Tensor, probe: NoisyBatch) -> Tensor:
         """Return the cross-entropies of mixed probe samples and of mixed views with guessed labels, weighted."""
         generator, size = self.stream("mixup"), len(guesses)
-        drawn = torch.randint(len(known), (size,), generator=generator).to(known.device, non_blocking=True)
-        out = self.learn(
-            given.with_images(torch.cat(given.views)),
-            guesses.repeat(2, 1),
-            quality=quality.repeat(2),
-            mix=partial(row_mixup, generator=generator, beta=self.mixup_beta),
-            extra=(probe_images[drawn], self.one_hot(known[drawn])),
-        )
+        drawn = torch.randint(len(probe.labels), (size,), generator=generator).to(guesses.device, non_blocking=True)
+        extra = probe.images[drawn], self.one_hot(probe.labels[drawn])
+        mix = partial(row_mixup, generator=generator, beta=self.mixup_beta)
+        views = given.with_images(torch.cat(given.views))
+        out = self.learn(views, guesses.repeat(2, 1), quality=quality.repeat(2), mix=mix, extra=extra)
         logits = torch.cat([rms_normalize(block) for block in out.logits.split(size)])
         losses = soft_cross_entropy(logits, out.targets)
         return losses[:size].mean() + self.guess_weight * losses[size:].mean() + out.reconstruction
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the averaged network, with the batch norm statistics of the network."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the averaged network, with the batch norm statistics of the network."""
         self.average.update(self.network)
         for average, buffer in zip(self.average.module.buffers(), self.network.buffers(), strict=True):
             average.copy_(buffer)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import entropy, prior_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
+from sanm_lightning.methods.checks import require, require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["JointOptim"]
@@ -62,15 +61,13 @@ class JointOptim(NoisyLabelModule):
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("alpha", alpha), ("beta", beta), ("update_epochs", update_epochs or 0)):
-            if value < 0:
-                raise ValueError(f"expected {name} >= 0, got {value}; use 0 to omit it")
-        if retrain_lr <= 0:
-            raise ValueError(f"expected retrain_lr > 0, got {retrain_lr}; use 0.2")
-        if prior is not None and (len(prior) != num_classes or min(prior) <= 0 or abs(sum(prior) - 1) > 1e-3):
-            raise ValueError(
-                f"expected a prior of {num_classes} positive probabilities with sum 1, got {prior}; normalize the class counts"
-            )
+        require(alpha >= 0, "alpha >= 0", alpha, "use 0 to omit it")
+        require(beta >= 0, "beta >= 0", beta, "use 0 to omit it")
+        require((update_epochs or 0) >= 0, "update_epochs >= 0", update_epochs, "use 0 to omit it")
+        require(retrain_lr > 0, "retrain_lr > 0", retrain_lr, "use 0.2")
+        good = prior is None or (len(prior) == num_classes and min(prior) > 0 and abs(sum(prior) - 1) <= 1e-3)
+        expected = f"a prior of {num_classes} positive probabilities with sum 1"
+        require(good, expected, prior, "normalize the class counts")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.alpha, self.beta, self.update_epochs, self.retrain_lr = alpha, beta, update_epochs, retrain_lr
         self.prior = None if prior is None else torch.tensor(prior)
@@ -79,25 +76,18 @@ class JointOptim(NoisyLabelModule):
 
     def stages(self) -> list[Stage]:
         """Return the stages with given labels, with labels that are replaced, and with a new network."""
-        return [
-            Stage("warmup", self.warmup_epochs),
-            Stage("update", self.fraction_of_run(130, 250) if self.update_epochs is None else self.update_epochs),
-            Stage("retrain", reset="network", lr=self.retrain_lr, factor=step_thirds),
-        ]
+        update_epochs = self.fraction_of_run(130, 250) if self.update_epochs is None else self.update_epochs
+        retrain = Stage("retrain", reset="network", lr=self.retrain_lr, factor=step_thirds)
+        return [Stage("warmup", self.warmup_epochs), Stage("update", update_epochs), retrain]
 
     def begin_epoch(self) -> None:
         """Replace the labels by the mean predictions of the last epochs."""
-        _, stage, first = locate(self.stages(), self.current_epoch)
-        if stage.name == "warmup" or (stage.name == "retrain" and self.current_epoch > first):
+        if self.stage.name == "warmup" or (self.stage.name == "retrain" and self.stage_epoch > 0):
             return
         seen = self.predicted.count[:, None] > 0
         targets = torch.where(seen, self.predicted.mean(), self.learned.targets)
         given = self.given_labels
         self.learned.update(targets=targets, given_quality=targets.gather(1, given[:, None])[:, 0].clamp(0, 1))
-
-    def label_quality(self) -> Tensor | None:
-        """Return the learned probability of each given label, (N,); None before labels are replaced."""
-        return self.learned.given_quality if self.learned.filled else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -107,7 +97,6 @@ class JointOptim(NoisyLabelModule):
         out = self.learn(batch, self.learned.targets[index], quality=quality)
         if self.stage.name == "retrain":
             return out.cross_entropy()
-        assert out.clean_logits is not None
-        self.predicted.append(index, out.clean_logits.detach().float().softmax(1))
+        self.predicted.append(index, out.unmasked_logits().float().softmax(1))
         prior = None if self.prior is None else self.prior.to(out.logits.device)
         return out.cross_entropy() + self.alpha * prior_kl(out.logits, prior) + self.beta * entropy(out.logits).mean()

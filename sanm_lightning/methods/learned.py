@@ -41,6 +41,11 @@ class Learned(NamedTuple):
         copies = len(self.logits) // len(rows)
         return rows if copies == 1 else rows.repeat(copies, *[1] * (rows.ndim - 1))
 
+    def unmasked_logits(self) -> Tensor:
+        """Return :attr:`clean_logits` (B, C), without gradient, of a pass that neither mixes nor has ``extra`` images."""
+        assert self.clean_logits is not None
+        return self.clean_logits.detach()
+
     def classification(self, weight: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over views, weighted by ``weight`` (B,), a scalar; 0 if all weights are 0."""
         losses = soft_cross_entropy(self.logits, self.targets)

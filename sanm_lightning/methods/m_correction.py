@@ -8,7 +8,6 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import (
     BetaMixture,
     beta_mixture_posterior,
@@ -32,12 +31,7 @@ class MCorrection(NoisyLabelModule):
     """Mixup with targets between the given label and the prediction, by the probability that the label is wrong.
 
     Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
-    Beta mixture is fitted to the losses of all samples. In a step, the unmixed images are classified; the target is the given
-    label with the probability that it is correct, plus the prediction with the probability that it is wrong.
-
-    ``bootstrap: hard`` is M-DYR-H: mixup, and the predicted class. ``bootstrap: soft_to_hard`` is MD-DYR-SH: images are mixed
-    in proportion to their label quality, and the predicted probabilities are sharpened over ``temperature_epochs``, after
-    ``guided_epochs`` with the given labels.
+    Beta mixture is fitted to the losses of all samples; the prediction is that for the unmixed image.
 
     Departures: one pass in evaluation mode gives prediction and loss, where the code uses two passes and updates batch norm in
     one of them. Without two components, as before the network has learned anything, no label counts as wrong, where the code
@@ -47,7 +41,9 @@ class MCorrection(NoisyLabelModule):
 
     Args:
         num_classes: C, number of classes.
-        bootstrap: ``"hard"``, recommended up to 80 % symmetric noise, or ``"soft_to_hard"``, recommended for 90 %.
+        bootstrap: ``"hard"`` (M-DYR-H): mixup, and the predicted class; recommended up to 80 % symmetric noise.
+            ``"soft_to_hard"`` (MD-DYR-SH): images are mixed in proportion to their label quality, and the predicted
+            probabilities are sharpened, after a stage with the given labels; recommended for 90 %.
         alpha: parameter of mixup's Beta distribution, >= 0; published: 32.
         regularization: weight of the divergence of the mean prediction from the uniform prior, >= 0; published: 1.
         guided_epochs: with ``soft_to_hard``, length of the second stage; published: 5.
@@ -109,20 +105,9 @@ class MCorrection(NoisyLabelModule):
         if self.stage.name == "warmup":
             return
         found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
-        fitted = fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)
-        for name, value in fitted._asdict().items():
+        for name, value in fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)._asdict().items():
             setattr(self, f"mixture_{name}", value)
-        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(fitted, found["loss"]))
-
-    def label_quality(self) -> Tensor | None:
-        """Return the probability that each given label is correct, (N,); None before the first fit."""
-        return self.judged.given_quality if self.judged.filled else None
-
-    @property
-    def temperature(self) -> float:
-        """Temperature of the predictions in this epoch of ``soft_to_hard``."""
-        epoch = self.current_epoch - locate(self.stages(), self.current_epoch)[2]
-        return temperature_ramp(epoch, self.temperature_epochs)
+        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, found["loss"]))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -140,6 +125,7 @@ class MCorrection(NoisyLabelModule):
         if not hard:
             lam = mix(logits[:0], logits[:0]).lam if guided else 0.5
             mix = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1), lam=lam)
-        targets = labels if guided else bootstrapped(labels, logits, quality, None if hard else self.temperature)
+        temperature = None if hard else temperature_ramp(self.stage_epoch, self.temperature_epochs)
+        targets = labels if guided else bootstrapped(labels, logits, quality, temperature)
         out = self.learn(batch, targets, quality=quality, features=maps, mix=mix)
         return out.cross_entropy() if guided else out.cross_entropy() + self.regularization * prior_kl(out.logits)

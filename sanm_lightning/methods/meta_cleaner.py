@@ -91,10 +91,6 @@ class MetaCleaner(NoisyLabelModule):
         drawn = class_sets(*members, plan.world_size * sets, each, named_generator("draw", self.sanm.seed, plan.epoch))
         return drawn[plan.rank :: plan.world_size].reshape(plan.steps, -1)
 
-    def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label, (N,), of its last visit; None before training."""
-        return self.judged.given_quality if self.judged.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)

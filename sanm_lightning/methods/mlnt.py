@@ -106,10 +106,6 @@ class MLNT(NoisyLabelModule):
         for copied in (self.mentor, self.teacher.module):
             copied.load_state_dict(self.network.state_dict())
 
-    def label_quality(self) -> Tensor | None:
-        """Return the teacher's last probability of each given label, (N,); None in the first stage or without index."""
-        return self.judged.given_quality if self.judged.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
@@ -144,9 +140,8 @@ class MLNT(NoisyLabelModule):
             divergences.append(forward_kl(ahead, teacher).mean())
         return torch.stack(divergences).mean() / (self.num_classes if self.released_kl else 1)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the teacher, a copy of the network in the first stage."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the teacher, a copy of the network in the first stage."""
         if self.stage.name == "warmup":
             self.teacher.restart()
         self.teacher.update(self.network)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch, View
-from sanm_lightning.functional import interpolated_contrast, view_positives
+from sanm_lightning.functional import MixedViews, interpolated_contrast, view_positives
 from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.feature_queue import FeatureQueue
-from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
+from sanm_lightning.methods.selected_contrast import SelectedContrast
 
 __all__ = ["MOIT"]
 

@@ -1,7 +1,7 @@
 """Nested (Chen et al., CVPR Workshops 2021): ordered dropout of features."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -11,6 +11,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import nested_probabilities, step_ramp, truncated_accuracy
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import require
 from sanm_lightning.models import pooled_width
 
 __all__ = ["Nested", "NestedDropout"]
@@ -95,20 +96,18 @@ class Nested(NoisyLabelModule):
         freeze_batch_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        if sigma is not None and not sigma > 0:
-            raise ValueError(f"expected sigma > 0, got {sigma}; use 10, or null to keep all features")
-        if lr_warmup_steps < 0:
-            raise ValueError(f"expected lr_warmup_steps >= 0, got {lr_warmup_steps}; use 0 for a constant rate")
+        require(sigma is None or sigma > 0, "sigma > 0", sigma, "use 10, or null to keep all features")
+        require(lr_warmup_steps >= 0, "lr_warmup_steps >= 0", lr_warmup_steps, "use 0 for a constant rate")
         super().__init__(num_classes, **kwargs)
         width = pooled_width(self.network)
-        if num_features is not None and not 1 <= num_features <= width:
-            raise ValueError(f"expected num_features in 1 to {width}, got {num_features}; use null to choose it")
+        possible = num_features is None or 1 <= num_features <= width
+        require(possible, f"num_features in 1 to {width}", num_features, "use null to choose it")
         self.lr_warmup_steps, self.freeze_batch_norm = lr_warmup_steps, freeze_batch_norm
         kept = num_features or (width if sigma is None else max(1, round(min(sigma, width))))
         self.choose_features = num_features is None and sigma is not None
         self.norms = [name for name, part in self.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-        self.dropouts = nn.ModuleList([NestedDropout(width, sigma, kept) for _ in self.networks])
-        for network, sanm, dropout in zip(self.networks, self.sanms, self._dropouts, strict=True):
+        self.dropouts: Any = nn.ModuleList([NestedDropout(width, sigma, kept) for _ in self.networks])
+        for network, sanm, dropout in zip(self.networks, self.sanms, self.dropouts, strict=True):
             classifier = network.get_classifier()
             if not isinstance(classifier, nn.Linear) or classifier.in_features != width:
                 raise ValueError(
@@ -118,25 +117,17 @@ class Nested(NoisyLabelModule):
             classifier.register_forward_pre_hook(dropout)
             sanm.build(network, self.image_size)  # the map of the truncated logits
 
-    @property
-    def _dropouts(self) -> list[NestedDropout]:
-        return cast(list[NestedDropout], list(self.dropouts))
-
     def standalone_networks(self) -> list[Any]:
         """Return copies of the networks whose classifiers have weight 0 for all but the first K features."""
         copies = super().standalone_networks()
-        for network, dropout in zip(copies, self._dropouts, strict=True):
+        for network, dropout in zip(copies, self.dropouts, strict=True):
             network.get_classifier().weight.data[:, int(dropout.kept) :] = 0
         return copies
 
     def stages(self) -> list[Stage]:
-        """Return the only stage."""
-        return [self.first_stage("train", None)]
-
-    def first_stage(self, name: str, epochs: int | None) -> Stage:
         """Return the stage of nested dropout on all samples."""
         factor = partial(step_ramp, length=self.lr_warmup_steps) if self.lr_warmup_steps else None
-        return Stage(name, epochs, factor=factor, frozen=tuple(self.norms) if self.freeze_batch_norm else ())
+        return [Stage("train", factor=factor, frozen=tuple(self.norms) if self.freeze_batch_norm else ())]
 
     def _own_callbacks(self) -> list[Any]:
         return [*super()._own_callbacks(), *([ChooseFeatures()] if self.choose_features else [])]
@@ -149,7 +140,7 @@ class Nested(NoisyLabelModule):
         bias = sum(0.0 if part.bias is None else part.bias.detach() for part in classifiers)
         accuracy = truncated_accuracy(found["features"], weight, bias, found["labels"])
         best = (accuracy - 1e-5 * torch.arange(len(accuracy), device=accuracy.device)).argmax() + 1
-        for dropout in self._dropouts:
+        for dropout in self.dropouts:
             dropout.kept.copy_(best)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -161,7 +152,7 @@ class Nested(NoisyLabelModule):
 
     def prepare_step(self) -> None:
         """Sample the numbers of features, and set frozen batch norm to evaluation mode."""
-        for number, dropout in enumerate(self._dropouts):
+        for number, dropout in enumerate(self.dropouts):
             dropout.draw(self.stream("nested", number))
         if self.stage.frozen:
             for name in self.norms:

@@ -1,5 +1,6 @@
 """Nested with Co-teaching (Chen et al., CVPR Workshops 2021): two networks with ordered dropout of features."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -75,11 +76,8 @@ class NestedCoTeaching(Nested):
         """Return the stage of nested dropout and that of Co-teaching."""
         factor = partial(step_fractions, fractions=(self.finetune_drop,), factors=(0.1,))
         finetune = Stage("finetune", lr=self.finetune_lr, factor=factor, frozen=tuple(self.norms))
-        return [self.first_stage("warmup", self.warmup_epochs), finetune]
-
-    def label_quality(self) -> Tensor | None:
-        """Return 1 minus the relative rank of the loss of each sample, (N,); None before the second stage."""
-        return self.ranked.given_quality if self.ranked.filled else None
+        (warmup,) = super().stages()
+        return [replace(warmup, name="warmup", epochs=self.warmup_epochs), finetune]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of the losses of both networks."""

@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import entropy, label_step, reverse_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
+from sanm_lightning.methods.checks import require, require_index
 from sanm_lightning.per_sample import LabelStore, LearnableTargets
 
 __all__ = ["PENCIL"]
@@ -19,13 +19,9 @@ class PENCIL(NoisyLabelModule):
     """Cross-entropy, then a divergence from label distributions that are learned by gradient descent, then from fixed ones.
 
     Source: Yi and Wu, CVPR 2019, Eq. 1 to 9 and Algorithm 1, and the authors' code. Each sample has logits of a label
-    distribution d, initially ``label_scale`` for the given label. In the second stage, the loss is
-    KL(p || d) / C + alpha times the cross-entropy of d and the given label + beta / C times the entropy of p, with a gradient
-    step on p by the optimizer and on d with ``label_lr``. In the third stage, d is fixed and the loss is KL(p || d) / C. The
-    divisions by C are those of the code, which averages over classes.
-
-    The gradient step on d uses the loss of each sample, so that it does not depend on the batch size: ``label_lr`` is the
-    published lambda of 600 divided by the batch size of 128.
+    distribution d. In the second stage, the loss is KL(p || d) / C + alpha times the cross-entropy of d and the given label
+    + beta / C times the entropy of p; in the third stage, d is fixed and the loss is KL(p || d) / C. The divisions by C are
+    those of the code, which averages over classes.
 
     Under SANM, the divergence is that of the masked view from the regularized distribution; the step on d uses the prediction
     for the unmasked image. Label quality is the overlap of d and p, their scalar product, at the last visit: d alone is above
@@ -35,7 +31,8 @@ class PENCIL(NoisyLabelModule):
         num_classes: C, number of classes.
         alpha: weight of the compatibility with the given label, >= 0. 0.1 in the paper, 0.4 by default in the code.
         beta: weight of the entropy, >= 0. 0.4 in the paper, 0.1 by default in the code.
-        label_lr: learning rate of the label distributions for the loss of one sample, >= 0.
+        label_lr: learning rate of the label distributions for the loss of one sample, which does not depend on the batch size,
+            >= 0; the default is the published lambda of 600 divided by the batch size of 128.
         label_scale: K, initial logit of the given label; published: 10.
         label_epochs: length of the second stage; None uses 130 of 250 epochs after the first stage, as published; set it if
             ``max_epochs`` may be raised in a resumed run.
@@ -68,18 +65,12 @@ class PENCIL(NoisyLabelModule):
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        for name, value in (
-            ("alpha", alpha),
-            ("beta", beta),
-            ("label_lr", label_lr),
-            ("label_epochs", label_epochs or 0),
-        ):
-            if value < 0:
-                raise ValueError(f"expected {name} >= 0, got {value}; use 0 to omit it")
-        if label_scale <= 0 or finetune_lr <= 0:
-            raise ValueError(
-                f"expected label_scale > 0 and finetune_lr > 0, got {label_scale} and {finetune_lr}; use 10 and 0.2"
-            )
+        require(alpha >= 0, "alpha >= 0", alpha, "use 0 to omit it")
+        require(beta >= 0, "beta >= 0", beta, "use 0 to omit it")
+        require(label_lr >= 0, "label_lr >= 0", label_lr, "use 0 to omit it")
+        require(label_scale > 0, "label_scale > 0", label_scale, "use 10")
+        require((label_epochs or 0) >= 0, "label_epochs >= 0", label_epochs, "use 0 to omit it")
+        require(finetune_lr > 0, "finetune_lr > 0", finetune_lr, "use 0.2")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.alpha, self.beta, self.label_lr, self.label_epochs = alpha, beta, label_lr, label_epochs
         self.finetune_lr, self.released_rates = finetune_lr, released_rates
@@ -90,15 +81,9 @@ class PENCIL(NoisyLabelModule):
     def stages(self) -> list[Stage]:
         """Return the stages with given labels, with learned and with fixed label distributions."""
         factor = partial(step_thirds, factor=0.0 if self.released_rates else 0.1)
-        return [
-            Stage("warmup", self.warmup_epochs),
-            Stage("labels", self.fraction_of_run(130, 250) if self.label_epochs is None else self.label_epochs),
-            Stage("finetune", lr=self.finetune_lr, factor=factor),
-        ]
-
-    def label_quality(self) -> Tensor | None:
-        """Return the probability of each given label in its distribution, (N,); None before the first step."""
-        return self.agreement.given_quality if self.agreement.filled else None
+        label_epochs = self.fraction_of_run(130, 250) if self.label_epochs is None else self.label_epochs
+        finetune = Stage("finetune", lr=self.finetune_lr, factor=factor)
+        return [Stage("warmup", self.warmup_epochs), Stage("labels", label_epochs), finetune]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch; in the second stage, take a gradient step on its label distributions."""
@@ -111,13 +96,12 @@ class PENCIL(NoisyLabelModule):
             learned = self.labels(index)
             out = self.learn(batch, learned.detach().softmax(1), quality=self.agreement.quality[index])
             loss = reverse_kl(out.logits, out.targets).mean() / self.num_classes
-        assert out.clean_logits is not None
+        logits = out.unmasked_logits()
         if self.stage.name == "labels":
             loss = loss + self.beta * entropy(out.logits).mean() / self.num_classes
-            learned.grad = label_step(learned, out.clean_logits, given, self.alpha, twice=self.released_compatibility)
+            learned.grad = label_step(learned, logits, given, self.alpha, twice=self.released_compatibility)
             self.labels.sgd_step(index, self.label_lr)
         distribution = self.labels.logits[index].softmax(1)
-        overlap = distribution * out.clean_logits.detach().float().softmax(1)
-        self.agreement.write("quality", index, overlap.sum(1))
+        self.agreement.write("quality", index, (distribution * logits.float().softmax(1)).sum(1))
         self.agreement.write("given_quality", index, (distribution * given).sum(1))
         return loss + out.reconstruction

@@ -25,7 +25,7 @@ class PLC(NoisyLabelModule):
 
     Departure: samples without predictions keep their labels, where the code gives them a class.
 
-    Under SANM, label quality is this ratio for the current label.
+    Under SANM, label quality is this ratio for the current label; in lists, for the given label.
 
     Args:
         num_classes: C, number of classes.
@@ -94,10 +94,6 @@ class PLC(NoisyLabelModule):
         elif flips < 0.001 * len(labels):
             self.threshold = (self.threshold + self.threshold_step).clamp(max=0.9)
 
-    def label_quality(self) -> Tensor | None:
-        """Return the ratio of each given label, (N,); None before the first correction."""
-        return self.corrected.given_quality if self.corrected.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
@@ -105,6 +101,5 @@ class PLC(NoisyLabelModule):
         labels = self.corrected.labels[index]
         quality = None if self.stage.name == "warmup" else self.corrected.quality[index]
         out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)
-        assert out.clean_logits is not None
-        self.predicted.append(index, out.clean_logits.detach().float().softmax(1))
+        self.predicted.append(index, out.unmasked_logits().float().softmax(1))
         return out.cross_entropy()

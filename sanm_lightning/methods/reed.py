@@ -10,72 +10,34 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import (
-    class_balanced_draw,
     clean_probability,
     linear_ramp,
     masked_mean,
-    members_by_class,
     mixmatch_loss,
     mixup,
-    nearest_neighbors,
-    repeated_draw,
     sharpen,
     soft_cross_entropy,
     threshold_split,
+    weighted_neighbors,
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.batches import balanced_batches, permuted_batches
+from sanm_lightning.methods.checks import check_range, require_divisible, require_index
 from sanm_lightning.methods.encoder import load_encoder
-from sanm_lightning.per_sample import LabelStore
+from sanm_lightning.models import pooled_features
+from sanm_lightning.per_sample import NeighborGraph
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.inference import inference_context
 
-__all__ = ["REED", "Graph"]
-
-
-class Graph(LabelStore):
-    """Division of the samples, their neighbors in feature space, and their last predictions.
-
-    Args:
-        num_classes: C, number of classes.
-        k: number of neighbors.
-    """
-
-    neighbors: Tensor
-    """(N, k) int64: positions; -1 where there are fewer."""
-    probs: Tensor
-    """(N, C) float32: class probabilities of the last visit."""
-
-    def __init__(self, num_classes: int, k: int) -> None:
-        super().__init__(dist_reduce_fx=None)
-        self.add_state("neighbors", (k,), dtype=torch.int64, default=-1, dist_reduce_fx=None)
-        self.add_state("probs", (num_classes,), default=1 / num_classes)
-
-    def neighbor_mean(self, index: Tensor) -> Tensor:
-        """Return the mean prediction of the neighbors of the samples ``index`` (B,), (B, C); their own without neighbors."""
-        near = self.neighbors[index]
-        known = (near >= 0).float()
-        mean = (self.probs[near.clamp(min=0)] * known[..., None]).sum(1) / known.sum(1, keepdim=True).clamp(min=1)
-        return torch.where(known.any(1, keepdim=True), mean, self.probs[index])
+__all__ = ["REED"]
 
 
 class REED(NoisyLabelModule):
     """Train a classifier on frozen self-supervised features, divide the data by its losses, and retrain with MixMatch.
 
     Source: a recipe after the description of Zhang and Yao, "Decoupling Representation and Classifier for Noisy Label
-    Learning", 2020. No code was released, and this is not a reproduction. Our reading:
-
-    - The encoder is that of :class:`SimCLR`, or of a third-party checkpoint, as for :class:`C2D`.
-    - In the first stage, the encoder is in evaluation mode and not updated; the classifier is trained by the method's
-      optimizer on all given labels.
-    - At its end, a mixture of two Gaussians on the losses divides the data, once: labels of a probability above
-      ``p_threshold`` are used, the others are not.
-    - In the second stage, encoder and classifier are trained with MixMatch: half of a batch has labels, with balanced classes,
-      and half has targets that are guessed from two views and sharpened. All views are mixed; the values are those of
-      DivideMix.
-    - The graph connects each sample to its ``k`` nearest neighbors in the features of the first stage. The loss has
-      ``graph_weight`` times the squared error of the prediction and the mean last prediction of the neighbors, mixed alike.
+    Learning", 2020. No code was released, and this is not a reproduction; ``docs/methods/reed.md`` lists our reading.
 
     Under SANM, the views that are mixed are masked, as for :class:`C2D`; label quality is the probability of the mixture.
 
@@ -116,19 +78,14 @@ class REED(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("p_threshold in [0, 1]", p_threshold, 0 <= p_threshold <= 1),
-            ("k >= 1", k, k >= 1),
-            ("graph_weight >= 0", graph_weight, graph_weight >= 0),
-            ("lambda_u >= 0", lambda_u, lambda_u >= 0),
-            ("temperature > 0", temperature, temperature > 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-        )
+        check_range("in [0, 1]", p_threshold=p_threshold)
+        check_range(">= 1", k=k)
+        check_range(">= 0", graph_weight=graph_weight, lambda_u=lambda_u, alpha=alpha, ramp_epochs=ramp_epochs)
+        check_range("> 0", temperature=temperature)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.pretrained, self.p_threshold, self.k, self.graph_weight = pretrained, p_threshold, k, graph_weight
         self.lambda_u, self.temperature, self.alpha, self.ramp_epochs = lambda_u, temperature, alpha, ramp_epochs
-        self.graph = Graph(num_classes, k)
+        self.graph = NeighborGraph(num_classes, k)
 
     def setup(self, stage: str) -> None:
         """Load the pre-trained encoder, unless the run is resumed."""
@@ -137,7 +94,7 @@ class REED(NoisyLabelModule):
 
     def stages(self) -> list[Stage]:
         """Return the stage of the classifier and that of the whole network."""
-        return [Stage("warmup", self.warmup_epochs), Stage("mixmatch")]
+        return [Stage("warmup", self.warmup_epochs, trained="head"), Stage("mixmatch")]
 
     def views(self) -> tuple[View, ...]:
         """Return one view for the classifier, and two for MixMatch."""
@@ -145,31 +102,20 @@ class REED(NoisyLabelModule):
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
         """Require at least 2 training samples."""
-        if num_samples < 2:
-            raise ValueError(
-                f"expected 2 or more training samples for REED, which divides them, got {num_samples}; add samples"
-            )
+        require_divisible(num_samples, type(self).__name__)
 
     # Between the stages: divide
 
     def begin_stage(self) -> None:
         """Divide the samples by their losses, and find their neighbors."""
         found = self.predict_train("loss", "logits", "features", pool_only=True)
-        index = found["index"]
-        quality = clean_probability(found["loss"])
+        index, quality = found["index"], clean_probability(found["loss"])
         selected, _ = threshold_split(quality, self.p_threshold)
-        k = min(self.k, len(index) - 1)
-        if k < self.k:
+        self.graph.update(index, selected=selected, given_quality=quality, probs=found["logits"].softmax(1))
+        neighbors, _ = weighted_neighbors(found["features"], self.k)
+        self.graph.connect(index, neighbors)
+        if (k := neighbors.shape[1]) < self.k:
             rank_zero_info(f"REED: each sample has {k} instead of k = {self.k} neighbors, all other samples")
-        neighbors = torch.full((len(index), self.k), -1, device=index.device)
-        neighbors[:, :k] = index[nearest_neighbors(found["features"], k)] if k else -1
-        self.graph.update(
-            index, selected=selected, given_quality=quality, neighbors=neighbors, probs=found["logits"].softmax(1)
-        )
-
-    def label_quality(self) -> Tensor | None:
-        """Return the probability that each given label is correct, (N,); None before the division."""
-        return self.graph.given_quality if self.graph.filled else None
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample half a batch with labels, with balanced classes, and half a batch without labels per step."""
@@ -178,12 +124,11 @@ class REED(NoisyLabelModule):
         half, pool = max(1, plan.batch_size // 2), plan.pool(0)
         selected = self.graph.selected.cpu()[pool]
         labelled, unlabelled = (part if len(part) else pool for part in (pool[selected], pool[~selected]))
-        members = members_by_class(labelled, self.given_labels.cpu()[labelled], self.num_classes)
         own = named_generator("draw", self.sanm.seed, plan.epoch, plan.rank)
-        drawn = class_balanced_draw(*members, plan.steps * half, own).view(plan.steps, half)
+        labels = self.given_labels.cpu()[labelled]
+        drawn = balanced_batches(plan, labelled, labels, self.num_classes, half, own)
         shared = named_generator("refined", self.sanm.seed, plan.epoch)
-        order = repeated_draw(unlabelled, plan.world_size * plan.steps * half, shared)
-        return torch.cat([drawn, order[plan.rank :: plan.world_size].view(plan.steps, half)], 1)
+        return torch.cat([drawn, permuted_batches(plan, unlabelled, half, shared)], 1)
 
     # Each step
 
@@ -196,23 +141,10 @@ class REED(NoisyLabelModule):
     def classify(self, batch: NoisyBatch) -> Tensor:
         """Return the cross-entropy of the classifier on frozen features."""
         with inference_context(self.network, batch.images):
-            features = self.network.forward_head(self.network.forward_features(batch.images), pre_logits=True)
+            features = pooled_features(self.network, self.network.forward_features(batch.images))
         logits = self.network.get_classifier()(features.detach())
         loss = soft_cross_entropy(logits, self.one_hot(batch.labels)).mean()
-        if self.trainer.world_size > 1:  # DDP requires a gradient of every parameter
-            loss = loss + zero_term(self._frozen())
-        return loss
-
-    def _frozen(self) -> list[Tensor]:
-        """Return the trainable parameters outside of the classifier."""
-        learned = set(self.network.get_classifier().parameters())
-        return [parameter for parameter in self.parameters() if parameter.requires_grad and parameter not in learned]
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Set the gradients of the frozen encoder to None, so that it is not decayed."""
-        if self.stage.name == "warmup":
-            for parameter in self._frozen():
-                parameter.grad = None
+        return loss + zero_term(self.parameters()) if self.trainer.world_size > 1 else loss
 
     def mixmatch(self, batch: NoisyBatch, index: Tensor, batch_idx: int) -> Tensor:
         """Return the loss of half a batch with labels and half a batch without."""
@@ -220,8 +152,7 @@ class REED(NoisyLabelModule):
         first = torch.arange(2 * half, device=index.device) < half
         mean, maps = self.guess(list(batch.views))
         targets = torch.where(first[:, None], self.one_hot(batch.labels), sharpen(mean, self.temperature))
-        near = self.graph.neighbor_mean(index)
-        quality = self.graph.given_quality[index]
+        near, quality = self.graph.neighbor_mean(index), self.graph.given_quality[index]
         out = self.learn(
             batch.with_images(torch.cat(batch.views)), targets.repeat(2, 1), quality=quality.repeat(2),
             features=torch.cat(maps), mix=partial(mixup, generator=self.stream("mixup"), alpha=self.alpha),
@@ -229,11 +160,10 @@ class REED(NoisyLabelModule):
         self.graph.write("probs", index, mean)
         supervised, unsupervised = mixmatch_loss(out.logits, out.targets, out.per_view(first.repeat(2)))
         errors = (out.logits.float().softmax(1) - out.mixed.mix(out.per_view(near.repeat(2, 1)))).square().mean(1)
-        epoch = self.current_epoch - self.warmup_epochs + batch_idx / max(1, int(self.trainer.num_training_batches))
+        epoch = self.stage_epoch + batch_idx / max(1, int(self.trainer.num_training_batches))
         lambda_u = self.lambda_u * linear_ramp(epoch, self.ramp_epochs)
         return supervised + lambda_u * unsupervised + self.graph_weight * masked_mean(errors) + out.reconstruction
 
-    @torch.no_grad()
     def guess(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Return the mean prediction over views, (B, C), and the feature maps of each view, with batch statistics."""
         probs, maps = [], []

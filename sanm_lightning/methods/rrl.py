@@ -1,6 +1,5 @@
 """RRL (Li, Xiong and Hoi, ICCV 2021): prototypes in a low-dimensional subspace, and labels smoothed over neighbors."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch.nn import functional as F
 
 from sanm_lightning.batch import NoisyBatch, View
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import (
     class_means,
     instance_contrast,
@@ -17,13 +15,14 @@ from sanm_lightning.functional import (
     masked_mean,
     mixup_among,
     neighbor_mean,
-    similar_samples,
     soft_cross_entropy,
+    weight_ramp,
+    weighted_neighbors,
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, clamped_neighbors, require_index
-from sanm_lightning.models import Projection, pooled_width
+from sanm_lightning.methods.checks import check_range, clamped_neighbors, require, require_index
+from sanm_lightning.models import Projection, pooled_features, pooled_width
 from sanm_lightning.per_sample import LabelStore
 
 __all__ = ["RRL"]
@@ -32,11 +31,8 @@ __all__ = ["RRL"]
 class RRL(NoisyLabelModule):
     """Contrast of embeddings with the other view and with class prototypes, on labels that are smoothed over neighbors.
 
-    Source: Li et al., ICCV 2021, Eq. 1 to 9, and the authors' code. Embeddings are normalized projections from which the
-    features are reconstructed. Prototypes are the class means of the embeddings, computed in every epoch. In the last stage,
-    before every epoch, the soft label of a sample becomes the mean of its prediction and of the soft labels of its neighbors,
-    weighted by exp(similarity / temperature), and the given label if its probability is above ``low_threshold``. Samples whose
-    largest probability is above ``high_threshold`` are confident: cross-entropy and prototypes use their most probable class.
+    Source: Li et al., ICCV 2021, Eq. 1 to 9, and the authors' code. Defaults are those of CIFAR-10 with symmetric noise; those
+    published for other data sets are in ``configs/setting/rrl``.
 
     Departures: the first stage has whole epochs, where the code takes 100 steps on CIFAR. Of the samples that are not
     confident, the mixed images still pass through the network, with weight 0, where the code leaves them out; batch norm sees
@@ -48,20 +44,18 @@ class RRL(NoisyLabelModule):
 
     Args:
         num_classes: C, number of classes.
-        low_threshold: probability of the given label above which it is kept, in [0, 1]; published: CIFAR-10 0.1 with symmetric
-            and 0.4 with asymmetric noise, CIFAR-100 0.02, Clothing1M 0.4, WebVision 0.05.
-        high_threshold: probability above which a sample is confident, in [0, 1]; published: 0.9, WebVision 0.8.
+        low_threshold: probability of the given label above which it is kept, in [0, 1].
+        high_threshold: probability above which a sample is confident, in [0, 1].
         k: number of neighbors, without the sample itself, at most the number of other samples; 0 keeps the given labels.
-        given_epochs: length of the second stage, with the given labels; published: 5 on CIFAR-10, 15 on CIFAR-100 and
-            WebVision, 1 on Clothing1M.
+        given_epochs: length of the second stage, with the given labels.
         projection: P, width of the embeddings.
         temperature: temperature, positive.
-        alpha: parameter of mixup's Beta distribution, >= 0; published: 8, on Clothing1M and WebVision 0.5.
+        alpha: parameter of mixup's Beta distribution, >= 0.
         w_instance: weight of the contrast with the other view, >= 0.
-        w_prototype: weight of the contrast with the prototypes, >= 0; published: 5, Clothing1M 1, WebVision 2.
+        w_prototype: weight of the contrast with the prototypes, >= 0.
         w_reconstruction: weight of the reconstruction of the features, >= 0.
         ramp_epochs: epochs over which ``w_prototype`` increases from 1 to its value; 0 has no ramp.
-        mix_views: number of views that are mixed for the prototypes: 2, or 1 for the weak view only, as on Clothing1M.
+        mix_views: number of views that are mixed for the prototypes: 2, or 1 for the weak view only.
         view: policy of the second views.
         warmup_epochs: length of the first stage, of cross-entropy and reconstruction.
 
@@ -95,19 +89,12 @@ class RRL(NoisyLabelModule):
         warmup_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
-        weights = {"w_instance": w_instance, "w_prototype": w_prototype, "w_reconstruction": w_reconstruction}
-        check_ranges(
-            ("low_threshold in [0, 1]", low_threshold, 0 <= low_threshold <= 1),
-            ("high_threshold in [0, 1]", high_threshold, 0 <= high_threshold <= 1),
-            ("k >= 0", k, k >= 0),
-            ("given_epochs >= 0", given_epochs, given_epochs >= 0),
-            ("projection >= 1", projection, projection >= 1),
-            ("temperature > 0", temperature, temperature > 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            *((f"{name} >= 0", value, value >= 0) for name, value in weights.items()),
-            ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-            ("mix_views 1 or 2", mix_views, mix_views in (1, 2)),
-        )
+        check_range("in [0, 1]", low_threshold=low_threshold, high_threshold=high_threshold)
+        check_range(">= 0", k=k, given_epochs=given_epochs, alpha=alpha, ramp_epochs=ramp_epochs)
+        check_range(">= 0", w_instance=w_instance, w_prototype=w_prototype, w_reconstruction=w_reconstruction)
+        check_range(">= 1", projection=projection)
+        check_range("> 0", temperature=temperature)
+        require(mix_views in (1, 2), "mix_views 1 or 2", mix_views, "use the default")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.low_threshold, self.high_threshold, self.temperature = low_threshold, high_threshold, temperature
         self.k, self.given_epochs, self.ramp_epochs = k, given_epochs, ramp_epochs
@@ -139,23 +126,17 @@ class RRL(NoisyLabelModule):
         if self.stage.name == "warmup":
             return
         found = self.predict_train("labels", "features", "logits", pool_only=True)
-        embeddings, labels, confident = self.projection(found["features"]), found["labels"], None
+        index, embeddings = found["index"], self.projection(found["features"])
         if self.stage.name == "correct":
-            self.correct(found["index"], embeddings, found["logits"].softmax(1), labels)
-            store = self.corrected
-            labels, confident = store.labels[found["index"]], store.selected[found["index"]]
+            self.correct(index, embeddings, found["logits"].softmax(1), found["labels"])
+        labels, confident = self.corrected.labels[index], self.corrected.selected[index]
         self.prototypes = F.normalize(class_means(embeddings, labels, self.num_classes, confident), dim=1)
 
     def correct(self, index: Tensor, embeddings: Tensor, probs: Tensor, given: Tensor) -> None:
         """Smooth the soft labels of samples ``index`` over their neighbors; a new pool starts from the predictions."""
-        first = self.current_epoch == locate(self.stages(), self.current_epoch)[2]
-        new = first or len(index) < len(self.corrected)
-        targets = keep_given(probs, given, self.low_threshold) if new else self.corrected.targets[index]
-        k = min(self.k, len(index) - 1)
-        if k:
-            neighbors, similarity = similar_samples(embeddings, k)
-            targets = neighbor_mean(targets, neighbors, (similarity / self.temperature).softmax(1))
-        smoothed = (targets + probs) / 2
+        new = self.stage_epoch == 0 or len(index) < len(self.corrected)
+        before = keep_given(probs, given, self.low_threshold) if new else self.corrected.targets[index]
+        smoothed = (neighbor_mean(before, *weighted_neighbors(embeddings, self.k, self.temperature)) + probs) / 2
         targets = keep_given(smoothed, given, self.low_threshold)
         confidence, labels = targets.max(1)
         quality, given_quality = (smoothed.gather(1, part[:, None])[:, 0].clamp(0, 1) for part in (labels, given))
@@ -164,48 +145,36 @@ class RRL(NoisyLabelModule):
             quality=quality, given_quality=given_quality,
         )  # fmt: skip
 
-    def label_quality(self) -> Tensor | None:
-        """Return the smoothed probability of each given label, (N,); None before the first correction."""
-        return self.corrected.given_quality if self.corrected.filled else None
-
     # Each step
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
-        labels, confident, quality = batch.labels, torch.ones_like(batch.labels, dtype=torch.bool), None
-        if self.stage.name == "correct":
-            store = self.corrected
-            labels, confident, quality = (part[batch.index] for part in (store.labels, store.selected, store.quality))
+        index, store = require_index(batch, type(self).__name__), self.corrected
+        labels, confident = store.labels[index], store.selected[index]  # given, and all, before the last stage
+        quality = store.quality[index] if self.stage.name == "correct" else None
         targets = self.one_hot(labels)
         out = self.learn(batch._replace(labels=labels), targets, quality=quality, unmasked=True)
         assert out.unmasked is not None
-        loss, weak = out.cross_entropy(confident), self.pooled(out.unmasked)
+        loss, weak = out.cross_entropy(confident), pooled_features(self.network, out.unmasked)
         if self.stage.name == "warmup":
-            return loss + self.reconstruction(weak) + zero_term(self.projection.parameters())
-        strong = self.pooled(self.network.forward_features(batch.views[1]))
+            return loss + self.reconstruction(weak)
+        strong = pooled_features(self.network, self.network.forward_features(batch.views[1]))
         instance = instance_contrast(self.projection(weak), self.projection(strong), self.temperature).mean()
         prototype = self.prototype_contrast(batch.views[: self.mix_views], targets, confident)
-        loss = loss + self.w_instance * instance + self.prototype_weight * prototype
+        w_prototype = weight_ramp(self.current_epoch - self.warmup_epochs, self.ramp_epochs, self.w_prototype)
+        loss = loss + self.w_instance * instance + w_prototype * prototype
         return loss + self.reconstruction(weak) + self.reconstruction(strong)
-
-    @property
-    def prototype_weight(self) -> float:
-        """Weight of the contrast with the prototypes in this epoch."""
-        if not self.ramp_epochs:
-            return self.w_prototype
-        grown = 1 + (self.current_epoch - self.warmup_epochs) * (self.w_prototype - 1) / self.ramp_epochs
-        return min(grown, self.w_prototype)
 
     def prototype_contrast(self, views: tuple[Tensor, ...], targets: Tensor, confident: Tensor) -> Tensor:
         """Return the cross-entropy of the similarity of mixed views of confident samples to the prototypes, a scalar."""
-        copies = len(views)
-        mix = partial(mixup_among, generator=self.stream("mixup"), alpha=self.alpha)
-        mixed = mix(torch.cat(views), targets.repeat(copies, 1), among=confident.repeat(copies))
-        embeddings = self.projection(self.pooled(self.network.forward_features(mixed.images)))
+        targets, confident = targets.repeat(len(views), 1), confident.repeat(len(views))
+        mixed = mixup_among(
+            torch.cat(views), targets, among=confident, generator=self.stream("mixup"), alpha=self.alpha
+        )
+        embeddings = self.projection.of_maps(self.network, self.network.forward_features(mixed.images))
         losses = soft_cross_entropy(embeddings @ self.prototypes.T / self.temperature, mixed.targets)
-        return masked_mean(losses, confident.repeat(copies))
+        return masked_mean(losses, confident)
 
     def reconstruction(self, features: Tensor) -> Tensor:
         """Return the weighted squared error of features (B, D) that are reconstructed from their projection, a scalar."""
@@ -213,8 +182,3 @@ class RRL(NoisyLabelModule):
             return zero_term(self.projection.parameters())
         projected = F.linear(features, self.projection.weight, self.projection.bias)
         return self.w_reconstruction * (F.relu(self.expansion(projected)) - features).square().mean()
-
-    def pooled(self, maps: Tensor) -> Tensor:
-        """Return the pooled features (B, D) of feature maps (B, D, h, w)."""
-        features: Tensor = self.network.forward_head(maps, pre_logits=True)
-        return features

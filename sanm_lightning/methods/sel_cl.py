@@ -1,6 +1,5 @@
 """Sel-CL and Sel-CL+ (Li et al., CVPR 2022): supervised contrast of pairs that are selected without a known noise rate."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.functional import (
     Mixed,
+    MixedViews,
     clipped_gradient_term,
     interpolated_contrast,
     pair_similarity,
@@ -18,46 +18,22 @@ from sanm_lightning.functional import (
     view_positives,
     zero_term,
 )
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.methods.feature_queue import FeatureQueue
-from sanm_lightning.methods.selected_contrast import MixedViews, SelectedContrast
-from sanm_lightning.per_sample import SampleState
+from sanm_lightning.methods.selected_contrast import SelectedContrast
+from sanm_lightning.per_sample import Embeddings
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.inference import inference_context
 
-__all__ = ["Embeddings", "SelCL"]
-
-
-class Embeddings(SampleState):
-    """Embedding of each sample at the start of the epoch.
-
-    Args:
-        dim: P, width of the embeddings.
-    """
-
-    features: Tensor
-    """(N, P) float32, normalized."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.add_state("features", (dim,), dist_reduce_fx=None)
-
-    def update(self, index: Tensor, features: Tensor) -> None:
-        """Set the rows of samples ``index`` (M,), the same in all processes."""
-        self.features = self.features.index_copy(0, index, features.to(self.features))
+__all__ = ["SelCL"]
 
 
 class SelCL(SelectedContrast):
     """Contrast without labels, then supervised contrast of selected pairs and cross-entropy on selected samples; fine-tune.
 
-    Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The first stage is MoCo. Then, before every epoch, the
-    nearest neighbors vote twice on the labels, weighted by exp(similarity / temperature), and from each class the same number
-    of samples is selected. Pairs with the same label are selected if both samples are, or if their similarity is above the
-    quantile ``pair_quantile`` of the similarities within the classes of selected samples. A step has the supervised contrast
-    of two mixed views over selected pairs, with the batch and with a queue of a key encoder; the contrast of MoCo for samples
-    without a selected partner; the cross-entropy of mixed views of a second batch of selected samples; and the binary
-    cross-entropy of the predictions' similarity over pairs. The third stage is Sel-CL+, as :class:`MOIT`'s.
+    Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The third stage is Sel-CL+, as :class:`MOIT`'s. Values
+    published for CIFAR-100 are in ``configs/setting/sel_cl``.
 
     Departures: similarities are computed for the pairs of a step only, where one version of the code stores those of all
     samples. The quantile is that of 64 random pairs per sample (code: 500). A sample has a partner if there is one in the batch
@@ -72,8 +48,8 @@ class SelCL(SelectedContrast):
 
     Args:
         num_classes: C, number of classes.
-        pair_quantile: quantile of the similarities from which on pairs are selected, in [0, 1]; published: 0.25 on
-            CIFAR-10, 0.35 with symmetric and 0 with asymmetric noise on CIFAR-100.
+        pair_quantile: quantile of the similarities within the classes of selected samples, from which on other pairs of a
+            class are selected, in [0, 1].
         negatives: number of keys in the queue of MoCo.
         decay: weight of the old average in an update of the key encoder, in [0, 1).
         w_similarity: weight of the similarity of predictions, >= 0; 0 omits it.
@@ -102,13 +78,11 @@ class SelCL(SelectedContrast):
         warmup_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("pair_quantile in [0, 1]", pair_quantile, 0 <= pair_quantile <= 1),
-            ("negatives >= 1", negatives, negatives >= 1),
-            ("decay in [0, 1)", decay, 0 <= decay < 1),
-            ("w_similarity >= 0", w_similarity, w_similarity >= 0),
-            ("similarity_clip > 0 or null", similarity_clip, similarity_clip is None or similarity_clip > 0),
-        )
+        check_range("in [0, 1]", pair_quantile=pair_quantile)
+        check_range("in [0, 1)", decay=decay)
+        check_range(">= 1", negatives=negatives)
+        check_range(">= 0", w_similarity=w_similarity)
+        check_range("> 0 or null", similarity_clip=similarity_clip)
         if similarity_clip is not None and kwargs.get("compile_network"):
             raise ValueError(
                 "expected similarity_clip null with compile_network, which keeps no graph for it, got both; omit one of them"
@@ -116,8 +90,7 @@ class SelCL(SelectedContrast):
         super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
         dim = self.projection.out_features
-        rate = partial(constant_decay, decay=decay)
-        self.key_network, self.key_projection = EMA(self.network, rate), EMA(self.projection, rate)
+        self.key_network, self.key_projection = EMA(self.network, decay), EMA(self.projection, decay)
         self.embeddings = Embeddings(dim)
         self.register_buffer("threshold", torch.tensor(1.0))
         self.negatives = FeatureQueue(negatives, dim)
@@ -153,9 +126,8 @@ class SelCL(SelectedContrast):
         if self.stage.name == "warmup":
             return self.unsupervised(batch).mean() + zero_term(self.parameters())
         every, drawn = batch.chunk(2)
-        loss, _ = self.classified_views(
-            drawn, self.one_hot(drawn.labels), self.detected.quality[drawn.index], embed=False
-        )
+        targets, quality = self.one_hot(drawn.labels), self.detected.quality[drawn.index]
+        loss, _ = self.classified_views(drawn, targets, quality, embed=False)
         supervised, partnered = self.supervised(every)
         return loss + supervised + (self.unsupervised(every) * ~partnered).mean()
 
@@ -199,10 +171,8 @@ class SelCL(SelectedContrast):
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the selected pairs (B, M) of samples ``rows`` (B,) and ``columns`` (M,); a sample pairs with itself."""
-        store, features = self.detected, self.embeddings.features
-        labels, embeddings, selected = (
-            (table[rows], table[columns]) for table in (store.labels, features, store.selected)
-        )
+        tables = (self.detected.labels, self.embeddings.features, self.detected.selected)
+        labels, embeddings, selected = ((table[rows], table[columns]) for table in tables)
         return selected_pairs(labels, embeddings, selected, self.threshold) | (rows[:, None] == columns)
 
     def key(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,13 +183,7 @@ class SelCL(SelectedContrast):
             maps = network.forward_features(images)
             return projection.of_maps(network, maps), network.forward_head(maps).float().softmax(1)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take the optimizer step, then update the key encoder, before a checkpoint can be saved."""
-        super().optimizer_step(*args, **kwargs)
+    def after_optimizer_step(self) -> None:
+        """Update the key encoder."""
         self.key_network.update(self.network)
         self.key_projection.update(self.projection)
-
-
-def constant_decay(step: int, decay: float) -> float:
-    """Return the weight of the old average in an update, the same in every step."""
-    return decay

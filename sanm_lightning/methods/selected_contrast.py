@@ -1,51 +1,33 @@
 """Base class of methods that contrast mixed views, select samples by votes of neighbors, and then fine-tune on them."""
 
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import (
     Mixed,
+    MixedViews,
     class_quota,
     co_refine,
     corrected_votes,
     mixup,
-    repeated_draw,
-    similar_samples,
     soft_cross_entropy,
+    weighted_neighbors,
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, clamped_neighbors
+from sanm_lightning.methods.batches import permuted_batches
+from sanm_lightning.methods.checks import check_range, clamped_neighbors, nonempty_selection
 from sanm_lightning.models import Projection
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.inference import inference_context
 
-__all__ = ["MixedViews", "SelectedContrast"]
-
-
-class MixedViews(NamedTuple):
-    """Two mixed views of B samples, first views, then second views."""
-
-    embeddings: Tensor
-    """(2 B, P), normalized; of unmasked views."""
-    lam: Tensor
-    """(2 B,), weight of the larger part of each view."""
-    partners: Tensor
-    """(2 B,), position of the sample that each view is mixed with."""
-
-    @classmethod
-    def of(cls, embeddings: list[Tensor], mixed: list[Mixed]) -> "MixedViews":
-        """Join the two views, embeddings (B, P) each."""
-        lam = [torch.full_like(rows[:, 0], cast(float, view.lam)) for rows, view in zip(embeddings, mixed, strict=True)]
-        return cls(torch.cat(embeddings), torch.cat(lam), torch.cat([view.partners for view in mixed]))
+__all__ = ["SelectedContrast"]
 
 
 class SelectedContrast(NoisyLabelModule):
@@ -53,17 +35,15 @@ class SelectedContrast(NoisyLabelModule):
 
     Args:
         num_classes: C, number of classes.
-        k: number of neighbors that vote, without the sample itself, at most the number of other samples; published: 250.
+        k: number of neighbors that vote, without the sample itself, at most the number of other samples.
         projection: P, width of the embeddings.
         temperature: temperature of the contrast and of weighted votes, positive.
         alpha: parameter of mixup's Beta distribution, >= 0.
         quantile: the number of selected samples per class is this quantile over classes of the number of samples whose label
-            wins, in [0, 1]. Published: 0.5; Sel-CL on CIFAR-100 0.75 with symmetric and 0.25 with asymmetric noise.
-        memory_per_class: rows per class and view of the queue of past embeddings; 0 has no queue. Published: 100; Sel-CL on
-            CIFAR-10 1000.
+            wins, in [0, 1].
+        memory_per_class: rows per class and view of the queue of past embeddings; 0 has no queue.
         memory_after: epochs before this queue is used.
-        select_epochs: length of the second stage, followed by the fine-tuning; None has no fine-tuning. Published: 120 of MOIT,
-            249 of Sel-CL.
+        select_epochs: length of the second stage, followed by the fine-tuning; None has no fine-tuning.
         finetune_lr: learning rate of the fine-tuning; published: 0.001. None uses the optimizer's with its schedule.
         bootstrap_after: epochs of the fine-tuning without bootstrapping.
         bootstrap: weight of the predicted class in the bootstrapping, in [0, 1].
@@ -97,19 +77,13 @@ class SelectedContrast(NoisyLabelModule):
         view: str = "simclr",
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("k >= 1", k, k >= 1),
-            ("projection >= 1", projection, projection >= 1),
-            ("temperature > 0", temperature, temperature > 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("quantile in [0, 1]", quantile, 0 <= quantile <= 1),
-            ("memory_per_class >= 0", memory_per_class, memory_per_class >= 0),
-            ("memory_after >= 0", memory_after, memory_after >= 0),
-            ("select_epochs >= 1 or null", select_epochs, select_epochs is None or select_epochs >= 1),
-            ("finetune_lr > 0 or null", finetune_lr, finetune_lr is None or finetune_lr > 0),
-            ("bootstrap_after >= 0", bootstrap_after, bootstrap_after >= 0),
-            ("bootstrap in [0, 1]", bootstrap, 0 <= bootstrap <= 1),
-        )
+        check_range(">= 1", k=k, projection=projection)
+        check_range(">= 1 or null", select_epochs=select_epochs)
+        check_range("> 0", temperature=temperature)
+        check_range("> 0 or null", finetune_lr=finetune_lr)
+        check_range(">= 0", alpha=alpha, bootstrap_after=bootstrap_after)
+        check_range(">= 0", memory_per_class=memory_per_class, memory_after=memory_after)
+        check_range("in [0, 1]", quantile=quantile, bootstrap=bootstrap)
         super().__init__(num_classes, **kwargs)
         self.k, self.temperature, self.alpha, self.quantile, self.view = k, temperature, alpha, quantile, view
         self.memory_rows, self.memory_after = 2 * num_classes * memory_per_class, memory_after
@@ -152,29 +126,17 @@ class SelectedContrast(NoisyLabelModule):
         """Let neighbors vote on the given labels, and select the same number of samples per class by the votes."""
         found = self.predict_train("labels", "features", pool_only=True)
         labels, embeddings = found["labels"], self.projection(found["features"]).float()
-        k = min(self.k, len(labels) - 1)
-        neighbors, similarity = similar_samples(embeddings, k) if k else (labels[:, None][:, :0], None)
-        weights = (similarity / self.temperature).softmax(1) if self.weighted_votes and similarity is not None else None
+        neighbors, weights = weighted_neighbors(embeddings, self.k, self.temperature if self.weighted_votes else None)
         votes = corrected_votes(labels, neighbors, self.num_classes, weights)
-        share = (
-            votes.gather(1, labels[:, None])[:, 0].nan_to_num(0.01).clamp(0.01, 0.99)
-        )  # NaN: the network has diverged
+        share = votes.gather(1, labels[:, None])[:, 0]
+        share = share.nan_to_num(0.01).clamp(0.01, 0.99)  # NaN: the network has diverged
         selected = class_quota(-share, labels, votes.argmax(1) == labels, self.num_classes, self.quantile)
-        if not bool(selected.any()):
-            rank_zero_warn(
-                f"expected a selection with samples in epoch {self.current_epoch} of {type(self).__name__}, got an empty one; "
-                "training on all samples"
-            )
-            selected = torch.ones_like(selected)
+        selected = nonempty_selection(selected, self.current_epoch, type(self).__name__)
         self.detected.update(found["index"], selected=selected, quality=share, given_quality=share)
         self.on_selection(found["index"], embeddings, labels, selected)
 
     def on_selection(self, index: Tensor, embeddings: Tensor, labels: Tensor, selected: Tensor) -> None:
         """Run after a selection, with embeddings (M, P), labels (M,) and selection (M,) of the samples ``index`` (M,)."""
-
-    def label_quality(self) -> Tensor | None:
-        """Return the fraction of the votes for each given label, (N,), in [0.01, 0.99]; None before the first selection."""
-        return self.detected.given_quality if self.detected.filled else None
 
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample selected samples in the fine-tuning."""
@@ -185,10 +147,8 @@ class SelectedContrast(NoisyLabelModule):
         pool = plan.pool(0)
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         chosen = pool[self.detected.selected.cpu()[pool]] if selected else pool
-        seed, epoch = self.sanm.seed, plan.epoch
-        generator = named_generator("draw", seed, epoch) if selected else named_generator("round", seed, epoch)
-        order = repeated_draw(chosen if len(chosen) else pool, plan.world_size * plan.steps * size, generator)
-        return order[plan.rank :: plan.world_size].view(plan.steps, size)
+        generator = named_generator("draw" if selected else "round", self.sanm.seed, plan.epoch)
+        return permuted_batches(plan, chosen if len(chosen) else pool, size, generator)
 
     # Each step
 
@@ -218,7 +178,7 @@ class SelectedContrast(NoisyLabelModule):
     @property
     def bootstraps(self) -> bool:
         """Whether the predicted class is learned in this epoch of the fine-tuning."""
-        return self.current_epoch - locate(self.stages(), self.current_epoch)[2] >= self.bootstrap_after
+        return self.stage_epoch >= self.bootstrap_after
 
     def finetune(self, batch: NoisyBatch) -> Tensor:
         """Return the cross-entropy of mixed weak views, with targets between the given label and the predicted class."""

@@ -18,38 +18,33 @@ __all__ = ["SELFIE", "Refurbished"]
 class SELFIE(NoisyLabelModule):
     """Train on the samples of small loss, and on those whose predictions agree, with the predicted label.
 
-    Source: Song et al., ICML 2019, Algorithm 1, and the authors' code. After the first stage, a step uses the
-    ceil((1 - noise rate) B) samples of a batch with the smallest losses, and the samples whose last predictions have a
-    normalized entropy of at most ``uncertainty``, with the most frequent prediction as label. A replaced label is kept. A run
-    can be restarted with a new network and the replaced labels.
+    Source: Song et al., ICML 2019, Algorithm 1, and the authors' code. In the first stage of a run, all samples are used. A
+    replaced label is kept. Runs can be restarted with a new network and the replaced labels; the last network predicts.
 
     Departures: predictions are those of the training steps on unmasked images, where the code uses a further pass. A label is
     replaced only after ``history`` predictions, where the code counts missing predictions as class 0
     (``released_zero_history``).
 
-    Prediction: the network of the last run.
-
     Under SANM, samples are selected by the losses of unmasked images; label quality is 1 minus the normalized entropy for
-    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit.
+    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit. In lists, the
+    quality of given labels that were replaced is 0.
 
     Args:
         num_classes: C, number of classes.
-        noise_rate: fraction of a batch that is not selected by its loss, in [0, 1); published: the noise rate. Required, and
-            never read from the data.
+        noise_rate: fraction of a batch that is not selected by its loss, in [0, 1). Required, never read from the data.
         uncertainty: largest normalized entropy of consistent predictions, in [0, 1]; published: 0.05.
-        history: number of the last predictions of a sample; None is the published 15, or the number of epochs of a run if that
-            is smaller.
+        history: number of the last predictions of a sample; None is the published 15, or the epochs of a run if fewer.
         restarts: number of further runs; published: 2.
-        run_epochs: epochs of a run, of which the last one lasts until ``max_epochs``; None divides ``max_epochs`` equally;
-            set it if ``max_epochs`` may be raised in a resumed run.
+        run_epochs: epochs of each run but the last; None divides ``max_epochs`` equally; set it if ``max_epochs`` may be
+            raised in a resumed run.
         released_zero_history: whether missing predictions count as class 0.
-        warmup_epochs: length of the first stage of every run, in which all samples are used.
+        warmup_epochs: length of the first stage of every run.
 
     All other arguments are those of :class:`NoisyLabelModule`.
 
     Raises:
-        ValueError: if an argument is out of its range, ``noise_rate`` is missing, ``history`` is longer than a run, or batches
-            have no index.
+        ValueError: if an argument is out of its range, ``noise_rate`` is missing, ``history`` is longer than a run, or
+            batches have no index.
     """
 
     needs_data_module = True
@@ -82,19 +77,17 @@ class SELFIE(NoisyLabelModule):
     @property
     def epochs_per_run(self) -> int:
         """Epochs of each run but the last one; 100 if ``max_epochs`` is unknown."""
-        epochs = None if self._trainer is None else self._trainer.max_epochs
-        if self.run_epochs is not None or epochs is None or epochs < 0:
+        if self.run_epochs is not None or self.total_epochs is None:
             return self.run_epochs or 100
-        return epochs // (self.restarts + 1)
+        return self.total_epochs // (self.restarts + 1)
 
     def stages(self) -> list[Stage]:
         """Return the two stages of each run."""
-        found = []
+        found, length = [], max(0, self.epochs_per_run - self.warmup_epochs)
         for number in range(self.restarts + 1):
             name, last = f"_{number + 1}" if number else "", number == self.restarts
-            length = None if last else max(0, self.epochs_per_run - self.warmup_epochs)
             found.append(Stage(f"warmup{name}", self.warmup_epochs, reset="network" if number else "none"))
-            found.append(Stage(f"refurbish{name}", length))
+            found.append(Stage(f"refurbish{name}", None if last else length))
         return found
 
     def begin_stage(self) -> None:
@@ -109,15 +102,6 @@ class SELFIE(NoisyLabelModule):
         length = f"a history of at most the {self.epochs_per_run} epochs of a run of SELFIE"
         require((self.history or 0) <= self.epochs_per_run, length, self.history, "lower history")
 
-    @property
-    def required_votes(self) -> int:
-        """Number of predictions after which a label can be replaced."""
-        return max(1, min(self.predicted.length, self.epochs_per_run))
-
-    def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label, (N,), 0 for replaced labels; None in the first stage."""
-        return self.refurbished.given_quality if self.refurbished.filled else None
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch = NoisyBatch.from_any(batch)
@@ -125,15 +109,15 @@ class SELFIE(NoisyLabelModule):
         labels, warmup = store.labels[index], self.stage.name.startswith("warmup")
         if not warmup:
             votes = self.predicted.votes(index, self.num_classes, self.released_zero_history)
-            found = refurbish(votes, self.required_votes, self.uncertainty, labels, store.replaced[index])
+            required = max(1, min(self.predicted.length, self.epochs_per_run))
+            found = refurbish(votes, required, self.uncertainty, labels, store.replaced[index])
             labels = found.labels
         quality = None if self.current_epoch < self.warmup_epochs else store.quality[index]
         out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)
-        assert out.clean_logits is not None
-        self.predicted.append(index, out.clean_logits.argmax(1))
+        self.predicted.append(index, out.unmasked_logits().argmax(1))
         if warmup:
             return out.cross_entropy()
-        losses = soft_cross_entropy(out.clean_logits.detach(), self.one_hot(batch.labels))
+        losses = soft_cross_entropy(out.unmasked_logits(), self.one_hot(batch.labels))
         quality = refurbished_quality(found, losses, store.quality[index])
         store.record(index, batch.labels, found.labels, found.replaced, quality)
         return out.cross_entropy(small_loss(losses, 1 - store.noise_rate, round_up=True) | found.replaced)

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import class_prototypes
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_ranges, require_index
@@ -98,15 +97,11 @@ class SMP(NoisyLabelModule):
 
     def _report_small_classes(self, labels: Tensor) -> None:
         smallest = int(labels.bincount().clamp(max=self.samples).min())
-        if smallest < self.samples and self.current_epoch == locate(self.stages(), self.current_epoch)[2]:
+        if smallest < self.samples and self.stage_epoch == 0:
             rank_zero_info(
                 f"SMP: prototypes of classes with fewer than samples = {self.samples} members are selected among all of them "
                 f"(the smallest class has {smallest})"
             )
-
-    def label_quality(self) -> Tensor | None:
-        """Return 1 - alpha for given labels that differ from the second label and 1 for others, (N,); None before."""
-        return self.corrected.given_quality if self.corrected.filled else None
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""

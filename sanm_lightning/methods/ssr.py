@@ -4,25 +4,23 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import (
     balanced_votes,
-    class_balanced_draw,
     feature_consistency,
     fit_mixture,
     knn_vote,
-    members_by_class,
     mixture_posterior,
     mixup,
     relabel,
-    repeated_draw,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.models import pooled_width
+from sanm_lightning.methods.batches import balanced_batches, permuted_batches
+from sanm_lightning.methods.checks import nonempty_selection
+from sanm_lightning.models import pooled_features, pooled_width
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 
@@ -145,12 +143,7 @@ class SSR(NoisyLabelModule):
         votes = balanced_votes(knn_vote(features, labels, self.k, self.num_classes, self.chunk), labels)
         agreeing, given_agreeing = (votes.gather(1, part[:, None])[:, 0] for part in (labels, given))
         selected = agreeing / votes.max(1).values >= self.theta_s
-        if not bool(selected.any()):
-            rank_zero_warn(
-                f"expected a selection with samples in epoch {self.current_epoch} of SSR, got none; training on all "
-                "samples"
-            )
-            selected = torch.ones_like(selected)
+        selected = nonempty_selection(selected, self.current_epoch, type(self).__name__)
         quality, given_quality = self._judge(agreeing, given_agreeing)
         judged = {"labels": labels, "selected": selected, "quality": quality, "given_quality": given_quality}
         self.selection.update(found["index"], **judged)
@@ -162,10 +155,6 @@ class SSR(NoisyLabelModule):
         mixture = fit_mixture(1 - agreeing)  # the component of lower mean has the larger fractions
         return mixture_posterior(mixture, 1 - agreeing), mixture_posterior(mixture, 1 - given_agreeing)
 
-    def label_quality(self) -> Tensor | None:
-        """Return the quality of each given label, (N,), from the votes; None before the first vote."""
-        return self.selection.given_quality if self.selection.filled else None
-
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Sample selected samples with balanced classes, and all samples in random rounds for the consistency."""
         if self.stage.name == "warmup":
@@ -173,16 +162,13 @@ class SSR(NoisyLabelModule):
         labels, selected = self.selection.labels.cpu(), self.selection.selected.cpu()
         pool = plan.pool(0)
         chosen = pool[selected[pool]] if bool(selected[pool].any()) else pool
-        members = members_by_class(chosen, labels[chosen], self.num_classes)
         drawing = named_generator("draw", self.sanm.seed, plan.epoch, plan.rank)
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        drawn = class_balanced_draw(*members, plan.steps * size, drawing).view(plan.steps, size)
+        drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, drawing)
         if self.lambda_fc == 0:
             return drawn
-        order = repeated_draw(
-            pool, plan.world_size * plan.steps * size, named_generator("turn", self.sanm.seed, plan.epoch)
-        )
-        return torch.cat([drawn, order[plan.rank :: plan.world_size].view(plan.steps, size)], 1)
+        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.epoch))
+        return torch.cat([drawn, rounds], 1)
 
     # Each step
 
@@ -206,12 +192,9 @@ class SSR(NoisyLabelModule):
     def consistency(self, weak: Tensor, strong: Tensor) -> Tensor:
         """Return the feature consistency of a weak and a strong view of the same images."""
         with torch.no_grad():
-            target = self.projection(self._pooled(weak))
-        return feature_consistency(self.predictor(self.projection(self._pooled(strong))), target)
-
-    def _pooled(self, images: Tensor) -> Tensor:
-        pooled: Tensor = self.network.forward_head(self.network.forward_features(images), pre_logits=True)
-        return pooled
+            target = self.projection(pooled_features(self.network, self.network.forward_features(weak)))
+        features = pooled_features(self.network, self.network.forward_features(strong))
+        return feature_consistency(self.predictor(self.projection(features)), target)
 
 
 def _head(width: int, hidden: int) -> nn.Sequential:

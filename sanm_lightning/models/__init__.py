@@ -4,7 +4,7 @@ from sanm_lightning.models import resnet_cifar  # noqa: F401  # registers its ne
 from sanm_lightning.models.checkpoints import LoadReport, load_weights
 from sanm_lightning.models.cnn9 import CNN9
 from sanm_lightning.models.normalized import Normalized, create_network, with_image_size
-from sanm_lightning.models.pooled import pooled_width
+from sanm_lightning.models.pooled import pooled_features, pooled_width
 from sanm_lightning.models.preact_resnet import PreActResNet
 from sanm_lightning.models.pretrained import load_pretrained
 from sanm_lightning.models.projection import Projection
@@ -20,6 +20,7 @@ __all__ = [
     "create_network",
     "load_pretrained",
     "load_weights",
+    "pooled_features",
     "pooled_width",
     "with_image_size",
 ]

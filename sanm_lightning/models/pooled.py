@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["PooledClassifier", "own_options", "pooled_width"]
+__all__ = ["PooledClassifier", "own_options", "pooled_features", "pooled_width"]
 
 
 class PooledClassifier(nn.Module):
@@ -51,6 +51,12 @@ def pooled_width(network: Any) -> int:
     It differs from the channels of the feature map in networks with a hidden layer after the pooling, such as MobileNetV3.
     """
     return int(getattr(network, "head_hidden_size", None) or network.num_features)
+
+
+def pooled_features(network: Any, maps: Tensor) -> Tensor:
+    """Return the input (B, D) of the classifier of a network with timm's interface, from feature maps (B, D', h, w)."""
+    features: Tensor = network.forward_head(maps, pre_logits=True)
+    return features
 
 
 def own_options(name: str, pretrained: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sanm_lightning.models.pooled import pooled_width
+from sanm_lightning.models.pooled import pooled_features, pooled_width
 
 __all__ = ["Projection"]
 
@@ -27,5 +27,5 @@ class Projection(nn.Linear):
 
     def of_maps(self, network: Any, maps: Tensor) -> Tensor:
         """Return the normalized embeddings (B, P) of feature maps (B, D, h, w) of ``network``."""
-        embeddings: Tensor = self(network.forward_head(maps, pre_logits=True))
+        embeddings: Tensor = self(pooled_features(network, maps))
         return embeddings

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.per_sample.state import Reduction, SampleState
 
-__all__ = ["EMATargets", "LabelStore", "LearnableTargets", "Refurbished"]
+__all__ = ["Candidates", "EMATargets", "LabelStore", "LearnableTargets", "NoiseRateStore", "Refurbished"]
 
 
 class EMATargets(SampleState):
@@ -111,7 +111,45 @@ class LabelStore(SampleState):
         self.filled = bool(state.get("filled", len(state.get("labels", ())) > 0))
 
 
-class Refurbished(LabelStore):
+class NoiseRateStore(LabelStore):
+    """A :class:`LabelStore` of a method that changes the noise rate in training.
+
+    Args:
+        noise_rate: initial fraction of wrong labels, in [0, 1].
+        dist_reduce_fx: as for :class:`LabelStore`.
+    """
+
+    def __init__(self, noise_rate: float, dist_reduce_fx: Reduction = "mean") -> None:
+        super().__init__(dist_reduce_fx=dist_reduce_fx)
+        self.noise_rate = noise_rate
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the tables and the noise rate."""
+        return {**super().get_extra_state(), "noise_rate": self.noise_rate}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore a state."""
+        super().set_extra_state(state)
+        self.noise_rate = float(state.get("noise_rate", self.noise_rate))
+
+
+class Candidates(NoiseRateStore):
+    """Which samples are candidates, selected or discarded (INCV, Chen et al., ICML 2019); the same in all processes.
+
+    Args:
+        noise_rate: fraction of wrong labels; 0 before it is estimated.
+    """
+
+    CANDIDATE, SELECTED, DISCARDED = 0, 1, 2
+    status: Tensor
+    """(N,) int64: one of the three."""
+
+    def __init__(self, noise_rate: float) -> None:
+        super().__init__(noise_rate, dist_reduce_fx=None)
+        self.add_state("status", dtype=torch.int64, dist_reduce_fx=None)
+
+
+class Refurbished(NoiseRateStore):
     """Labels that were replaced, and the noise rate of the current run (SELFIE, Song et al., ICML 2019).
 
     Args:
@@ -122,8 +160,7 @@ class Refurbished(LabelStore):
     """(N,) bool: whether the given label was replaced."""
 
     def __init__(self, noise_rate: float) -> None:
-        super().__init__()
-        self.noise_rate = noise_rate
+        super().__init__(noise_rate)
         self.add_state("replaced", dtype=torch.bool)
 
     def record(self, index: Tensor, given: Tensor, labels: Tensor, replaced: Tensor, quality: Tensor) -> None:
@@ -132,15 +169,6 @@ class Refurbished(LabelStore):
         self.write("replaced", index, replaced)
         self.write("quality", index, quality)
         self.write("given_quality", index, torch.where(labels == given, quality, 0.0))
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the tables and the noise rate."""
-        return {**super().get_extra_state(), "noise_rate": self.noise_rate}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
-        super().set_extra_state(state)
-        self.noise_rate = float(state.get("noise_rate", self.noise_rate))
 
 
 class LearnableTargets(SampleState):

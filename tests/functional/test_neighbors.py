@@ -15,6 +15,7 @@ from sanm_lightning.functional import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    weighted_neighbors,
 )
 from sanm_lightning.functional import neighbors as file
 
@@ -63,6 +64,27 @@ def test_values_are_averaged_over_neighbors(features, weighted, monkeypatch):
         for c in range(C):
             expected = sum(a * float(values[j, c]) for a, j in zip(w, found[i].tolist(), strict=True)) / sum(w)
             assert float(mean[i, c]) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [K, N - 1, 500])
+def test_weights_of_neighbors_are_the_softmax_of_their_similarities(features, k):
+    found, weights = weighted_neighbors(features, k, 0.3)
+    unit = F.normalize(features, dim=1)
+    for i in range(N):
+        others = sorted((float(unit[i] @ unit[j]) for j in range(N) if j != i), reverse=True)[:k]
+        powers = [math.exp(value / 0.3) for value in others]
+        assert weights[i].tolist() == pytest.approx([power / sum(powers) for power in powers], rel=1e-4)
+        assert [float(unit[i] @ unit[j]) for j in found[i]] == pytest.approx(others, abs=1e-5)
+        assert i not in found[i].tolist()
+    plain, none = weighted_neighbors(features, k)
+    assert torch.equal(plain, found)
+    assert none is None
+
+
+@pytest.mark.parametrize(("rows", "k"), [(N, 0), (1, 5)])
+def test_a_sample_without_neighbors_is_its_own_mean(features, rows, k):
+    values = torch.rand(rows, C)
+    assert torch.equal(neighbor_mean(values, *weighted_neighbors(features[:rows], k, 0.3)), values)
 
 
 def test_without_neighbors_a_sample_keeps_its_own_values():

@@ -8,10 +8,12 @@ from torch.nn import functional as F
 
 from sanm_lightning import SANM
 from sanm_lightning.batch import EpochPlan
+from sanm_lightning.callbacks import Stages
 from sanm_lightning.functional import (
     clean_probability,
     cross_validated_noise_rate,
     discarded_fraction,
+    held_out,
     remaining_noise_rate,
     sequence_credibility,
     step_fractions,
@@ -50,6 +52,11 @@ class TestNoiseRates:
 
     def test_discarded_are_at_most_twice_the_selected(self):
         assert [discarded_fraction(rate) for rate in (0.0, 0.5, 0.6, 0.9, 1.0)] == pytest.approx([0, 1, 1.5, 2, 2])
+
+    def test_a_sample_is_held_out_from_the_network_of_the_other_half(self):
+        values, half = torch.arange(8.0).view(2, 4), torch.tensor([0, 1, -1, 0])
+        expected = [float(values[0 if side == 1 else 1, i]) for i, side in enumerate(half.tolist())]
+        assert held_out(values, half).tolist() == expected == [4, 1, 6, 7]
 
     def test_a_rate_in_steps(self):
         factors = [step_fractions(step, 10, (0.4, 0.6, 0.8), (0.5, 0.25, 0.1)) for step in range(10)]
@@ -181,7 +188,7 @@ class TestREED:
         module = self.made(0)
         for parameter in module.parameters():  # as with several processes
             parameter.grad = torch.zeros_like(parameter)
-        module.on_before_optimizer_step(None)
+        Stages().on_before_optimizer_step(module.trainer, module, None)
         left = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
         assert left == {"network.network.fc.weight", "network.network.fc.bias"}
 

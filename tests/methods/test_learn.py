@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sanm_lightning import SANM, methods
+from sanm_lightning.methods.ema import EMA
 from sanm_lightning.sanm import LabelQuality, QualityEstimator, QualityFile
 from tests.full import FULL
 from tests.methods.test_every_method import METHODS, SMALL, empty_sets_allowed, encoder, fit  # noqa: F401
@@ -263,6 +264,24 @@ def test_a_hook_overridden_without_super_loses_nothing(name, hook, make, tmp_pat
     for one, other, resumed in zip(plain.networks, quiet.networks, again.networks, strict=True):
         assert same(one, other)
         assert same(one, resumed)
+
+
+@pytest.mark.parametrize("name", ["ELRPlus", "IEG", "MLNT", "SelCL"] if FULL else ["SelCL"])
+def test_averaged_networks_are_updated_in_a_subclass_with_its_own_optimizer_step(name, make):
+    def step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=optimizer_closure)
+
+    def create(self):
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
+
+    plain, own = make(name, None), make(name, None)
+    own.__class__ = type(name, (type(plain),), {"optimizer_step": step, "configure_optimizers": create})
+    for module in (plain, own):
+        fit(module, epochs=3)
+    averages = [[part for part in module.modules() if isinstance(part, EMA)] for module in (plain, own)]
+    for one, other in zip(*averages, strict=True):
+        assert same(one.module, other.module)
+        assert one.steps == other.steps > 0
 
 
 def test_a_loss_that_is_not_finite_is_still_seen_by_a_module_with_hooks_of_its_own():

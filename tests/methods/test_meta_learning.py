@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sanm_lightning import SANM
 from sanm_lightning.batch import EpochPlan
 from sanm_lightning.data import Toy
-from sanm_lightning.functional import meta_gradients, neighbor_labels, row_mixup
+from sanm_lightning.functional import guessed_labels, meta_gradients, neighbor_labels, row_mixup
 from sanm_lightning.functional.reweighting import LookaheadStep
 from sanm_lightning.methods import IEG, MLNT, CrossEntropy, MetaCleaner
 from tests.methods.reference import SMALL, C, N, batch, predictions, ready
@@ -242,7 +242,7 @@ class TestIEG:
         loss = module.training_step(rows, 0)
         logits, other = module.network(rows.images[:6]), module.network(rows.views[1][:6])
         labels = F.one_hot(rows.labels[:6], C).float()
-        mixed = 0.9 * labels + 0.1 * module.guess(logits, other)
+        mixed = 0.9 * labels + 0.1 * guessed_labels([logits, other], 0.5)
         torch.testing.assert_close(loss, (F.cross_entropy(logits, labels) + F.cross_entropy(logits, mixed)) / 2)
 
     @pytest.mark.parametrize(("second_order", "sizes"), [(False, [6, 6, 6, 6, 18]), (True, [6, 6, 6, 18])])

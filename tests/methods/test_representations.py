@@ -147,7 +147,13 @@ class TestRRL:
 
     @pytest.mark.parametrize(("epoch", "weight"), [(1, 1.0), (3, 3.0), (9, 5.0)])
     def test_the_weight_of_the_prototypes_grows_from_one(self, epoch, weight):
-        assert at(RRL(**SMALL, ramp_epochs=4, warmup_epochs=1), epoch).prototype_weight == weight
+        options = {"w_reconstruction": 0.0, "w_instance": 0.0, "alpha": 0.0, "mix_views": 1}
+        module = at(RRL(**SMALL, k=0, projection=8, warmup_epochs=1, ramp_epochs=4, w_prototype=5.0, **options), epoch)
+        module.prototypes = F.normalize(torch.randn(C, 8), dim=1)
+        given = two_views()
+        contrast = prototype_contrast(module, given.images, given.labels)
+        expected = cross_entropy(module, given.images, given.labels) + weight * sum(contrast) / len(contrast)
+        assert float(module.training_step(given, 0).detach()) == pytest.approx(expected, rel=1e-4)
 
 
 def contrast(views: Tensor, others: Tensor, positives, temperature: float) -> float:

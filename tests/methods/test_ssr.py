@@ -133,7 +133,7 @@ def test_an_empty_selection_is_said_and_survived(monkeypatch):
         "sanm_lightning.methods.ssr.balanced_votes",
         lambda shares, labels: torch.ones_like(shares).scatter(1, labels[:, None], 0.5),
     )
-    with pytest.warns(UserWarning, match="expected a selection with samples in epoch 0 of SSR, got none"):
+    with pytest.warns(UserWarning, match="expected a selection with samples in epoch 0 of SSR, got an empty one"):
         trainer(1).fit(module, data())
     assert bool(module.selection.selected.all())
 

@@ -1,5 +1,7 @@
 """Stages: which epoch belongs to which, what a stage resets, freezes and sets, and that a resume loses none of it."""
 
+from itertools import pairwise
+
 import lightning as L
 import pytest
 import torch
@@ -109,6 +111,30 @@ def test_frozen_parameters_neither_move_nor_decay_and_move_again_in_no_other_sta
     plain = module(CrossEntropy)
     trainer(3).fit(plain, data())
     assert not torch.equal(plain.network.network.layers[0].weight, frozen.network.network.layers[0].weight)
+
+
+class Probing(CrossEntropy):
+    """Only the classifier is trained in the second stage."""
+
+    def stages(self):
+        return [Stage("first", 1), Stage("second", 1, trained="head"), Stage("third")]
+
+
+def test_a_stage_that_trains_the_head_neither_moves_nor_decays_another_parameter():
+    probing = module(Probing, sanm=SANM(mu=0.5, beta=0.02, seed=0))
+    weights = []
+
+    class Note(L.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            weights.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+    trainer(3, callbacks=[Note()]).fit(probing, data())
+    head, every = (
+        {name for name, value in after.items() if not torch.equal(value, before[name])}
+        for before, after in pairwise(weights)
+    )
+    assert head == {"network.network.fc.weight", "network.network.fc.bias"}
+    assert every == set(weights[0])
 
 
 class HeadOnly(CrossEntropy):
