@@ -6,10 +6,10 @@
     python examples/cifar10_small.py --root DIR --noise worst --labels cifar10n.npz --arms cross_entropy sanm dividemix ssr
     python examples/cifar10_small.py --table [--noise worst]
 
-DIR has ``train/<class>/`` and ``test/<class>/``. Half of the labels are wrong, or the labels are those of CIFAR-10N. Each run is
-a command line of ``sanm fit`` with its own folder in ``--runs``; several processes may share the runs. ``--methods`` runs each
-method alone, under SANM, and under SANM with quality from an audit of frozen features. Results are added to a file in results/
-for each noise; a run whose results are there is not run again. ``--table`` prints the results in Markdown.
+DIR has ``train/<class>/`` and ``test/<class>/``. Half of the labels are wrong, or the labels are those of CIFAR-10N. Each run
+is a command line of ``sanm fit`` with its own folder in ``--runs``; several processes may share the runs. ``--methods`` runs
+each method alone, under SANM, and under SANM with quality from an audit of frozen features. Results are added to a file in
+results/ for each noise; a run whose results are there is not run again. ``--table`` prints the results in Markdown.
 """
 
 import argparse
