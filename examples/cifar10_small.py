@@ -151,7 +151,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """Return the results of a run of 60 epochs; None if it is not finished."""
     for file in sorted(folder.rglob("results.json")):
         result: dict[str, Any] = json.loads(file.read_text())
-        if result["epochs"] == 60 and result["label_issues"]:
+        if result["epochs"] == 60:
             return result
     return None
 
@@ -164,13 +164,19 @@ def table(found: dict[str, Any]) -> str:
             runs = [by_seed[seed] for seed in sorted(by_seed)]
             last = [run["test_accuracy_last"] for run in runs]
             best = statistics.mean(run["test_accuracy_best"] for run in runs)
-            aucs = [run["quality_auc"] for run in runs if run["quality_auc"] is not None]
-            listed = statistics.mean(run["label_issues"]["auroc"] for run in runs)
+            aucs = mean_or_blank([run["quality_auc"] for run in runs])
+            listed = mean_or_blank([(run["label_issues"] or {}).get("auroc") for run in runs])
             lines.append(
                 f"| {name} | {' '.join(sorted(by_seed))} | {decimals(best)} | {decimals(statistics.mean(last))} "
-                f"({' '.join(map(decimals, last))}) | {decimals(statistics.mean(aucs)) if aucs else ''} | {decimals(listed)} |"
+                f"({' '.join(map(decimals, last))}) | {aucs} | {listed} |"
             )
     return "\n".join(lines)
+
+
+def mean_or_blank(values: list[float | None]) -> str:
+    """Format the mean of the known values; blank without any."""
+    known = [value for value in values if value is not None]
+    return decimals(statistics.mean(known)) if known else ""
 
 
 def main() -> None:
