@@ -1,6 +1,6 @@
 """Forward and backward passes of every method, alone and under SANM: ``python -m benchmarks.forward_passes``.
 
-Writes ``results/forward_passes.json`` and the table of ``docs/cost.md``.
+Writes ``results/forward_passes.json``; ``make tables`` then writes the table of ``docs/cost.md``.
 """
 
 import logging
@@ -15,8 +15,7 @@ from sanm_lightning.run_record import write_json
 from scripts.gpu.cases import TINY, Case, cases, data
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "results" / "forward_passes.json", ROOT / "docs" / "cost.md"
-BEGIN, END = "<!-- table of benchmarks.forward_passes -->", "<!-- end of table -->"
+RESULTS = ROOT / "results" / "forward_passes.json"
 
 ONE = (1, 1, 0)
 LEAST: dict[str, tuple[float, float, int]] = {
@@ -100,13 +99,11 @@ def _triple(passes: Sequence[float]) -> str:
 
 
 def main() -> None:
-    """Count, write the results and the table."""
+    """Count, write the results and print the table."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     rows = {case.label: measure(case) for case in cases()}
     write_json(RESULTS, {"backward_cost": BACKWARD_COST, "methods": rows})
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
     print(table(rows))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -31,7 +32,13 @@ from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
 from sanm_lightning.sentences import REPORTED, sentence
 from sanm_lightning.start_weights import start_from
 
-__all__ = ["SANMCLI", "main"]
+__all__ = ["SANMCLI", "FitParser", "main"]
+
+CLASSES: dict[str, Any] = {
+    "model_class": L.LightningModule, "datamodule_class": L.LightningDataModule, "subclass_mode_model": True,
+    "subclass_mode_data": True, "auto_configure_optimizers": False, "parser_class": TrainingParser,
+}  # fmt: skip
+"""Arguments of LightningCLI that determine the options of the command line."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -189,6 +196,32 @@ class SANMCLI(LightningCLI):
     before_validate = before_test = before_predict = before_fit
 
 
+class FitParser(SANMCLI):
+    """The parser of ``sanm fit``, which runs nothing. Abbreviated options are refused."""
+
+    def __init__(self) -> None:
+        super().__init__(**CLASSES, run=False, args=[], parser_kwargs={"prog": "sanm fit", "allow_abbrev": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse nothing, and leave the random streams as they are."""
+        self.config = Namespace(seed_everything=False)
+
+    def instantiate_classes(self) -> None:
+        """Instantiate nothing."""
+
+    def check(self, words: list[str]) -> None:
+        """Parse arguments of ``sanm fit``.
+
+        Args:
+            words: the arguments, without ``fit``.
+
+        Raises:
+            ValueError: if an option is unknown or has a value of another type.
+            OSError: if a config or the file of a noise rate does not exist.
+        """
+        self.parser.parse_args(_read_noise_rate(config_paths.resolve(words)))
+
+
 def _read(data: L.LightningDataModule, name: str) -> Any:
     return getattr(data, name, None)
 
@@ -242,16 +275,11 @@ def main(args: list[str] | None = None) -> SANMCLI:
     else:
         args = words
     return SANMCLI(
-        L.LightningModule,
-        L.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
+        **CLASSES,
         seed_everything_default=0,  # runs without a given seed are reproducible
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"callbacks": [RunRecord(), PredictionRecord()]},
-        parser_class=TrainingParser,
         parser_kwargs={"description": f"Further commands: {', '.join(f'sanm {name}' for name in commands.COMMANDS)}."},
         args=args,
     )

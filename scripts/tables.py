@@ -16,12 +16,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import audit_cifar10  # noqa: E402  (examples/ is no package)
 import cifar10_small  # noqa: E402
 import clean_or_train  # noqa: E402
 import digits_methods  # noqa: E402
+
+from benchmarks import forward_passes  # noqa: E402
+from sanm_lightning.study.formats import markdown_table  # noqa: E402
+from sanm_lightning.study.record import SavedRecord  # noqa: E402
+from sanm_lightning.study.table import rows_of  # noqa: E402
 
 MARKED = re.compile(r"(?<=<!-- table: )(?P<name>[\w-]+) -->\n(?P<table>.*?)\n*(?=<!-- end -->)", re.DOTALL)
 DIGITS_METHODS = ("CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "C2D", "SSR", "GCE")
@@ -313,10 +318,17 @@ def million() -> str:
     )
 
 
+def study(name: str) -> str:
+    """Return the table of a study without published values, from ``results/studies/<name>.json``."""
+    record = SavedRecord(ROOT / "results" / "studies" / f"{name}.json")
+    _, _, cells = record.read()
+    return markdown_table(rows_of(record, cells, None), None).partition("\n\n")[0]  # without the caption
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "which-method": which_method,
     "small-cifar10": small_cifar10,
-    "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")),
+    "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")["runs"]),
     "quickstart": quickstart,
     "digits-methods": digits_all_methods,
     "digits-methods-frame": digits_methods_frame,
@@ -332,6 +344,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "audit-verdicts": lambda: audit_table("human", 0),
     "speed": speed,
     "million": million,
+    "forward-passes": lambda: forward_passes.table(load("forward_passes")["methods"]),
+    "smoke": lambda: study("smoke"),
 }
 """Functions that return the tables, by name."""
 

@@ -11,6 +11,7 @@ from rich.markup import escape
 from sanm_lightning.parsing import CommandParser
 from sanm_lightning.study.cells import Cell, cells_of
 from sanm_lightning.study.cost import forward_passes
+from sanm_lightning.study.options import check_options
 from sanm_lightning.study.published import read_published
 from sanm_lightning.study.record import Record
 from sanm_lightning.study.run import run_cells, submitit_executor
@@ -58,6 +59,7 @@ def study(
     if read.published is not None:
         read_published(read.published)
     cells = cells_of(read, data_root)
+    check_options(read.name, cells)
     record, console = Record(out or Path("runs", "studies", read.name)), Console(highlight=False)
     listed = record.with_earlier(read.name, cells)
     if dry_run:

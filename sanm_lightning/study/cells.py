@@ -224,7 +224,8 @@ def _differences(recipe: dict[str, Any], options: dict[str, Any], overlay: str) 
     found = [] if overlay == "none" else [f"overlay {overlay}"]
     for name, value in options.items():
         before = recipe.get(name)
-        told = name == "model.noise_rate" and value == recipe.get("data.noise.rate")  # as in the published runs
+        rate = recipe.get("data.noise.rate")
+        told = name == "model.probe" or (name == "model.noise_rate" and value == rate)  # as in the published runs
         if name.startswith(MACHINE) or before == value or told:
             continue
         if name == "trainer.max_epochs":

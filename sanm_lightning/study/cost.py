@@ -58,12 +58,12 @@ def forward_passes(cells: Sequence[Cell], console: Console | None = None) -> dic
     costs: dict[str, float | None] = {}
     for cell in cells:
         configs = [config for config in cell.configs if Path(config).parent.name not in ("data", "noise")]
-        rate, pretrained = "model.noise_rate" in cell.options, cell.after is not None
-        key = (*configs, rate, pretrained)
+        given = "model.noise_rate" in cell.options, cell.after is not None, "model.probe" in cell.options
+        key = (*configs, *given)
         if key not in found:
             if console is not None and console.is_terminal:
                 console.print(f"measuring {cell.method} {cell.sanm} ...", end="\r")
-            found[key] = passes_per_image(configs, rate, pretrained)
+            found[key] = passes_per_image(configs, *given)
         images, passes = images_per_epoch(cell), found[key]
         if images is None or passes is None or cell.epochs is None:
             costs[cell.folder] = None
@@ -80,7 +80,9 @@ def images_per_epoch(cell: Cell) -> int | None:
     return None if size is None else round(size * (1 - (settings.get("data.val_fraction") or 0)))
 
 
-def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretrained: bool = False) -> float | None:
+def passes_per_image(
+    configs: Sequence[str], noise_rate: bool = False, pretrained: bool = False, probe: bool = False
+) -> float | None:
     """Measure the forward passes per training image in an epoch after the warm-up.
 
     A network of four layers is trained for a few epochs on synthetic images, half of whose labels are resampled. Which networks
@@ -90,6 +92,7 @@ def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretraine
         configs: configs of method, setting, SANM and overlay; their options of the data are not used.
         noise_rate: whether the method is given the noise rate.
         pretrained: whether the method is given a pre-trained network.
+        probe: whether the method is given known labels.
 
     Returns:
         The number; None if the method cannot be trained in this way.
@@ -103,6 +106,9 @@ def passes_per_image(configs: Sequence[str], noise_rate: bool = False, pretraine
         if pretrained:
             options["model.pretrained"] = f"{folder}/network.pt"
             torch.save(create_network("small_cnn", 10, width=4).state_dict(), options["model.pretrained"])
+        if probe:
+            options["model.probe"] = f"{folder}/probe.csv"
+            Path(options["model.probe"]).write_text("index,label\n" + "".join(f"{i},{i % 10}\n" for i in range(20)))
         words = [f"--config={path}" for path in _without_data(configs, Path(folder))]
         words += [f"--{name}={value}" for name, value in options.items()]
         try:

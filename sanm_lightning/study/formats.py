@@ -30,9 +30,7 @@ def markdown_table(rows: Sequence[Row], source: str | None) -> str:
         if row.reasons:
             fields[BEST] += f" <sup>{marks[row.reasons]}</sup>"
         lines.append(f"| {' | '.join(fields[column] for column in shown)} |")
-    notes = [
-        f"<sup>{mark}</sup> not comparable with the published value: {', '.join(why)}" for why, mark in marks.items()
-    ]
+    notes = [f"<sup>{mark}</sup> not comparable: {', '.join(why)}" for why, mark in marks.items()]
     return "\n".join([*lines, "", *_paragraphs([_caption(source), *notes])])
 
 
@@ -51,10 +49,7 @@ def latex_table(rows: Sequence[Row], source: str | None) -> str:
         if row.reasons:
             fields[BEST] += rf"\textsuperscript{{{marks[row.reasons]}}}"
         lines.append(" & ".join(fields[column] for column in shown) + r" \\")
-    notes = [
-        rf"\textsuperscript{{{mark}}}" + _tex(f" not comparable with the published value: {', '.join(why)}")
-        for why, mark in marks.items()
-    ]
+    notes = [rf"\textsuperscript{{{mark}}}" + _tex(f" not comparable: {', '.join(why)}") for why, mark in marks.items()]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", "", *_paragraphs([_tex(_caption(source)), *notes])])
 
 

@@ -17,10 +17,12 @@ class Published(NamedTuple):
     Attributes:
         source: paper and table.
         values: accuracies in percent by (method, SANM, data, noise), with the keys ``best``, ``last`` and ``spread``.
+        notes: why a value is not that of the method, by (method, SANM, data, noise); only for such values.
     """
 
     source: str
     values: dict[tuple[str, str, str, str], dict[str, float]]
+    notes: dict[tuple[str, str, str, str], str]
 
 
 def read_published(table: str) -> Published:
@@ -39,12 +41,16 @@ def read_published(table: str) -> Published:
         raise ValueError(f"expected a table of published values, got {table!r}; {remedy}")
     columns = [(data, noise) for data, noises in content[table]["columns"].items() for noise in noises]
     values: dict[tuple[str, str, str, str], dict[str, float]] = {}
+    notes: dict[tuple[str, str, str, str], str] = {}
     for row in content[table]["rows"]:
         for kind in ("best", "last", "spread"):
             for (data, noise), value in zip(columns, row.get(kind) or [], strict=kind in row):
+                key = row["method"], row.get("sanm", "base"), data, noise
                 if value is not None:
-                    values.setdefault((row["method"], row.get("sanm", "base"), data, noise), {})[kind] = value
-    return Published(content[table]["source"], values)
+                    values.setdefault(key, {})[kind] = value
+                if value is not None and "note" in row:
+                    notes[key] = row["note"]
+    return Published(content[table]["source"], values, notes)
 
 
 @functools.cache

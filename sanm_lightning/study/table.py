@@ -32,7 +32,7 @@ class Row:
         hours: total hours of all cells, also of unfinished ones.
         split: ``test``, or ``val`` if the finished cells have no test accuracy.
         missing: what is not finished, such as ``1 of 3 not run``; empty if nothing.
-        reasons: why the accuracies cannot be compared with the published ones.
+        reasons: why the accuracies cannot be compared with the published ones, or with those of methods without known labels.
     """
 
     method: str
@@ -88,7 +88,9 @@ def rows_of(record: Record, cells: Sequence[Cell], published: Published | None) 
 
 def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
     first = cells[0]
-    known = {} if published is None else published.values.get((first.method, first.sanm, first.data, first.noise), {})
+    key = first.method, first.sanm, first.data, first.noise
+    known = {} if published is None else published.values.get(key, {})
+    noted = () if published is None or key not in published.notes else (published.notes[key],)
     found = [record.results(cell) for cell in cells]
     states = [
         State("interrupted", "no results.json") if state.state == "finished" and not results else state
@@ -115,7 +117,7 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
         hours=sum(results.get("seconds", 0.0) for results in found) / 3600,
         split=split,
         missing=_missing([(state.state, state.reason) for state in states]),
-        reasons=_reasons(cells, finished, split) if known else (),
+        reasons=(*_known_labels(cells), *noted, *(_reasons(cells, finished, split) if known else ())),
     )
 
 
@@ -138,6 +140,11 @@ def _missing(states: list[tuple[str, str]]) -> str:
         count = "" if number == len(states) else f"{number} of {len(states)} "
         parts.append(count + kind + (f": {'; '.join(reasons)}" if reasons else ""))
     return ", ".join(parts)
+
+
+def _known_labels(cells: list[Cell]) -> tuple[str, ...]:
+    """Return the reason why methods with known labels cannot be compared with others."""
+    return ("true labels of a probe set are used",) if any("model.probe" in cell.options for cell in cells) else ()
 
 
 def _reasons(cells: list[Cell], finished: dict[int, dict[str, Any]], split: str) -> tuple[str, ...]:

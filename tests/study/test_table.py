@@ -91,6 +91,28 @@ class TestRows:
         assert row.reasons == (reason,)
         assert row.published["best"] == 79.4 and row.difference("best") is None
 
+    def test_a_published_value_that_is_not_that_of_the_method_is_not_compared(self, study):
+        record, cells, published = study(
+            "clothing1m", methods=["gce"], data=["clothing1m"], noise=["none"], sanm=["base"]
+        )
+        finish_all(record, cells)
+        (row,) = rows_of(record, cells, published)
+        assert row.reasons == ("published value with SimCLR pre-training",)
+        assert row.published["best"] == 73.3 and row.difference("best") is None
+
+    @pytest.mark.parametrize("published", ["asymmetric_noise", None])
+    def test_a_row_with_known_labels_is_marked_with_and_without_published_values(self, study, published):
+        probe = {"ieg": {"model.probe": "probe.csv"}}
+        record, cells, values = study(
+            published, methods=["ieg", "elr"], noise=["asym40"], sanm=["base"], method_options=probe
+        )
+        finish_all(record, cells)
+        with_labels, without = rows_of(record, cells, values)
+        assert with_labels.reasons == ("true labels of a probe set are used",)
+        assert with_labels.difference("best") is None and without.reasons == ()
+        text = FORMATS["markdown"]([with_labels, without], None)
+        assert "<sup>a</sup> not comparable: true labels of a probe set are used\n" in text
+
     def test_a_finished_cell_without_results_counts_as_interrupted(self, study):
         record, cells, _ = study()
         finish_all(record, cells)
@@ -144,7 +166,7 @@ class TestFormats:
             "| 84.00 |  |  | 60 | 0.25 |"
         )
         assert "Published: Table 6." in lines[5]
-        note = "<sup>a</sup> not comparable with the published value: 60 epochs instead of 300, 5000 training images"
+        note = "<sup>a</sup> not comparable: 60 epochs instead of 300, 5000 training images"
         assert lines[7] == note
 
     def test_columns_of_published_values_are_left_out_without_any(self):
@@ -157,7 +179,7 @@ class TestFormats:
         assert text.startswith("\\begin{tabular}{llllrrrrrrrrr}\n\\toprule\n")
         assert r"cross\_entropy & base & cifar10 & sym50 & 2 & 80.00 $\pm$ 1.41 & 79.4 & +0.60" in text
         assert r"85.00 (1 of 2 failed: 50\% a|b)\textsuperscript{a} &" in text
-        assert r"\textsuperscript{a} not comparable with the published value: 60 epochs" in text
+        assert r"\textsuperscript{a} not comparable: 60 epochs" in text
 
     def test_csv_has_each_value_in_a_column_of_its_own(self):
         first, second = csv.DictReader(io.StringIO(FORMATS["csv"](ROWS, "Table 6")))
