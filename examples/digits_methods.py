@@ -153,6 +153,7 @@ def encoder(seed: int, runs: Path) -> str | None:
 
 def write_probe() -> None:
     """Write the true labels of the first ten training images of each class, unless it is done."""
+    PROBE.parent.mkdir(parents=True, exist_ok=True)
     with awaited(PROBE):
         if not PROBE.exists():
             labels = Digits(image_size=16).load_train().labels

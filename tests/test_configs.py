@@ -190,10 +190,11 @@ class TestStudies:
             assert bool(number % 2) == (value_of(settings, "model.init_args.sanm") is not None)
 
     @pytest.mark.parametrize("study", ["cifar10_small"], indirect=True)
-    def test_the_rows_of_the_small_cifar10(self, parse, study):
+    def test_the_rows_of_the_small_cifar10(self, parse, study, tmp_path):
+        runs = study.Study("images", tmp_path, "sym50")
         for number, (method, (_, options)) in enumerate(study.METHODS.items()):
             arm = f"{method}{['', '_sanm', '_features'][number % 3]}"
-            settings = parse(words=study.words_of(arm, "images", seed=1)[1:])
+            settings = parse(words=runs.words_of(arm, seed=1)[1:])
             assert settings["model.class_path"].endswith(f".{options[1]}")
             assert settings["model.init_args.network"] == "preact_resnet18_dividemix"
             quality = value_of(settings, "model.init_args.sanm.init_args.quality.class_path", "")

@@ -65,6 +65,7 @@ class NoisyDataModule(EpochPools):
         seed: seed of subset, noise, split, order and augmentation. Default: torch's initial seed (``seed_everything``).
 
     Raises:
+        TypeError: if ``noise`` is not a `Noise`.
         ValueError: if an argument is out of range.
     """
 
@@ -107,6 +108,8 @@ class NoisyDataModule(EpochPools):
             {"val_fraction": val_fraction, "holdout_fraction": holdout_fraction},
             seed,
         )
+        if not isinstance(noise, Noise):
+            raise TypeError(f"expected noise of type Noise, got {noise!r}; use Noise(kind=..., rate=...)")
         self.root = root
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

@@ -393,6 +393,12 @@ class TestArguments:
         with pytest.raises(ValueError, match=match):
             Own(**arguments).setup("fit")
 
+    def test_refuses_noise_that_is_a_dictionary(self) -> None:
+        with pytest.raises(
+            TypeError, match=r"expected noise of type Noise, got {'kind': 'symmetric', 'rate': 0.2}; use"
+        ):
+            Own(noise={"kind": "symmetric", "rate": 0.2})
+
     @pytest.mark.parametrize(
         ("source", "match"),
         [

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import sanm_lightning
 from sanm_lightning import SANM, methods
 from sanm_lightning.methods import NoisyLabelModule
 from tests.full import FULL
@@ -43,6 +44,12 @@ METHODS = {
     if isinstance(found, type) and issubclass(found, NoisyLabelModule) and name not in BASES
 }
 SANMS = {**({"alone": None} if FULL else {}), "sanm": {"mu": 0.5, "beta": 0.02, "seed": 0}}
+
+
+def test_the_package_exports_every_method():
+    for name in (*METHODS, "SimCLR", "NoisyLabelModule"):
+        assert name in sanm_lightning.__all__
+        assert getattr(sanm_lightning, name) is getattr(methods, name)
 
 
 @pytest.fixture(scope="module")
