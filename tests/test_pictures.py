@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import logging
-import os
-import warnings
-from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -40,7 +37,6 @@ from sanm_lightning.pictures.style import drawing, save
 from sanm_lightning.sanm import LabelQuality, Views
 from tests.full import FULL
 from tests.methods.toy import data, method, trainer
-from tests.methods.two_processes import free_port
 
 ALL = {"masks", "losses", "quality", "roc", "transition"}
 NAMES = ["ant", "bee $x$", "a cat\nof some length", "dog"]
@@ -249,16 +245,8 @@ class TestForeign:
 RUNS = ("one", "two", "mixin") if FULL else ("two", "mixin")
 
 
-def work(rank, port, folder, filters):
-    """What each of two processes does; a process that fails, or waits too long, ends the test."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test",
-    )  # fmt: skip
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    warnings.filters[:] = filters
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def draw_in_two_processes(folder: Path, rank: int) -> None:
+    """Train in one of two processes of ``tests/methods/two_processes.py``, and write the history."""
     options = {"num_classes": 4, "image_size": (16, 16), "network": "small_cnn", "network_args": {"width": 4}}
     modules = {
         "one": (method(SANM(seed=0)), {"datamodule": data()}),
@@ -278,15 +266,6 @@ def work(rank, port, folder, filters):
         )
         run.fit(module, **source)
         (folder / f"{name}{rank}.json").write_text(json.dumps(pictures.history))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
-def test_process_zero_draws_and_none_waits(tmp_path):
-    torch.multiprocessing.spawn(work, (free_port(), tmp_path, list(warnings.filters)), nprocs=2)
-    assert written(tmp_path / "mixin") == {"masks", "losses", "quality"}
-    for name in set(RUNS) - {"mixin"}:
-        assert written(tmp_path / name) == ALL
-        assert (tmp_path / f"{name}0.json").read_text() == (tmp_path / f"{name}1.json").read_text()
 
 
 class TestChoice:

@@ -11,6 +11,7 @@ from timm.data import resolve_data_config
 from sanm_lightning.commands.export import export, main
 from sanm_lightning.models import create_network, load_weights
 from tests.commands.conftest import OPTIONS
+from tests.full import FULL
 
 IMAGES = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 TINY = {"network": "test_resnet", "network_args": None}
@@ -25,7 +26,22 @@ def close(one, other) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONS))
+OWN_NETWORKS = (
+    "CrossEntropy",
+    "CoTeaching",
+    "ELRPlus",
+    "DivideMix",
+    "SSR",
+    "Nested",
+    "NestedCoTeaching",
+    "REED",
+    "RRL",
+    "SimCLR",
+)
+"""Methods whose networks for prediction differ in number, or in what is taken from them; the others in ``make test-all``."""
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS if FULL else OWN_NETWORKS))
 def test_every_method_as_safetensors_and_as_a_whole_predictor(name, trained, tmp_path, capsys):
     module, path = trained(name)
     formats = ["safetensors"] if name == "SimCLR" else ["safetensors", "torch"]

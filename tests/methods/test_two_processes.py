@@ -35,6 +35,7 @@ from tests.methods.two_processes import (
     learn,
     stop,
 )
+from tests.test_pictures import ALL, RUNS, written
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no processes")
 
@@ -266,6 +267,14 @@ def test_skipped_files_are_in_no_row_of_either_process_and_the_others_are_divide
         assert total == int(np.asarray(Image.open(folder / "images" / path), dtype=np.int64).sum()), path
     assert set(one["evaluated"]) | set(other["evaluated"]) == set(range(5))
     assert not differences(one["weights"], other["weights"])
+
+
+def test_process_zero_draws_and_none_waits(launched):
+    folder = launched[0] / "pictures"
+    assert written(folder / "mixin") == {"masks", "losses", "quality"}
+    for name in set(RUNS) - {"mixin"}:
+        assert written(folder / name) == ALL
+        assert (folder / f"{name}0.json").read_text() == (folder / f"{name}1.json").read_text()
 
 
 class TestCommandLine:

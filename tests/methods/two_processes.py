@@ -32,6 +32,7 @@ from tests.full import FULL
 from tests.methods.renewing import Renewing
 from tests.methods.test_every_method import METHODS, SMALL, AtStep, empty_sets_allowed
 from tests.methods.toy import data, trainer
+from tests.test_pictures import draw_in_two_processes
 
 ALIKE = (
     *(
@@ -341,11 +342,14 @@ class Rows(Note):
 
 
 def skipped_files(folder: Path, rank: int) -> dict[str, Any]:
-    """Train on a folder of images, some of which are damaged, decoded by a worker; return the rows of this process."""
+    """Train on a folder of images, some of which are damaged; return the rows of this process.
+
+    In ``make test-all``, a worker decodes them; to start workers takes longer than all the rest.
+    """
     if rank == 0:
         damage(pictures(folder / "images"))
     torch.distributed.barrier()
-    source = image_folder(folder / "images", on_error="skip", flip=False, resident_bytes=0, num_workers=1)
+    source = image_folder(folder / "images", on_error="skip", flip=False, resident_bytes=0, num_workers=int(FULL))
     rows = Rows()
     module = methods.CrossEntropy(**{**SMALL, "num_classes": 3}, warmup_epochs=0)
     trainer(2, callbacks=[rows], **DDP).fit(module, source)
@@ -404,6 +408,9 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
             found["own modules"] = own_modules(rank)
             doing = "edges"
             found["edges"] = edges()
+            doing = "pictures"
+            (folder / "pictures").mkdir(exist_ok=True)
+            draw_in_two_processes(folder / "pictures", rank)
             doing = "skipped files"
             found["skipped files"] = skipped_files(folder, rank)
             doing = "command line"
