@@ -14,6 +14,7 @@ import io
 import os
 import random
 import re
+import resource
 import sys
 import tempfile
 import traceback
@@ -190,6 +191,21 @@ def without_running() -> None:
     L.Trainer._fit_impl = lambda *args, **options: None  # fit itself has the arguments of the command line
 
 
+@contextlib.contextmanager
+def limited_memory(allowance: int = 6 * 2**30) -> Iterator[None]:
+    """Limit the address space to what the process has and ``allowance`` bytes, so that a number too large is an error."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = used + allowance
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if limits[1] == resource.RLIM_INFINITY else min(limit, limits[1]), limits[1])
+    )
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
 def fuzz(
     edits: int, seed: int, show: bool = False, every: list[list[Path]] | None = None
 ) -> tuple[collections.Counter[str], list[str]]:
@@ -202,7 +218,8 @@ def fuzz(
         configs = draw.choice(every)
         content = merged(configs)
         changes = [edit(content, draw) for _ in range(draw.choice([1, 1, 1, 2]))]
-        end, said = attempt(content, f"fuzz{os.getpid()}.yaml")
+        with limited_memory():
+            end, said = attempt(content, f"fuzz{os.getpid()}.yaml")
         ends[end] += 1
         told = f"{number}: {'+'.join(p.stem for p in configs)}; {'; '.join(changes)} -> {end}: {said.strip()[-600:]}"
         named = end == "made" or any(names_the_key(change, said) for change in changes)
@@ -221,10 +238,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     options = parser.parse_args()
     import logging
-    import resource
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
     without_running()
     os.chdir(tempfile.mkdtemp())
     ends, wrong = fuzz(options.edits, options.seed, options.show, [*recipes(), *field_recipes()])

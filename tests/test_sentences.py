@@ -37,7 +37,7 @@ class TestParser:
             (["--model.netwrk", "cnn9"], "expected an option of CrossEntropy, got 'model.netwrk'; near: model.network"),
             (["--model", "CrosEntropy"], "expected the name of a class for model, got 'CrosEntropy'; near: CrossEntropy"),
             (["--data", "CIFAR1"], "expected the name of a class for data, got 'CIFAR1'; near: CIFAR10, CIFAR10N, CIFAR100"),
-            (["--model", "Unknown"], "expected the name of a class for model, got 'Unknown'; choose one of C2D, CDR, CoT"),
+            (["--model", "Unknown"], "expected the name of a class for model, got 'Unknown'; choose one of ActiveBias, C2D,"),
             (["--model.sanm", "SAN"], "expected the name of a class for model.sanm, got 'SAN'; near: SANM"),
             (["--model.sanm", "SANM", "--model.sanm.muu", "1"], "expected an option of SANM, got 'model.sanm.muu'; near: m"),
             (["--model.optimizer", "SDG"], "expected the name of a class for model.optimizer, got 'SDG'; near: SGD"),

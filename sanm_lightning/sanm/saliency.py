@@ -212,8 +212,8 @@ class ActivationMaps:
             generator: random generator of the images, on the CPU.
 
         Raises:
-            ValueError: if such images do not fit in memory, or the network has no activation map, see
-                :func:`activation_of`.
+            ValueError: if such images do not fit in memory or fail in the network, or the network has no activation map,
+                see :func:`activation_of`.
         """
         like = next(network.parameters(), torch.zeros(())) if isinstance(network, nn.Module) else torch.zeros(())
         try:
@@ -228,7 +228,14 @@ class ActivationMaps:
         classifier = network.get_classifier() if checked else None
         # the outputs of an untrained network hardly depend on the image with running statistics
         with inference_context(network, images, batch_statistics=True), nonzero_classifier(classifier):
-            output = run_network(network, images, gradient=checked)
+            try:
+                output = run_network(network, images, gradient=checked)
+            except (RuntimeError, MemoryError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(
+                    f"expected an image_size that {type(network).__name__} accepts, got {image_size[0]} x {image_size[1]} "
+                    f"({reason}); use another one, or another network"
+                ) from error
             self._choose(network, output)
             return output.detach()
 
