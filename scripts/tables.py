@@ -30,16 +30,6 @@ from sanm_lightning.study.table import rows_of  # noqa: E402
 
 MARKED = re.compile(r"(?<=<!-- table: )(?P<name>[\w-]+) -->\n(?P<table>.*?)\n*(?=<!-- end -->)", re.DOTALL)
 DIGITS_METHODS = ("CrossEntropy", "CoTeaching", "CDR", "ELR", "ELRPlus", "DivideMix", "C2D", "SSR", "GCE")
-ONE_SEED_METHODS = {
-    "eleven": (
-        "CrossEntropy", "Mixup", "GCE truncated", "ForwardCorrection", "MCorrection", "CoTeachingPlus", "PENCIL", "JointOptim",
-        "PLC", "SELFIE", "ActiveBias",
-    ),
-    "representation": ("RRL", "MOIT", "MOIT plus", "SelCL"),
-    "selection": ("SMP", "Nested", "NestedCoTeaching", "INCV", "REED", "CREMA"),
-    "meta": ("MLNT", "MetaCleaner", "IEG with 100 known labels"),
-}  # fmt: skip
-"""Methods of ``results/digits_methods_<name>.json``."""
 Runs = list[dict[str, Any]]
 
 
@@ -186,20 +176,6 @@ def digits_methods_frame() -> str:
     )  # fmt: skip
 
 
-def digits_methods_one_seed(*names: str) -> str:
-    """Return the table of the methods on digits that were run with one seed."""
-    rows = []
-    for name in names:
-        runs = load(f"digits_methods_{name}")["runs"]
-        for method in ONE_SEED_METHODS[name]:
-            alone, sanm = ([runs[method.replace(" ", "_") + suffix]["50"]["1"]] for suffix in ("", "_sanm"))
-            measured = (
-                mean(found, f"test_accuracy_{which}") for found in (alone, sanm) for which in ("best", "last")
-            )  # fmt: skip
-            rows.append((f"`{method}`", *measured, mean(sanm, "quality_auc")))
-    return markdown("| method | best alone | last alone | best, SANM | last, SANM | quality AUC |", rows)
-
-
 def digits_soft_targets() -> str:
     """Return the table of regularized soft targets on digits."""
     rows = []
@@ -332,8 +308,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "quickstart": quickstart,
     "digits-methods": digits_all_methods,
     "digits-methods-frame": digits_methods_frame,
-    "digits-methods-eleven": lambda: digits_methods_one_seed("eleven"),
-    "digits-methods-further": lambda: digits_methods_one_seed("representation", "selection", "meta"),
     "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-quality": digits_quality,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import sanm_lightning
+from tests.full import FULL
 
 STATUS = Path("/proc/self/status")
 PROGRAM = """
@@ -35,6 +36,7 @@ for step, size, width, few in ((search, 1_200, 16_384, 200), (probe, 240_000, 12
 """
 
 
+@pytest.mark.skipif(not FULL, reason="make test-all")
 @pytest.mark.skipif(
     not STATUS.exists() or "VmHWM" not in STATUS.read_text(), reason="the system reports no peak memory"
 )
