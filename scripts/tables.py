@@ -294,6 +294,18 @@ def million() -> str:
     )
 
 
+def small_cifar10n() -> str:
+    """Return the table of the runs on 5,000 images with labels of CIFAR-10N."""
+    rows = []
+    for noise in ("random1", "worst"):
+        runs = load(f"cifar10n_small_{noise}")["runs"]
+        for arm in (name for name in cifar10_small.ARMS if name in runs):
+            for seed, run in sorted(runs[arm].items()):
+                best, last = (decimals(run[f"test_accuracy_{when}"]) for when in ("best", "last"))
+                rows.append((noise, cifar10_small.ARMS[arm][0], seed, best, last, f"{run['seconds'] / 60:.0f}"))
+    return markdown("| labels | | seed | best | last | minutes, on a busy machine |", rows)
+
+
 def study(name: str) -> str:
     """Return the table of a study without published values, from ``results/studies/<name>.json``."""
     record = SavedRecord(ROOT / "results" / "studies" / f"{name}.json")
@@ -305,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "which-method": which_method,
     "small-cifar10": small_cifar10,
     "small-cifar10-quality": lambda: cifar10_small.table(load("cifar10_small_quality")["runs"]),
+    "small-cifar10n": small_cifar10n,
     "quickstart": quickstart,
     "digits-methods": digits_all_methods,
     "digits-methods-frame": digits_methods_frame,
