@@ -203,10 +203,10 @@ def main() -> None:
     if options.table:
         print(table(recorded(RESULTS[options.noise])))
         return
-    if options.root is None or (options.noise in HUMAN and options.labels is None):
-        parser.error(
-            "expected --root DIR with train/<class>/ and test/<class>/, and for CIFAR-10N --labels, got one or none"
-        )
+    if options.root is None:
+        parser.error("expected --root DIR, got none; give the folder with train/<class>/ and test/<class>/")
+    if options.noise in HUMAN and options.labels is None:
+        parser.error(f"expected --labels FILE with --noise {options.noise}, got none; give cifar10n.npz of CIFAR-10N")
     study = Study(options.root, options.runs, options.noise, options.labels)
     arms = options.arms or ([] if options.methods else list(QUALITY))
     arms += [f"{method}{suffix}" for method in options.methods for suffix in ("", "_sanm", "_audit")]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from sanm_lightning.callbacks.optimizer_steps import register_step_hooks
 from sanm_lightning.random_streams import named_seed
 
 __all__ = ["Stage", "Stages", "locate", "reset_parameters", "stage_epochs"]
@@ -92,7 +94,12 @@ class Stages(L.Callback):
         self._before: list[dict[str, float]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check the stages against ``max_epochs``, and register optimizer hooks."""
+        """Check the stages against ``max_epochs``, and register optimizer hooks.
+
+        Raises:
+            ValueError: if no stage after the warm-up is reached, a stage with a factor has no length, or the optimizer does
+                not call hooks.
+        """
         stages = [stage for stage in pl_module.stages() if stage.epochs != 0]
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 0 and not getattr(trainer, "fast_dev_run", False):
@@ -115,10 +122,8 @@ class Stages(L.Callback):
             )
         if any((stage.lr, stage.weight_decay, stage.factor) != (None, None, None) for stage in stages):
             for optimizer in trainer.optimizers:
-                self._handles.append(
-                    optimizer.register_step_pre_hook(lambda optimizer, *_: self._enter(optimizer, trainer, pl_module))
-                )
-                self._handles.append(optimizer.register_step_post_hook(lambda optimizer, *_: self._leave(optimizer)))
+                enter = partial(self._enter, optimizer, trainer, pl_module)
+                self._handles += register_step_hooks(optimizer, enter, partial(self._leave, optimizer))
 
     def begin(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Reinitialize the parameters configured by the stage, in its first epoch. The same in every process."""

@@ -145,7 +145,9 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
         first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
-        return [*first, stages, OptimizerSteps(), FiniteLoss(), FirstBatch(), *compiled]
+        updates = type(self).after_optimizer_step is not NoisyLabelModule.after_optimizer_step
+        steps = [OptimizerSteps()] if updates else []
+        return [*first, stages, *steps, FiniteLoss(), FirstBatch(), *compiled]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""

@@ -16,7 +16,6 @@ __all__ = [
     "check_callbacks",
     "check_num_classes",
     "check_range",
-    "check_ranges",
     "clamped_neighbors",
     "nonempty_selection",
     "refuse_compiled",
@@ -63,16 +62,12 @@ def require_noise_rate(noise_rate: float | None) -> float:
     return noise_rate
 
 
-def check_ranges(*ranges: tuple[str, Any, bool]) -> None:
-    """Raise ValueError for the first argument out of its range: what is expected, the value, and whether it is good."""
-    for name, value, good in ranges:
-        require(good, name, value, "use the default")
-
-
 RANGES: dict[str, Callable[[Any], bool]] = {
     "in [0, 1]": lambda value: 0 <= value <= 1,
     "in [0, 1)": lambda value: 0 <= value < 1,
     "in (0, 1]": lambda value: 0 < value <= 1,
+    "in (0, 1)": lambda value: 0 < value < 1,
+    "in [-1, 1]": lambda value: -1 <= value <= 1,
     "> 0": lambda value: value > 0,
     ">= 0": lambda value: value >= 0,
     ">= 1": lambda value: value >= 1,
@@ -80,7 +75,12 @@ RANGES: dict[str, Callable[[Any], bool]] = {
 
 
 def check_range(expected: str, **arguments: Any) -> None:
-    """Raise ValueError for the first argument out of a range of ``RANGES``; with `` or null``, None is in the range."""
+    """Raise ValueError for the first argument out of a range.
+
+    Args:
+        expected: a range of ``RANGES``; followed by ``or null`` if None is in the range too.
+        **arguments: values by the names of the arguments.
+    """
     in_range = RANGES[expected.removesuffix(" or null")]
     for name, value in arguments.items():
         if value is not None or not expected.endswith(" or null"):

@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import clean_probability, sequence_credibility
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["CREMA", "WeightedLabels"]
@@ -69,11 +69,8 @@ class CREMA(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("threshold in [0, 1]", threshold, 0 <= threshold <= 1),
-            ("window >= 1", window, window >= 1),
-            ("confidence in [0, 1]", confidence, 0 <= confidence <= 1),
-        )
+        check_range("in [0, 1]", threshold=threshold, confidence=confidence)
+        check_range(">= 1", window=window)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.threshold, self.confidence = threshold, confidence
         self.credibility = History(window, dist_reduce_fx=None)

@@ -20,7 +20,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import check_ranges, refuse_compiled, require_index
+from sanm_lightning.methods.checks import check_range, refuse_compiled, require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
@@ -93,16 +93,11 @@ class IEG(NoisyLabelModule):
                 f"expected probe, a file with known labels of some training samples, got {probe!r}; write a .csv file with "
                 "the columns index (or path) and label"
             )
-        check_ranges(
-            ("meta_lr > 0", meta_lr, meta_lr > 0),
-            ("meta_momentum >= 0", meta_momentum, meta_momentum >= 0),
-            ("trust in (0, 1]", trust, 0 < trust <= 1),
-            ("guess_weight >= 0", guess_weight, guess_weight >= 0),
-            ("consistency_weight >= 0", consistency_weight, consistency_weight >= 0),
-            ("temperature > 0", temperature, temperature > 0),
-            ("mixup_beta > 0", mixup_beta, mixup_beta > 0),
-            ("decay in [0, 1]", decay, 0 <= decay <= 1),
-        )
+        check_range("> 0", meta_lr=meta_lr, temperature=temperature, mixup_beta=mixup_beta)
+        check_range(">= 0", meta_momentum=meta_momentum)
+        check_range(">= 0", guess_weight=guess_weight, consistency_weight=consistency_weight)
+        check_range("in (0, 1]", trust=trust)
+        check_range("in [0, 1]", decay=decay)
         refuse_compiled("IEG", kwargs.get("compile_network"))
         super().__init__(num_classes, **kwargs)
         self.probe, self.meta_lr, self.meta_momentum, self.trust = probe, meta_lr, meta_momentum, trust

@@ -25,7 +25,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.per_sample import Candidates
 from sanm_lightning.random_streams import named_generator
 
@@ -86,12 +86,10 @@ class INCV(NoisyLabelModule):
         warmup_epochs: int = 25,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("rounds >= 1", rounds, rounds >= 1),
-            ("noise_rate in [0, 1)", noise_rate, noise_rate is None or 0 <= noise_rate < 1),
-            ("num_gradual >= 0", num_gradual, num_gradual >= 0),
-            ("candidates_after >= 0", candidates_after, candidates_after is None or candidates_after >= 0),
-        )
+        check_range(">= 1", rounds=rounds)
+        check_range("in [0, 1) or null", noise_rate=noise_rate)
+        check_range(">= 0", num_gradual=num_gradual)
+        check_range(">= 0 or null", candidates_after=candidates_after)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.rounds, self.noise_rate, self.symmetric = rounds, noise_rate, symmetric
         self.num_gradual, self.candidates_after = num_gradual, candidates_after

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sanm_lightning.batch import EpochPlan, NoisyBatch
 from sanm_lightning.functional import class_sets, members_by_class, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
@@ -52,11 +52,8 @@ class MetaCleaner(NoisyLabelModule):
     def __init__(
         self, num_classes: int, set_size: int = 5, hidden: int = 128, temperature: float = 1.0, **kwargs: Any
     ) -> None:
-        check_ranges(
-            ("set_size >= 1", set_size, set_size >= 1),
-            ("hidden >= 1", hidden, hidden >= 1),
-            ("temperature > 0", temperature, temperature > 0),
-        )
+        check_range(">= 1", set_size=set_size, hidden=hidden)
+        check_range("> 0", temperature=temperature)
         super().__init__(num_classes, **kwargs)
         classifier = self.network.get_classifier()
         if not isinstance(classifier, nn.Linear):

@@ -19,7 +19,7 @@ from sanm_lightning.functional import (
     trainable,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, refuse_compiled
+from sanm_lightning.methods.checks import check_range, refuse_compiled
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
@@ -80,14 +80,11 @@ class MLNT(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("num_lookaheads >= 0", num_lookaheads, num_lookaheads >= 0),
-            ("meta_lr >= 0", meta_lr, meta_lr >= 0),
-            ("meta_weight >= 0", meta_weight, meta_weight >= 0),
-            ("perturbed_fraction in [0, 1]", perturbed_fraction, 0 <= perturbed_fraction <= 1),
-            ("neighbors >= 1", neighbors, neighbors >= 1),
-            ("ramp_steps >= 0", ramp_steps, ramp_steps >= 0),
+        check_range(
+            ">= 0", num_lookaheads=num_lookaheads, meta_lr=meta_lr, meta_weight=meta_weight, ramp_steps=ramp_steps
         )
+        check_range("in [0, 1]", perturbed_fraction=perturbed_fraction)
+        check_range(">= 1", neighbors=neighbors)
         refuse_compiled("MLNT", kwargs.get("compile_network"))
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.num_lookaheads, self.meta_lr, self.meta_weight = num_lookaheads, meta_lr, meta_weight

@@ -11,7 +11,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import class_prototypes
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_ranges, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 
@@ -60,13 +60,10 @@ class SMP(NoisyLabelModule):
         warmup_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
-        check_ranges(
-            ("alpha in [0, 1]", alpha, 0 <= alpha <= 1),
-            ("samples >= 1", samples, samples >= 1),
-            ("prototypes >= 1", prototypes, prototypes >= 1),
-            ("density_fraction in (0, 1)", density_fraction, 0 < density_fraction < 1),
-            ("max_similarity in [-1, 1]", max_similarity, -1 <= max_similarity <= 1),
-        )
+        check_range("in [0, 1]", alpha=alpha)
+        check_range(">= 1", samples=samples, prototypes=prototypes)
+        check_range("in (0, 1)", density_fraction=density_fraction)
+        check_range("in [-1, 1]", max_similarity=max_similarity)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.alpha, self.samples, self.prototypes = alpha, samples, prototypes
         self.density_fraction, self.max_similarity = density_fraction, max_similarity

@@ -230,8 +230,8 @@ class ActivationMaps:
         with inference_context(network, images, batch_statistics=True), nonzero_classifier(classifier):
             try:
                 output = run_network(network, images, gradient=checked)
-            except (RuntimeError, MemoryError) as error:
-                reason = str(error).splitlines()[0]
+            except (RuntimeError, AssertionError, MemoryError) as error:  # networks of timm assert the size
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"expected an image_size that {type(network).__name__} accepts, got {image_size[0]} x {image_size[1]} "
                     f"({reason}); use another one, or another network"

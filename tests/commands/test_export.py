@@ -31,6 +31,7 @@ OWN_NETWORKS = (
     "CoTeaching",
     "ELRPlus",
     "DivideMix",
+    "IEG",
     "SSR",
     "Nested",
     "NestedCoTeaching",

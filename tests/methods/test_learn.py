@@ -3,6 +3,8 @@
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from timm.optim import Lookahead
 from torch import nn
 
 from sanm_lightning import SANM, methods
@@ -283,6 +285,57 @@ def test_averaged_networks_are_updated_in_a_subclass_with_its_own_optimizer_step
     for one, other in zip(*averages, strict=True):
         assert same(one.module, other.module)
         assert one.steps == other.steps > 0
+
+
+class Twice(torch.optim.SGD):
+    """Calls the step of its base class, whose hooks are its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def averaged(make, kind, epochs=2, **options):
+    """Fit SelCL with an optimizer of another class; return the module and the number of updates of its average."""
+    module = make("SelCL", None)
+    create = {"configure_optimizers": lambda self: kind(self.parameters(), lr=0.02)}
+    module.__class__ = type("SelCL", (type(module),), create)
+    fit(module, epochs=epochs, **options)
+    return module, module.key_network.steps
+
+
+def test_averaged_networks_are_updated_once_per_step_of_an_optimizer_that_calls_its_base_class(make):
+    (plain, updates), (twice, other) = averaged(make, torch.optim.SGD), averaged(make, Twice)
+    assert updates == other == 2 * 4
+    assert same(plain.key_network.module, twice.key_network.module)
+
+
+def test_averaged_networks_are_updated_once_per_accumulated_step(make):
+    assert averaged(make, torch.optim.SGD, accumulate_grad_batches=2)[1] == 2 * 2
+
+
+def test_averaged_networks_are_not_updated_in_a_step_that_gradient_scaling_skips(make):
+    class Overflow(L.Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.fit_loop.total_batch_idx == 1:
+                next(pl_module.network.parameters()).grad.fill_(float("inf"))
+
+    scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1.0))
+    assert averaged(make, torch.optim.SGD, plugins=[scaled], callbacks=[Overflow()])[1] == 2 * 4 - 1
+
+
+def test_an_optimizer_without_hooks_is_refused_by_methods_that_need_them(make):
+    def create(parameters, lr):
+        return Lookahead(torch.optim.SGD(parameters, lr=lr))
+
+    with pytest.raises(
+        ValueError, match="expected an optimizer that calls the hooks of its steps, got Lookahead, which"
+    ):
+        averaged(make, create)
+    module = make("CrossEntropy", None)
+    module.__class__ = type(
+        "CrossEntropy", (type(module),), {"configure_optimizers": lambda self: create(self.parameters(), 0.02)}
+    )
+    fit(module, epochs=1)
 
 
 def test_a_loss_that_is_not_finite_is_still_seen_by_a_module_with_hooks_of_its_own():

@@ -354,6 +354,7 @@ def test_the_trials_of_a_finder_draw_batches_of_ieg_without_its_probe_set():
         run.fit(module, data())
     assert len(finder.optimal_lr.results["loss"]) == 4
     assert module.probe_positions.tolist() == [0, 1, 2, 3]
+    assert module.average.steps == run.global_step > 0, "trials update no averaged network"
 
 
 class TestMetaCleaner:

@@ -73,6 +73,25 @@ def test_a_stage_begins_with_fresh_weights_and_an_optimizer_that_has_forgotten()
     assert watch.momentum[2] > 0
 
 
+class Twice(torch.optim.SGD):
+    """Calls the step of its base class, whose hooks are its own."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_the_rate_of_a_stage_holds_with_an_optimizer_that_calls_the_step_of_its_base_class():
+    fitted = []
+    for kind in (torch.optim.SGD, Twice):
+        renewed = module()
+        create = {"configure_optimizers": lambda self, kind=kind: kind(self.parameters(), lr=0.02, weight_decay=1e-3)}
+        renewed.__class__ = type("Renewing", (Renewing,), create)
+        trainer(3).fit(renewed, data())
+        assert renewed.optimizers().param_groups[0]["lr"] == 0.02
+        fitted.append(renewed)
+    assert same(fitted[0].network, fitted[1].network)
+
+
 def test_the_draw_is_that_of_a_new_network_and_the_same_for_every_run():
     weights = []
     for _ in range(2):

@@ -327,6 +327,13 @@ class TestChoice:
             SANM().build(network, (64, 64))
         SANM(place="random").build(network, (64, 64))
 
+    @pytest.mark.parametrize(("name", "size"), [("test_vit", 50), ("test_convnext", 1)])
+    def test_an_image_size_that_the_network_refuses_is_named(self, name: str, size: int) -> None:
+        with pytest.raises(
+            ValueError, match=rf"expected an image_size that \w+ accepts, got {size} x {size} \(.+\); use"
+        ):
+            SANM().build(create_network(name, CLASSES), (size, size))
+
     def test_is_the_last_map_of_more_than_one_position(self) -> None:
         family = TORCHVISION["ResNet"]
         extractor = FeatureExtractor(family.network(), (32, 32))
