@@ -350,7 +350,7 @@ def test_batches_without_index_are_refused(make):
     ("make", "sentence"),
     [
         (lambda: INCV(**SMALL, rounds=0), "expected rounds >= 1, got 0"),
-        (lambda: INCV(**SMALL, noise_rate=1.0), r"expected noise_rate in \[0, 1\), got 1.0"),
+        (lambda: INCV(**SMALL, noise_rate=1.0), r"expected noise_rate in \[0, 1\) or null, got 1.0"),
         (lambda: REED(**SMALL, temperature=0.0), "expected temperature > 0, got 0.0"),
         (lambda: CREMA(**SMALL, window=0), "expected window >= 1, got 0"),
     ],
