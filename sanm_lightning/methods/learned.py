@@ -42,8 +42,16 @@ class Learned(NamedTuple):
         return rows if copies == 1 else rows.repeat(copies, *[1] * (rows.ndim - 1))
 
     def unmasked_logits(self) -> Tensor:
-        """Return :attr:`clean_logits` (B, C), without gradient, of a pass that neither mixes nor has ``extra`` images."""
-        assert self.clean_logits is not None
+        """Return :attr:`clean_logits` (B, C), without gradient.
+
+        Raises:
+            ValueError: if the pass mixed its images or had ``extra`` images.
+        """
+        if self.clean_logits is None:
+            raise ValueError(
+                "expected a pass without mixup and without extra images, got one without unmasked logits; call learn() without "
+                "mix and extra"
+            )
         return self.clean_logits.detach()
 
     def classification(self, weight: Tensor | None = None) -> Tensor:

@@ -21,8 +21,7 @@ def check_options(study: str, cells: Sequence[Cell]) -> None:
         cells: its cells.
 
     Raises:
-        ValueError: if an option is unknown or has a value of another type.
-        OSError: if a file that is read by the parser does not exist.
+        ValueError: if an option is unknown or has a value of another type, or a file that the parser reads does not exist.
     """
     distinct: dict[tuple[str, ...], Cell] = {}
     for cell in cells:
@@ -39,6 +38,6 @@ def check_options(study: str, cells: Sequence[Cell]) -> None:
     for cell in distinct.values():
         try:
             parser.check(cell.command(Path())[1:])
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             where = f" in the cell {cell.folder!r} of the study {study!r}"
             raise ValueError(str(error).replace(", got ", f"{where}, got ", 1)) from error
