@@ -51,7 +51,7 @@ METHODS = {
     "co_teaching": ("Co-teaching", ["--model", "CoTeaching", "--model.noise_rate", "RATE"]),
     "ssr": ("SSR", ["--model", "SSR", "--model.k", "20", "--model.warmup_epochs", "0"]),
     "dividemix": ("DivideMix", ["--model", "DivideMix"]),
-    "dividemix_human": ("DivideMix, $\\lambda_u$ 0", ["--model", "DivideMix", "--model.lambda_u", "0"]),
+    "dividemix_human": ("DivideMix, `lambda_u: 0`", ["--model", "DivideMix", "--model.lambda_u", "0"]),
     "mixup": ("Mixup", ["--model", "Mixup", "--model.alpha", "8"]),
     "gce": ("GCE", ["--model", "GCE"]),
     "forward_correction": ("F-correction", ["--model", "ForwardCorrection", "--model.warmup_epochs", "30"]),

@@ -15,7 +15,7 @@ def test_an_edited_config_can_run_or_is_refused_by_the_key(monkeypatch):
     ends, wrong = fuzz(200 if FULL else 32, seed=14)
     assert not wrong, wrong[0]
     assert ends["refused"] > 3
-    assert ends["made"] > 1
+    assert ends["made"] >= 3
 
 
 def test_an_edited_config_of_a_data_set_with_real_noise_can_run_or_is_refused_by_the_key(monkeypatch):
