@@ -192,7 +192,7 @@ def without_running() -> None:
 
 
 @contextlib.contextmanager
-def limited_memory(allowance: int = 6 * 2**30) -> Iterator[None]:
+def limited_memory(allowance: int = 2 * 2**30) -> Iterator[None]:
     """Limit the address space to what the process has and ``allowance`` bytes, so that a number too large is an error."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
