@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-from sanm_lightning.data import ImageFolder
+from sanm_lightning.data import ImageFolder, decode
 from sanm_lightning.data.decode import read_image, square_image
 from sanm_lightning.data.operations import OPERATIONS, TABLES
 from sanm_lightning.data.policies import POLICIES, augment
@@ -106,6 +106,45 @@ class TestResize:
         image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 47, 3), np.uint8))
         expected = TF.pil_to_tensor(TF.resize(image, [SIDE, SIDE]))
         assert torch.equal(square_image(image, SIDE, resize="stretch"), expected)
+
+
+class TestDraft:
+    """JPEG files that are decoded at a fraction of their size."""
+
+    @staticmethod
+    def save(path: Path, size: tuple[int, int], **options: Any) -> Path:
+        """Save a smooth random image."""
+        coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+        return path
+
+    @pytest.mark.parametrize("resize", ["crop", "stretch"])
+    @pytest.mark.parametrize(
+        ("size", "fraction"), [((640, 512), 8), ((640, 511), 4), ((640, 255), 2), ((130, 128), 2), ((640, 127), 1)]
+    )
+    def test_no_side_falls_below_twice_the_side_of_the_result(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resize: Any, size: tuple[int, int], fraction: int
+    ) -> None:
+        path, decoded = self.save(tmp_path / "a.jpg", size, quality=95), []
+        monkeypatch.setattr(
+            decode, "square_image", lambda image, *rest: decoded.append(image.size) or square_image(image, *rest)
+        )
+        found = read_image(path, 32, resize=resize)
+        assert decoded == [tuple(-(-length // fraction) for length in size)]
+        monkeypatch.setattr(decode, "DRAFT", 10**6)
+        whole = read_image(path, 32, resize=resize)
+        assert (found.float() - whole.float()).abs().mean() < 2
+        assert torch.equal(found, whole) == (fraction == 1)
+
+    def test_other_formats_and_the_orientation_stay(self, tmp_path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn clockwise
+        upright = read_image(self.save(tmp_path / "a.jpg", (640, 480)), 32).float()
+        turned = read_image(self.save(tmp_path / "b.jpg", (640, 480), exif=exif), 32).float()
+        assert (turned - upright.rot90(-1, (1, 2))).abs().max() <= 2
+        path = self.save(tmp_path / "c.png", (640, 480))
+        with Image.open(path) as image:
+            assert torch.equal(read_image(path, 32), square_image(image, 32))
 
 
 class TestGrayImages:
