@@ -1,6 +1,7 @@
 r"""Train every method on handwritten digits with wrong labels, alone and under SANM.
 
     python examples/digits_methods.py --noise sym50 sym80 asym40 --seeds 1 2 3 [--methods PLC ...] [--jobs 2]
+    python examples/digits_methods.py --variants masks labels "masks and labels" oracle --methods ForwardCorrection ...
     python examples/digits_methods.py --table
 
 Each run is a command line on the recipe of the quickstart, of this form (C2D pre-trains with SimCLR first):
@@ -104,6 +105,16 @@ CLASSES = {
     "IEG with 100 known labels": "IEG",
 }
 SANM = ["--config", "configs/sanm.yaml"]
+VARIANTS = {
+    "sanm": [],
+    "masks": ["--model.sanm.labels", "false", "--model.sanm.reconstruct", "false"],
+    "labels": ["--model.sanm.mask", "false", "--model.sanm.reconstruct", "false"],
+    "masks and labels": ["--model.sanm.reconstruct", "false"],
+    "oracle": ["--model.sanm.quality", "oracle"],
+    "longer": ["--trainer.max_epochs", "66"],
+}
+"""Options of SANM's variants: the components alone, label quality from the true labels (not a training method), and three times
+the epochs, which applies to the run without SANM too."""
 STUDY = {
     "data": "scikit-learn digits at 16 x 16, 1297 training and 500 test images; symmetric noise over the other classes, or "
     "asymmetric noise 2 -> 7, 3 -> 8, 5 <-> 6, 7 -> 1, in which half as many labels are wrong",
@@ -111,9 +122,11 @@ STUDY = {
 }
 
 
-def row_name(method: str, masked: bool) -> str:
+def row_name(method: str, masked: bool, variant: str = "sanm") -> str:
     """Return the key of a row in the results file."""
-    return f"{method}_sanm" if masked else method
+    if variant == "longer":
+        return f"{method}_sanm longer" if masked else f"{method} longer"
+    return f"{method}_{variant}" if masked else method
 
 
 def fit(seed: int, *words: str, folder: Path) -> dict[str, Any]:
@@ -162,17 +175,18 @@ def write_probe() -> None:
             PROBE.write_text("\n".join(["index,label", *rows]) + "\n")
 
 
-def words_of(method: str, noise: str, masked: bool, pretrained: str = "ENCODER") -> list[str]:
+def words_of(method: str, noise: str, masked: bool, pretrained: str = "ENCODER", variant: str = "sanm") -> list[str]:
     """Return the options of a run; ``pretrained`` is the checkpoint of C2D."""
     _, rate, options = NOISES[noise]
     values = {"RATE": rate, "ENCODER": pretrained, "PROBE": str(PROBE)}
     model = ["--model", CLASSES.get(method, method), *(values.get(word, word) for word in METHODS[method])]
-    return [*(SANM if masked else []), *model, "--data.noise", options]
+    extra = VARIANTS[variant] if masked or variant == "longer" else []
+    return [*(SANM if masked else []), *model, "--data.noise", options, *extra]
 
 
-def run(method: str, noise: str, seed: int, masked: bool, runs: Path) -> None:
+def run(method: str, noise: str, seed: int, masked: bool, runs: Path, variant: str = "sanm") -> None:
     """Run one line of the study and record it, unless it is recorded or another process runs it."""
-    row = row_name(method, masked)
+    row = row_name(method, masked, variant)
     folder = runs / f"{row.replace(' ', '_')}_{noise}_{seed}"
     with reserved(folder) as free:
         if not free or str(seed) in recorded(RESULTS).get(noise, {}).get(row, {}):
@@ -183,7 +197,7 @@ def run(method: str, noise: str, seed: int, masked: bool, runs: Path) -> None:
             return
         if "PROBE" in METHODS[method]:
             write_probe()
-        result = fit(seed, *words_of(method, noise, masked, pretrained), folder=folder)
+        result = fit(seed, *words_of(method, noise, masked, pretrained, variant), folder=folder)
         kept = ("test_accuracy_best", "test_accuracy_last", "quality_auc", "seconds", "stages")
         record(RESULTS, STUDY, (noise, row, str(seed)), {key: result.get(key) for key in kept})
         print(f"{folder.name}: {result['test_accuracy_last']:.3f}", flush=True)
@@ -218,6 +232,7 @@ def main() -> None:
     parser.add_argument("--noise", nargs="+", choices=NOISES, default=["sym50"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["sanm"])
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_methods"))
     parser.add_argument("--table", action="store_true", help="print the table of the results file")
@@ -225,10 +240,11 @@ def main() -> None:
     if not options.table:
         options.runs.mkdir(parents=True, exist_ok=True)
         calls = [
-            partial(run, method, noise, seed, masked, options.runs)
+            partial(run, method, noise, seed, masked, options.runs, variant)
             for seed in options.seeds
             for noise in options.noise
             for method in options.methods
+            for variant in options.variants
             for masked in (False, True)
         ]
         failed = in_turn(options.jobs, calls)
