@@ -81,10 +81,10 @@ def check_range(expected: str, **arguments: Any) -> None:
         expected: a range of ``RANGES``; followed by ``or null`` if None is in the range too.
         **arguments: values by the names of the arguments.
     """
-    in_range = RANGES[expected.removesuffix(" or null")]
+    in_range, null = RANGES[expected.removesuffix(" or null")], expected.endswith(" or null")
     for name, value in arguments.items():
-        if value is not None or not expected.endswith(" or null"):
-            require(in_range(value), f"{name} {expected}", value, "use the default")
+        good = null if value is None else in_range(value)
+        require(good, f"{name} {expected}", value, "use the default")
 
 
 def clamped_neighbors(k: int, num_samples: int, method: str) -> int:

@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import entropy, prior_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require, require_index
+from sanm_lightning.methods.checks import check_range, require, require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["JointOptim"]
@@ -61,10 +61,9 @@ class JointOptim(NoisyLabelModule):
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        require(alpha >= 0, "alpha >= 0", alpha, "use 0 to omit it")
-        require(beta >= 0, "beta >= 0", beta, "use 0 to omit it")
-        require((update_epochs or 0) >= 0, "update_epochs >= 0", update_epochs, "use 0 to omit it")
-        require(retrain_lr > 0, "retrain_lr > 0", retrain_lr, "use 0.2")
+        check_range(">= 0", alpha=alpha, beta=beta)
+        check_range(">= 0 or null", update_epochs=update_epochs)
+        check_range("> 0", retrain_lr=retrain_lr)
         good = prior is None or (len(prior) == num_classes and min(prior) > 0 and abs(sum(prior) - 1) <= 1e-3)
         expected = f"a prior of {num_classes} positive probabilities with sum 1"
         require(good, expected, prior, "normalize the class counts")

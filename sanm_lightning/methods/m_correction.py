@@ -20,7 +20,7 @@ from sanm_lightning.functional import (
     temperature_ramp,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require
+from sanm_lightning.methods.checks import check_range, require
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
 
@@ -77,11 +77,8 @@ class MCorrection(NoisyLabelModule):
         require(
             bootstrap in ("hard", "soft_to_hard"), "bootstrap 'hard' or 'soft_to_hard'", bootstrap, "choose one of them"
         )
-        require(alpha >= 0, "alpha >= 0", alpha, "use 0 for no mixing")
-        require(regularization >= 0, "regularization >= 0", regularization, "use 0 to omit it")
-        require(guided_epochs >= 0, "guided_epochs >= 0", guided_epochs, "use 0 to omit the stage")
-        require(temperature_epochs >= 1, "temperature_epochs >= 1", temperature_epochs, "use 89")
-        require(mixture_iterations >= 1, "mixture_iterations >= 1", mixture_iterations, "use 10")
+        check_range(">= 0", alpha=alpha, regularization=regularization, guided_epochs=guided_epochs)
+        check_range(">= 1", temperature_epochs=temperature_epochs, mixture_iterations=mixture_iterations)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.bootstrap, self.alpha, self.regularization = bootstrap, alpha, regularization
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs

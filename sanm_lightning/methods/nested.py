@@ -11,7 +11,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import nested_probabilities, step_ramp, truncated_accuracy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require
+from sanm_lightning.methods.checks import check_range, require
 from sanm_lightning.models import pooled_width
 
 __all__ = ["Nested", "NestedDropout"]
@@ -96,8 +96,8 @@ class Nested(NoisyLabelModule):
         freeze_batch_norm: bool = False,
         **kwargs: Any,
     ) -> None:
-        require(sigma is None or sigma > 0, "sigma > 0", sigma, "use 10, or null to keep all features")
-        require(lr_warmup_steps >= 0, "lr_warmup_steps >= 0", lr_warmup_steps, "use 0 for a constant rate")
+        check_range("> 0 or null", sigma=sigma)
+        check_range(">= 0", lr_warmup_steps=lr_warmup_steps)
         super().__init__(num_classes, **kwargs)
         width = pooled_width(self.network)
         possible = num_features is None or 1 <= num_features <= width

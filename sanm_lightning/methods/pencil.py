@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import entropy, label_step, reverse_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require, require_index
+from sanm_lightning.methods.checks import check_range, require_index
 from sanm_lightning.per_sample import LabelStore, LearnableTargets
 
 __all__ = ["PENCIL"]
@@ -65,12 +65,9 @@ class PENCIL(NoisyLabelModule):
         warmup_epochs: int = 70,
         **kwargs: Any,
     ) -> None:
-        require(alpha >= 0, "alpha >= 0", alpha, "use 0 to omit it")
-        require(beta >= 0, "beta >= 0", beta, "use 0 to omit it")
-        require(label_lr >= 0, "label_lr >= 0", label_lr, "use 0 to omit it")
-        require(label_scale > 0, "label_scale > 0", label_scale, "use 10")
-        require((label_epochs or 0) >= 0, "label_epochs >= 0", label_epochs, "use 0 to omit it")
-        require(finetune_lr > 0, "finetune_lr > 0", finetune_lr, "use 0.2")
+        check_range(">= 0", alpha=alpha, beta=beta, label_lr=label_lr)
+        check_range(">= 0 or null", label_epochs=label_epochs)
+        check_range("> 0", label_scale=label_scale, finetune_lr=finetune_lr)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.alpha, self.beta, self.label_lr, self.label_epochs = alpha, beta, label_lr, label_epochs
         self.finetune_lr, self.released_rates = finetune_lr, released_rates

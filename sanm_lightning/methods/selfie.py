@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import refurbish, refurbished_quality, small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require, require_index, require_noise_rate
+from sanm_lightning.methods.checks import check_range, require, require_index, require_noise_rate
 from sanm_lightning.per_sample import History, Refurbished
 
 __all__ = ["SELFIE", "Refurbished"]
@@ -63,9 +63,9 @@ class SELFIE(NoisyLabelModule):
         **kwargs: Any,
     ) -> None:
         noise_rate = require_noise_rate(noise_rate)
-        require(0 <= uncertainty <= 1, "uncertainty in [0, 1]", uncertainty, "use 0.05")
-        require(history is None or history >= 1, "history >= 1 or null", history, "use null for the published length")
-        require(restarts >= 0, "restarts >= 0", restarts, "use 0 for one run")
+        check_range("in [0, 1]", uncertainty=uncertainty)
+        check_range(">= 1 or null", history=history)
+        check_range(">= 0", restarts=restarts)
         longer = run_epochs is None or run_epochs > warmup_epochs
         require(longer, f"run_epochs above the {warmup_epochs} warmup_epochs", run_epochs, "raise run_epochs")
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)

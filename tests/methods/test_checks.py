@@ -36,7 +36,7 @@ def test_each_argument_is_checked_and_null_only_where_it_is_in_the_range():
     check_range(">= 1 or null", first=None, second=1)
     with pytest.raises(ValueError, match=r"expected second >= 1 or null, got 0; use the default"):
         check_range(">= 1 or null", first=None, second=0)
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"expected first >= 1, got None; use the default"):
         check_range(">= 1", first=None)
 
 

@@ -148,7 +148,7 @@ class TestNested:
     @pytest.mark.parametrize(
         ("make", "sentence"),
         [
-            (lambda: Nested(**SMALL, sigma=0.0), "expected sigma > 0, got 0.0"),
+            (lambda: Nested(**SMALL, sigma=0.0), "expected sigma > 0 or null, got 0.0"),
             (lambda: Nested(**SMALL, num_features=17), "expected num_features in 1 to 16, got 17"),
             (lambda: NestedCoTeaching(**SMALL), r"expected noise_rate in \[0, 1\), got None; set it"),
             (
