@@ -1,9 +1,11 @@
 """Resize, synchronize and save all per-sample states of a module."""
 
+import zlib
 from typing import Any
 
 import lightning as L
-from torch import nn
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from sanm_lightning.per_sample import SampleState
 
@@ -39,7 +41,7 @@ class SampleStateCallback(L.Callback):
 
 
 def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:
-    """Resize the states of ``module`` to the size of the training set, where it differs.
+    """Resize the states of ``module`` to the size of the training set, and reset those of other given labels.
 
     Args:
         module: module that contains the states.
@@ -51,15 +53,26 @@ def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:
     """
     data = getattr(trainer, "datamodule", None)
     num_samples = getattr(data, "num_samples", None)
-    for _, state in _states(module):
+    labels = getattr(data, "labels", None)
+    given = zlib.crc32(labels.cpu().numpy().tobytes()) if isinstance(labels, Tensor) else None
+    others = []
+    for name, state in _states(module):
         if isinstance(num_samples, int):
-            if len(state) != num_samples:
-                state.reset(num_samples, getattr(data, "labels", None))
+            other = len(state) == num_samples and None not in (given, state.given) and given != state.given
+            if len(state) != num_samples or other:
+                state.reset(num_samples, labels)
+            others += [name] if other else []
+            state.given = given
         elif state.required:
             raise ValueError(
                 f"expected a data module with num_samples for {owner}, which keeps per-sample state, got "
                 f"{type(data).__name__}; use a data module of this package, or add num_samples"
             )
+    if others:
+        rank_zero_warn(
+            f"expected the given labels of the earlier training of {owner}, got other labels; its per-sample state "
+            f"({', '.join(others)}) starts anew"
+        )
 
 
 def write_synced_states(module: nn.Module, state_dict: dict[str, Any], prefix: str = "") -> None:

@@ -151,7 +151,7 @@ def guided_mixup(
     Args:
         images: shape (V, 3, H, W).
         targets: class probabilities, shape (V, C).
-        quality: quality of each label, shape (V,), positive.
+        quality: quality of each label, shape (B,), positive; V is B times the number of views, which follow one another.
         generator: random generator, on the CPU.
         lam: weight of each row's own target, in [0, 1].
 
@@ -159,6 +159,7 @@ def guided_mixup(
         The mixed batch, on the device of the images; its :meth:`Mixed.mix` uses ``lam``.
     """
     partners = torch.randperm(len(images), generator=generator).to(images.device, non_blocking=True)
+    quality = quality.repeat(len(images) // max(1, len(quality)))
     own = (quality / (quality + quality[partners])).view(-1, 1, 1, 1).to(images.dtype)
     mixed = Mixed(images, targets, lam, partners)
     return mixed._replace(images=own * images + (1 - own) * images[partners], targets=mixed.mix(targets))

@@ -1,7 +1,10 @@
 """Base class of all methods: one or two networks with SANM, their callbacks, predictions and checkpoints."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -34,6 +37,16 @@ from sanm_lightning.sanm.module import SANM
 __all__ = ["NoisyLabelModule", "sgd"]
 
 
+def module_arguments(module: nn.Module, frame: FrameType | None) -> list[str]:
+    """Return the names of the networks among the arguments of a module's constructors, which call one another."""
+    names = []
+    while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
+        parts = {name for name, value in frame.f_locals.items() if isinstance(value, nn.Module)}
+        names += sorted(parts - {"self", "sanm", "__class__"})  # SANM is saved as its options
+        frame = frame.f_back
+    return names
+
+
 class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     """Base class of the methods.
 
@@ -45,11 +58,11 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         image_size: H, W of the images in pixels, or one number; linked to the data module on the command line.
         network: timm model name, or a classifier of images in [0, 1] as a module. A module without timm's interface
             (torchvision) is wrapped in a :class:`~sanm_lightning.sanm.FeatureExtractor`.
-        network_args: options of the timm model, such as ``{width: 16}`` or ``{pretrained: true}``. Models of a fixed input
-            size (ViT, Swin) are created for ``image_size``.
-        mean: channel means for input normalization; None uses those of the pre-trained weights, those of the data, or
-            .5.
-        std: channel standard deviations; None uses those of the pre-trained weights, those of the data, or .25.
+        network_args: options of a timm model by name, such as ``{width: 16}`` or ``{pretrained: true}``. Models of a fixed
+            input size (ViT, Swin) are created for ``image_size``.
+        mean: channel means for input normalization; None uses those of the pre-trained weights, on the command line those
+            of the data, or .5. Not with a network given as a module, which normalizes its images itself.
+        std: channel standard deviations, as ``mean``; without pre-trained weights and data .25.
         sanm: SANM applied to the method; None is the published method without SANM.
         warmup_epochs: length of the method's warm-up stage, if it has one, and epochs before SANM's first mask.
         optimizer: function that creates the optimizer from the parameters.
@@ -60,10 +73,10 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name
             of a backend. Weights, checkpoints and exports are those of the uncompiled network.
 
-    A checkpoint contains all of these except a network given as a module, the optimizer and the scheduler (those of the
-    command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two networks, both
-    are trained in one step with the sum of their losses and one optimizer, which is equivalent to two optimizers. A
-    network given as a module is copied for the second network, and the copy is reinitialized.
+    A checkpoint contains all of these except networks given as modules, also as arguments of a subclass, the optimizer and the
+    scheduler (those of the command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two
+    networks, both are trained in one step with the sum of their losses and one optimizer, which is equivalent to two
+    optimizers. A network given as a module is copied for the second network, and the copy is reinitialized.
 
     Raises:
         ValueError: if an argument is out of its range, or the network does not support SANM.
@@ -87,17 +100,18 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     ) -> None:
         backend = "inductor" if compile_network is True else compile_network or None
         checks.check_arguments(num_classes, network, warmup_epochs, backend)
+        checks.check_network_options(network, network_args=network_args, mean=mean, std=std)
         image_size = checks.size_pair(image_size)  # also in the hyper-parameters
         super().__init__(sanm=SANM.off() if sanm is None else sanm)
-        live = ["optimizer", "scheduler", *([] if isinstance(network, str) else ["network"])]
+        live = ["optimizer", "scheduler", *module_arguments(self, inspect.currentframe())]
         self.save_hyperparameters(ignore=live)  # the others are built-in types, which load safely from a checkpoint
         self.num_classes, self.image_size, self.warmup_epochs = num_classes, image_size, warmup_epochs
         self.optimizer, self.scheduler = optimizer, scheduler
         self.compile_backend: str | None = backend
-        self._create: Callable[[], Any] | None = None
+        self._create: partial[Any] | None = None
         if isinstance(network, str):
             options = with_image_size(network, network_args or {}, self.image_size)
-            self._create = lambda: create_network(network, num_classes, mean, std, **options)
+            self._create = partial(create_network, network, num_classes, mean, std, **options)
             self.network: Any = self._create()
             if options.get("pretrained"):  # a checkpoint contains the weights: loading it requires no download
                 used = {name: tuple(getattr(self.network, name).flatten().tolist()) for name in ("mean", "std")}
@@ -153,6 +167,14 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         """Check that a checkpoint belongs to this method and these classes, and restore the class names."""
         require_same_method(self, checkpoint)
         self.class_names = checkpoint.get("class_names")
+        if checkpoint.get("pretrained") and self._create is not None:
+            self._create = partial(self._create, pretrained=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the class names, and whether a reset of the networks restores pre-trained weights."""
+        super().on_save_checkpoint(checkpoint)
+        if self._create is not None and self._create.keywords.get("pretrained"):
+            checkpoint["pretrained"] = True
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load weights and per-sample state.

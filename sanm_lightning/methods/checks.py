@@ -43,6 +43,16 @@ def check_arguments(num_classes: Any, network: Any, warmup_epochs: int, backend:
         )
 
 
+def check_network_options(network: Any, **options: Any) -> None:
+    """Raise ValueError if an option of networks that are created by name is set for a network given as a module."""
+    given = {} if isinstance(network, str) else {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        raise ValueError(
+            f"expected {name} null with a network given as a module, got {value!r}; set it in the module, such as "
+            "Normalized(module, mean, std)"
+        )
+
+
 def require(good: bool, expected: str, got: Any, advice: str) -> None:
     """Raise ValueError with the sentence of an argument that is out of its range, unless it is ``good``."""
     if not good:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["EMA"]
+__all__ = ["EMA", "ramped_decay", "stepped_decay"]
 
 
 class EMA(nn.Module):
@@ -56,3 +56,13 @@ class EMA(nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore a state."""
         self.steps, self._copy_next = int(state["steps"]), bool(state["copy_next"])
+
+
+def ramped_decay(decay: float, step: int) -> float:
+    """Return the decay of an update that is limited at first: (1 + step) / (10 + step), at most ``decay``."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def stepped_decay(ramp_steps: int, step: int) -> float:
+    """Return the decay of an update: 0.99 before ``ramp_steps`` updates, 0.999 afterwards."""
+    return 0.99 if step < ramp_steps else 0.999

@@ -21,7 +21,7 @@ from sanm_lightning.functional import (
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
 from sanm_lightning.methods.checks import check_range, refuse_compiled, require_index
-from sanm_lightning.methods.ema import EMA
+from sanm_lightning.methods.ema import EMA, ramped_decay
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 
@@ -103,7 +103,7 @@ class IEG(NoisyLabelModule):
         self.probe, self.meta_lr, self.meta_momentum, self.trust = probe, meta_lr, meta_momentum, trust
         self.guess_weight, self.consistency_weight, self.temperature = guess_weight, consistency_weight, temperature
         self.mixup_beta, self.strong_view, self.second_order = mixup_beta, strong_view, second_order
-        self.average = EMA(self.network, lambda step: min(decay, (1 + step) / (10 + step)))
+        self.average = EMA(self.network, partial(ramped_decay, decay))
         self.average.restart()  # the first update copies the network
         self.samples = LabelStore()
 

@@ -1,6 +1,7 @@
 """MLNT (Li et al., CVPR 2019): a network whose predictions withstand a gradient step on perturbed labels."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_range, refuse_compiled
-from sanm_lightning.methods.ema import EMA
+from sanm_lightning.methods.ema import EMA, stepped_decay
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
 
@@ -91,8 +92,9 @@ class MLNT(NoisyLabelModule):
         self.perturbed_fraction, self.neighbors, self.ramp_steps = perturbed_fraction, neighbors, ramp_steps
         self.second_order, self.released_kl = second_order, released_kl
         self.mentor = copy.deepcopy(self.network).requires_grad_(False)
-        self.teacher = EMA(self.network, lambda step: 0.99 if step < ramp_steps else 0.999)
+        self.teacher = EMA(self.network, partial(stepped_decay, ramp_steps))
         self.judged = LabelStore()
+        self.judged.required = False
 
     def stages(self) -> list[Stage]:
         """Return the stages without and with look-ahead."""
@@ -111,7 +113,7 @@ class MLNT(NoisyLabelModule):
             return self.learn(batch, labels).cross_entropy()
         teacher = self.teacher(batch.images).float().softmax(1)
         quality = (teacher * labels).sum(1)
-        if batch.index is not None:
+        if batch.index is not None and len(self.judged):
             self.judged.write("given_quality", batch.index, quality)
         out = self.learn(batch, labels, quality=quality)
         if self.num_lookaheads == 0:

@@ -31,6 +31,8 @@ class SampleState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.num_samples = 0
+        self.given: int | None = None
+        """Checksum of the given labels of the training set that the rows belong to; None if unknown."""
         self._states: dict[str, tuple[tuple[int, ...], torch.dtype, float, Reduction]] = {}
         self._written: dict[str, Tensor] = {}  # (N,): number of processes that wrote a row since the last sync
         self._start: dict[str, Tensor] = {}  # rows at the last sync, with several processes only
@@ -172,6 +174,7 @@ class SampleState(nn.Module):
             "tables": {name: getattr(self, name).detach().cpu().clone() for name in self._states},
             "written": {name: written.cpu().clone() for name, written in self._written.items()},
             "start": {name: rows.cpu().clone() for name, rows in self._start.items()},
+            "given": self.given,
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -191,7 +194,7 @@ class SampleState(nn.Module):
             )
         if len(self) and not any(len(rows) for rows in state["tables"].values()):
             return  # saved before the tables were resized
-        device, first = self.device, process_rank() == 0
+        device, first, self.given = self.device, process_rank() == 0, state.get("given")
         self._start.clear()
         for name, (_, dtype, _, reduction) in self._states.items():
             rows = state["tables"][name].to(device, dtype)

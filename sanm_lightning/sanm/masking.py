@@ -121,6 +121,14 @@ RATIO_RANGES = {"random": (0.2, 0.4), "two_level": (0.2, 0.3), "affine": (0.02, 
 """Published low and high of the ratios with a range."""
 
 
+def _without_draws(
+    function: Callable[..., Tensor], *arguments: Any, generator: torch.Generator | None = None
+) -> Tensor:
+    """Return the ratio of a function that draws nothing; the last argument is the quality. A ``partial`` can be pickled."""
+    *options, quality = arguments
+    return function(quality, *options)
+
+
 def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
     """Convert the ``ratio`` option of SANM to a callable.
 
@@ -138,10 +146,10 @@ def resolve_ratio(ratio: Any, mu: float, low: float, high: float) -> Ratio:
         ValueError: if it is none of these.
     """
     ratios: dict[str, Ratio] = {
-        "noise_aware": lambda quality, generator=None: mask_ratio(quality, mu),
-        "fixed": lambda quality, generator=None: fixed_ratio(quality, mu),
+        "noise_aware": partial(_without_draws, mask_ratio, mu),
+        "fixed": partial(_without_draws, fixed_ratio, mu),
         "random": partial(random_ratio, low=low, high=high),
-        "two_level": lambda quality, generator=None: two_level_ratio(quality, low, high),
+        "two_level": partial(_without_draws, two_level_ratio, low, high),
         "affine": partial(affine_ratio, mu=mu, low=low, high=high),
         "shuffled": partial(shuffled_ratio, mu=mu),
     }

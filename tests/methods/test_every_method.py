@@ -1,6 +1,7 @@
 """What holds for every method, alone and under SANM."""
 
 import contextlib
+import pickle
 import warnings
 from pathlib import Path
 
@@ -173,6 +174,14 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(make, tmp_path, st
     assert mine.keys() == again.keys()
     torch.testing.assert_close(
         {key: mine[key] for key in mine}, {key: again[key] for key in mine}, rtol=0, atol=0, equal_nan=True
+    )
+
+
+def test_it_can_be_pickled(make):
+    whole = make()
+    copied = pickle.loads(pickle.dumps(whole))
+    assert type(copied) is type(whole) and all(
+        same(one, other) for one, other in zip(networks(whole), networks(copied), strict=True)
     )
 
 

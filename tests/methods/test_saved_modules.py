@@ -1,0 +1,115 @@
+"""What a module saves, restores and forgets: pre-trained weights, networks as arguments, labels of another training set."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from sanm_lightning import SANM
+from sanm_lightning.methods import PLC, CrossEntropy, JointOptim, MCorrection
+from tests.methods.toy import data, same, trainer
+
+SMALL = {"num_classes": 4, "image_size": (16, 16), "network": "small_cnn", "network_args": {"width": 4}}
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """Weights of a network, and the arguments of a method that starts from them."""
+    torch.manual_seed(1)
+    weights = timm.create_model("test_resnet", num_classes=4).state_dict()
+    torch.save(weights, tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": 4, "url": None, "hf_hub_id": None}
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    return weights, {"num_classes": 4, "image_size": (32, 32), "network": "test_resnet", "network_args": options}
+
+
+def test_a_reset_after_loading_restores_the_pretrained_weights(pretrained, tmp_path):
+    weights, arguments = pretrained
+    module = JointOptim(**arguments, warmup_epochs=1, update_epochs=1)
+    run = trainer(3)
+    run.fit(module, data(image_size=32))
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    loaded = JointOptim.load_from_checkpoint(tmp_path / "first.ckpt", weights_only=True)
+    assert same(loaded.network, module.network)
+    again = trainer(4)
+    again.fit(loaded, data(image_size=32), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    third = JointOptim.load_from_checkpoint(tmp_path / "second.ckpt", weights_only=True)
+    for one in (module, loaded, third):
+        name = "network.conv1.0.weight"
+        assert not torch.equal(one.network.state_dict()[name], weights[name.removeprefix("network.")])
+        one.reset()
+        assert torch.equal(one.network.state_dict()[name], weights[name.removeprefix("network.")])
+
+
+class Own(CrossEntropy):
+    def __init__(self, backbone: nn.Module, num_classes: int = 4, **kwargs):
+        super().__init__(num_classes, network=backbone, **kwargs)
+
+
+def backbone() -> nn.Module:
+    body = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*body, nn.Linear(8, 4))
+
+
+def test_a_network_that_is_an_argument_of_a_subclass_is_not_saved(tmp_path):
+    module = Own(backbone(), image_size=16)
+    run = trainer(1)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "own.ckpt")
+    assert "backbone" not in torch.load(tmp_path / "own.ckpt", weights_only=True)["hyper_parameters"]
+    again = Own.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, backbone=backbone())
+    assert same(again.network, module.network)
+    resumed = Own(backbone(), image_size=16)
+    trainer(2).fit(resumed, data(), ckpt_path=tmp_path / "own.ckpt")
+    assert resumed.current_epoch == 2
+
+
+@pytest.mark.parametrize("options", [{"mean": (0.5,) * 3}, {"std": (0.2,) * 3}, {"network_args": {"width": 4}}])
+def test_options_of_networks_by_name_are_refused_for_a_module(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=rf"expected {name} null with a network given as a module, got .*; set it in"):
+        CrossEntropy(4, network=backbone(), **options)
+    assert value
+
+
+class TestOtherLabels:
+    """A module that is trained again."""
+
+    @staticmethod
+    def trained(tmp_path) -> PLC:
+        torch.manual_seed(0)
+        module = PLC(**SMALL, warmup_epochs=1)
+        run = trainer(2)
+        run.fit(module, data(seed=3))
+        module.corrected.write("labels", torch.arange(5), (module.corrected.labels[:5] + 1) % 4)
+        run.save_checkpoint(tmp_path / "plc.ckpt")
+        return module
+
+    @pytest.mark.parametrize("loaded", [False, True])
+    def test_starts_from_the_new_given_labels(self, tmp_path, loaded):
+        module, other = self.trained(tmp_path), data(seed=9)
+        if loaded:
+            module = PLC.load_from_checkpoint(tmp_path / "plc.ckpt", weights_only=True)
+        with pytest.warns(
+            UserWarning, match=r"expected the given labels of the earlier training of PLC, got other labels"
+        ):
+            trainer(2).fit(module, other)
+        assert (module.corrected.labels == other.labels).float().mean() > 0.9
+
+    def test_goes_on_with_the_same_labels(self, tmp_path):
+        module = self.trained(tmp_path)
+        changed = module.corrected.labels.clone()
+        source = data(seed=3)
+        trainer(2).fit(module, source)
+        assert (module.corrected.labels == changed).float().mean() > 0.9
+        assert not torch.equal(changed, source.labels)
+
+
+@pytest.mark.parametrize("options", [{"keep_unmasked": True}, {"regions": "peak_and_trough"}])
+def test_guided_mixup_weights_every_view_by_the_quality_of_its_sample(options):
+    module = MCorrection(
+        **SMALL, bootstrap="soft_to_hard", warmup_epochs=1, guided_epochs=1, sanm=SANM(mu=0.5, **options)
+    )
+    trainer(3).fit(module, data())
+    assert module.sanm.last["masked_fraction"].max() > 0
