@@ -174,6 +174,11 @@ class SANMCallback(L.Callback):
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
         """Return the feature extractor of the given network, or of the first common name that is a classifier."""
         owner = type(pl_module).__name__
+        if next(pl_module.parameters(), None) is None:  # callbacks are set up before setup() and configure_model()
+            raise MisconfigurationException(
+                f"expected a network that {owner} creates in its constructor, got no parameters when SANM is set up; create "
+                "the network in __init__, not in setup() or configure_model()"
+            )
         children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
         if self.network is None:
             usual = [getattr(pl_module, name, None) for name in USUAL_NAMES]
