@@ -104,6 +104,17 @@ CLASSES = {
     "SelCL plus": "SelCL",
     "IEG with 100 known labels": "IEG",
 }
+VARIANT_ROWS = {
+    "alone": ("sanm", False),
+    "SANM": ("sanm", True),
+    "SANM, masks only": ("masks", True),
+    "SANM, regularized labels only": ("labels", True),
+    "SANM, no reconstruction": ("masks and labels", True),
+    "SANM, label quality from the true labels": ("oracle", True),
+    "alone, 66 epochs": ("longer", False),
+    "SANM, 66 epochs": ("longer", True),
+}
+"""Variant, and whether SANM is on, by the name of the row."""
 SANM = ["--config", "configs/sanm.yaml"]
 VARIANTS = {
     "sanm": [],
@@ -217,6 +228,18 @@ def table(runs: dict[str, Any]) -> str:
                 gain = f"{statistics.mean(gains):+.3f}" if gains else ""
                 auc = decimals(statistics.mean(aucs)) if aucs else ""
                 lines.append(f"| {title} | `{method}` | {seeds} | {cell(alone)} | {cell(masked)} | {gain} | {auc} |")
+    return "\n".join(lines)
+
+
+def variants_table(runs: dict[str, Any], noise: str = "sym50") -> str:
+    """Return the last test accuracies of SANM's variants as a Markdown table, of the methods of which a variant was run."""
+    found = runs.get(noise, {})
+    lines = ["| method | | seeds | last |", "|" + "---|" * 4]
+    for method in METHODS:
+        if any(row_name(method, True, variant) in found for variant in list(VARIANTS)[1:]):
+            for title, (variant, masked) in VARIANT_ROWS.items():
+                if by_seed := found.get(row_name(method, masked, variant), {}):
+                    lines.append(f"| `{method}` | {title} | {' '.join(sorted(by_seed))} | {cell(by_seed)} |")
     return "\n".join(lines)
 
 

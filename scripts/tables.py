@@ -323,6 +323,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-methods-frame": digits_methods_frame,
     "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
+    "digits-variants": lambda: digits_methods.variants_table(load("digits_noises")["runs"]),
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),
     "audit-or-training": audit_or_training,
