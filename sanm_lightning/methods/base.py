@@ -63,7 +63,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         mean: channel means for input normalization; None uses those of the pre-trained weights, on the command line those
             of the data, or .5. Not with a network given as a module, which normalizes its images itself.
         std: channel standard deviations, as ``mean``; without pre-trained weights and data .25.
-        sanm: SANM applied to the method; None is the published method without SANM.
+        sanm: SANM applied to the method, one for each module; None is the published method without SANM.
         warmup_epochs: length of the method's warm-up stage, if it has one, and epochs before SANM's first mask.
         optimizer: function that creates the optimizer from the parameters.
         scheduler: function that creates the learning-rate schedule. A schedule with an argument ``total_steps``
@@ -100,6 +100,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     ) -> None:
         backend = "inductor" if compile_network is True else compile_network or None
         checks.check_arguments(num_classes, network, warmup_epochs, backend)
+        checks.check_unused(sanm)
         checks.check_network_options(network, network_args=network_args, mean=mean, std=std)
         image_size = checks.size_pair(image_size)  # also in the hyper-parameters
         super().__init__(sanm=SANM.off() if sanm is None else sanm)

@@ -226,13 +226,20 @@ class SANM(QualitySource):
 
         Raises:
             ValueError: if the network has no feature map or, for masks at its maximum, a map of one position or one on
-                which the logits do not depend.
+                which the logits do not depend; or its maps and images do not have the channels of an existing decoder.
         """
         if not self.enabled:
             return
         output = self.maps.build(network, image_size, named_generator("probe", self.seed))
         if self.reconstruct and self.decoder is None:
             self._create_decoder(output.maps.shape[1:], image_size, output.images.shape[1])
+        if self.decoder is not None:
+            channels, wanted = (output.maps.shape[1], output.images.shape[1]), self.decoder.channels
+            if channels != wanted:
+                raise ValueError(
+                    f"expected a network with {wanted[0]} channels in its feature map and {wanted[1]} in its images, for "
+                    f"which this SANM was created, got {channels[0]} and {channels[1]}; create a SANM for each network"
+                )
         if self.scale == "normalized" and self.normalization is None:
             self.network_normalization = Normalization.of_network(network)
         self.to(output.logits.device, output.logits.dtype)

@@ -90,6 +90,11 @@ class Decoder(nn.Module):
         """Shape (D, h, w) of the feature map, (H, W) and C of the images, as built-in types."""
         return [list(self.shape), list(self.image_size), self.image_channels]
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Number of channels of the feature map and of the images."""
+        return self.shape[0], self.image_channels
+
     def forward(self, features: Tensor) -> Tensor:
         """Return reconstructed images (B, C, H, W), unbounded, of feature maps (B, D, h, w)."""
         image: Tensor = self.layers(features)

@@ -7,6 +7,7 @@ from torch import nn
 
 from sanm_lightning import SANM
 from sanm_lightning.methods import PLC, CrossEntropy, JointOptim, MCorrection
+from sanm_lightning.models import create_network
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"num_classes": 4, "image_size": (16, 16), "network": "small_cnn", "network_args": {"width": 4}}
@@ -113,3 +114,22 @@ def test_guided_mixup_weights_every_view_by_the_quality_of_its_sample(options):
     )
     trainer(3).fit(module, data())
     assert module.sanm.last["masked_fraction"].max() > 0
+
+
+class TestASharedSANM:
+    def test_is_refused_by_a_second_method(self):
+        sanm = SANM(mu=0.5)
+        CrossEntropy(**SMALL, sanm=sanm)
+        with pytest.raises(
+            ValueError, match="expected a SANM that no other module uses, got one with a decoder; create a"
+        ):
+            CrossEntropy(**SMALL, sanm=sanm)
+
+    def test_is_refused_for_a_network_of_other_channels(self):
+        sanm = SANM(mu=0.5)
+        for width in (4, 4):
+            sanm.build(create_network("small_cnn", 4, width=width), (16, 16))
+        with pytest.raises(
+            ValueError, match=r"expected a network with .* channels in its feature map .*; create a SANM for"
+        ):
+            sanm.build(create_network("small_cnn", 4, width=8), (16, 16))
