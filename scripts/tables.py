@@ -187,6 +187,27 @@ def digits_soft_targets() -> str:
     return markdown("| method | | last, seeds 1 to 3 |", rows)
 
 
+def audit_image_size() -> str:
+    """Return the table of audits by the size of the images, ratios of seconds to the smallest size."""
+    runs = load("audit_image_size")["runs"]["worst"]
+    sizes = sorted(runs, key=int)
+    first = runs[sizes[0]]["feature_seconds"]
+    rows = (
+        [
+            size,
+            *(
+                decimals(runs[size][key])
+                for key in ("auroc", "precision_at_100", "precision_at_300", "estimated", "wrong")
+            ),
+        ]
+        + [f"{runs[size]['feature_seconds'] / first:.1f}"]
+        for size in sizes
+    )
+    return markdown(
+        "| pixels | AUROC | precision at 100 | at 300 | estimated noise rate | true | time of the features |", rows
+    )
+
+
 def digits_quality() -> str:
     """Return the table of C2D and DivideMix at 80 % with parts of SANM and another label quality."""
     found = digits_runs("digits_methods")
@@ -324,6 +345,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-variants": lambda: digits_methods.variants_table(load("digits_noises")["runs"]),
+    "audit-image-size": audit_image_size,
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),
     "audit-or-training": audit_or_training,

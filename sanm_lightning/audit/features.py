@@ -47,8 +47,8 @@ def default_image_size(network: Normalized, sides: Sequence[int]) -> int:
     """Return the default input size of a frozen network in pixels.
 
     Small images are enlarged by a factor of at most three, and at most to the size that the network was trained on:
-    networks for 224 pixels yield poor features of 32 pixels, and larger inputs only increase the run time. Networks of a
-    fixed input size, such as most transformers, use that size.
+    networks for 224 pixels yield poor features of 32 pixels. Larger inputs yield better lists and take longer
+    (results/audit_image_size.json). Networks of a fixed input size, such as most transformers, use that size.
 
     Args:
         network: network from :func:`~sanm_lightning.models.load_pretrained`.
