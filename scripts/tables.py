@@ -192,15 +192,9 @@ def audit_image_size() -> str:
     runs = load("audit_image_size")["runs"]["worst"]
     sizes = sorted(runs, key=int)
     first = runs[sizes[0]]["feature_seconds"]
+    keys = ("auroc", "precision_at_100", "precision_at_300", "estimated", "wrong")
     rows = (
-        [
-            size,
-            *(
-                decimals(runs[size][key])
-                for key in ("auroc", "precision_at_100", "precision_at_300", "estimated", "wrong")
-            ),
-        ]
-        + [f"{runs[size]['feature_seconds'] / first:.1f}"]
+        [size, *(decimals(runs[size][key]) for key in keys), f"{runs[size]['feature_seconds'] / first:.1f}"]
         for size in sizes
     )
     return markdown(
