@@ -69,7 +69,11 @@ def test_from_the_audit_over_corrections_to_a_training(typed):
     )
     typed(page, "sanm relabel audit")
     assert f"{worst['path']},{worst['given_label']},{new},0" in Path("labels/changes.csv").read_text()
-    typed(page, "sanm fit --config configs/image_folder.yaml", more=(*SMALL, "--trainer.logger", "false"))
+    typed(page, "sanm fit --config configs/image_folder.yaml --data.root", more=(*SMALL, "--trainer.logger", "false"))
+    typed(page, "sanm audit --data ImageFolder --data.root ROOT --data.noise", more=network)
+    masked = (*SMALL, "--model.warmup_epochs", "1", "--trainer.max_epochs", "2", "--trainer.logger", "false")
+    typed(page, "sanm fit --config configs/image_folder.yaml --config configs/sanm/features.yaml", more=masked)
+    assert json.loads(Path("results.json").read_text())["masked_steps"] > 0
     shutil.copytree("audit", "runs/audit")
     typed(page, "sanm relabel --undo")
     assert not Path("labels/labels.csv").exists()
