@@ -15,6 +15,7 @@ from sanm_lightning.callbacks import (
     FiniteLoss,
     OptimizerSteps,
     Stages,
+    UnaveragedState,
 )
 from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.callbacks.stages import reset_parameters
@@ -144,7 +145,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         checks.check_callbacks(self)
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
-        first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
+        first = [EpochStart(stages), *super()._own_callbacks(), UnaveragedState(), ExactResume(), Finders()]
         updates = type(self).after_optimizer_step is not NoisyLabelModule.after_optimizer_step
         steps = [OptimizerSteps()] if updates else []
         return [*first, stages, *steps, FiniteLoss(), FirstBatch(), *compiled]

@@ -125,7 +125,7 @@ class TestNested:
     def test_a_rate_that_increases_and_frozen_batch_norm(self):
         made = module(lr_warmup_steps=4, freeze_batch_norm=True)
         (stage,) = made.stages()
-        assert [stage.factor(step, 9) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        assert [stage.ramp(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
         before = {name: value.clone() for name, value in made.state_dict().items() if isinstance(value, torch.Tensor)}
         trainer(1).fit(made, data())
         assert stage.frozen
