@@ -79,9 +79,14 @@ def stage_epochs(stages: Iterable[Stage], epochs: int) -> dict[str, int]:
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Reinitialize the parameters of a module with a ``reset_parameters`` method; for ``Module.apply``."""
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
+    """Reinitialize the parameters of a module with a method for it; for ``Module.apply``.
+
+    It is ``reset_parameters``, or ``_reset_parameters`` in torch's ``MultiheadAttention`` and ``Transformer``.
+    """
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(reset := getattr(module, name, None)):
+            reset()
+            return
 
 
 class Stages(L.Callback):
@@ -131,13 +136,21 @@ class Stages(L.Callback):
                 self._handles += register_step_hooks(optimizer, enter, partial(self._leave, optimizer))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check the number of batches, which is known when the loader is.
+        """Check the stages from the current epoch on, against the network and the training set.
 
         Raises:
-            ValueError: if a stage has a factor and the training set has no length.
+            ValueError: if a stage resets a network that cannot be reinitialized, or has a factor and the training set has
+                no length.
         """
-        for stage in pl_module.stages() if math.isinf(trainer.num_training_batches) else ():
-            if stage.factor and stage.epochs != 0:
+        end = math.inf if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
+        first = 0.0
+        for number, stage in enumerate(pl_module.stages()):
+            ahead = trainer.current_epoch <= first < end
+            length = math.inf if stage.epochs is None else stage.epochs
+            first += length
+            if ahead and length and number > 0 and stage.reset != "none":
+                pl_module.check_reset(head_only=stage.reset == "head")
+            if stage.factor and length and math.isinf(trainer.num_training_batches):
                 raise ValueError(
                     f"expected a training set with a length for the stage {stage.name!r} of {type(pl_module).__name__}, whose "
                     "learning rate depends on the number of its steps, got one without; set limit_train_batches to the "
