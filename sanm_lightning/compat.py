@@ -3,7 +3,15 @@
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["batch_number", "limit_batch_size", "restore_loader", "resume_evaluation", "set_up_again", "sets_rate"]
+__all__ = [
+    "batch_number",
+    "limit_batch_size",
+    "restart_average",
+    "restore_loader",
+    "resume_evaluation",
+    "set_up_again",
+    "sets_rate",
+]
 
 COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 """Callbacks that copy the module in ``setup``, by name, because lightning and pytorch_lightning have separate classes."""
@@ -66,6 +74,15 @@ def set_up_again(trainer: Any, pl_module: Any, own: Collection[Any]) -> None:
         elif not kinds & COPYING:
             continue
         callback.setup(trainer, pl_module, "fit")
+
+
+def restart_average(callback: Any) -> None:
+    """Make the next update of a callback that averages weights copy them, as its first update does."""
+    kinds = {kind.__name__ for kind in type(callback).__mro__}
+    holder = callback._average_model if "WeightAveraging" in kinds else callback if kinds & COPYING else None
+    count = getattr(holder, "n_averaged", None)
+    if count is not None:  # not before the first update of StochasticWeightAveraging
+        count.zero_()
 
 
 def limit_batch_size(finder: Any, num_samples: int) -> None:

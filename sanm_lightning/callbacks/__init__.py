@@ -7,6 +7,7 @@ from sanm_lightning.callbacks.finders import Finders
 from sanm_lightning.callbacks.finite_loss import FiniteLoss
 from sanm_lightning.callbacks.optimizer_steps import OptimizerSteps
 from sanm_lightning.callbacks.stages import Stage, Stages
+from sanm_lightning.callbacks.unaveraged import Unaveraged, UnaveragedState
 
 __all__ = [
     "CompileNetworks",
@@ -17,4 +18,6 @@ __all__ = [
     "OptimizerSteps",
     "Stage",
     "Stages",
+    "Unaveraged",
+    "UnaveragedState",
 ]

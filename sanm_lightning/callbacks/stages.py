@@ -1,5 +1,6 @@
 """Training stages, such as warm-up, with separate length, learning rate, and reset or frozen parameters."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sanm_lightning.callbacks.optimizer_steps import register_step_hooks
+from sanm_lightning.compat import batch_number
 from sanm_lightning.random_streams import named_seed
 
 __all__ = ["Stage", "Stages", "locate", "reset_parameters", "stage_epochs"]
@@ -31,7 +33,9 @@ class Stage:
         lr: learning rate that overrides that of the optimizer and its schedule; None keeps theirs.
         weight_decay: weight decay that overrides that of the optimizer; None keeps it.
         factor: factor of ``lr`` (or the optimizer's rate), a function of the step within the stage and the number of
-            steps of the stage.
+            steps of the stage, both for the current number of steps per epoch, so that their ratio is the elapsed fraction
+            of the stage's epochs.
+        ramp: a further factor, a function of the number of optimizer steps since the start of the training.
         gradient_clip_val: norm for gradient clipping of each network, which overrides the trainer's setting.
         frozen: names of submodules whose parameters are not updated. Their gradients are still computed, so ``ddp``
             finds no unused parameters.
@@ -44,6 +48,7 @@ class Stage:
     lr: float | None = None
     weight_decay: float | None = None
     factor: Callable[[int, int], float] | None = None
+    ramp: Callable[[int], float] | None = None
     gradient_clip_val: float | None = None
     frozen: tuple[str, ...] = ()
     trained: Literal["all", "head"] = "all"
@@ -74,9 +79,14 @@ def stage_epochs(stages: Iterable[Stage], epochs: int) -> dict[str, int]:
 
 
 def reset_parameters(module: nn.Module) -> None:
-    """Reinitialize the parameters of a module with a ``reset_parameters`` method; for ``Module.apply``."""
-    if callable(reset := getattr(module, "reset_parameters", None)):
-        reset()
+    """Reinitialize the parameters of a module with a method for it; for ``Module.apply``.
+
+    It is ``reset_parameters``, or ``_reset_parameters`` in torch's ``MultiheadAttention`` and ``Transformer``.
+    """
+    for name in ("reset_parameters", "_reset_parameters"):
+        if callable(reset := getattr(module, name, None)):
+            reset()
+            return
 
 
 class Stages(L.Callback):
@@ -120,10 +130,32 @@ class Stages(L.Callback):
                 "expected max_epochs or max_steps for a stage with a factor and without a length, got neither; set one of "
                 "them, or the epochs of the stage"
             )
-        if any((stage.lr, stage.weight_decay, stage.factor) != (None, None, None) for stage in stages):
+        if any((stage.lr, stage.weight_decay, stage.factor, stage.ramp) != (None,) * 4 for stage in stages):
             for optimizer in trainer.optimizers:
                 enter = partial(self._enter, optimizer, trainer, pl_module)
                 self._handles += register_step_hooks(optimizer, enter, partial(self._leave, optimizer))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Check the stages from the current epoch on, against the network and the training set.
+
+        Raises:
+            ValueError: if a stage resets a network that cannot be reinitialized, or has a factor and the training set has
+                no length.
+        """
+        end = math.inf if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
+        first = 0.0
+        for number, stage in enumerate(pl_module.stages()):
+            ahead = trainer.current_epoch <= first < end
+            length = math.inf if stage.epochs is None else stage.epochs
+            first += length
+            if ahead and length and number > 0 and stage.reset != "none":
+                pl_module.check_reset(head_only=stage.reset == "head")
+            if stage.factor and length and math.isinf(trainer.num_training_batches):
+                raise ValueError(
+                    f"expected a training set with a length for the stage {stage.name!r} of {type(pl_module).__name__}, whose "
+                    "learning rate depends on the number of its steps, got one without; set limit_train_batches to the "
+                    "number of batches of an epoch"
+                )
 
     def begin(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Reinitialize the parameters configured by the stage, in its first epoch. The same in every process."""
@@ -139,12 +171,10 @@ class Stages(L.Callback):
                 del optimizer.state[parameter]
 
     def _enter(self, optimizer: torch.optim.Optimizer, trainer: L.Trainer, pl_module: Any) -> None:
-        _, stage, first = locate(pl_module.stages(), trainer.current_epoch)
+        stage = pl_module.stage
         self._before = [{"lr": group["lr"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups]
-        per_epoch = max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
-        epochs = -(-trainer.max_steps // per_epoch) if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
-        steps = per_epoch * int(stage.epochs or max(1, epochs - first))
-        factor = stage.factor(trainer.global_step - first * per_epoch, steps) if stage.factor else 1.0
+        factor = stage.factor(*_position(trainer, pl_module)) if stage.factor else 1.0
+        factor *= stage.ramp(trainer.global_step) if stage.ramp else 1.0
         for group in optimizer.param_groups:
             group["lr"] = (group["lr"] if stage.lr is None else stage.lr) * factor
             if stage.weight_decay is not None:
@@ -168,3 +198,18 @@ class Stages(L.Callback):
         """Remove the optimizer hooks."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def _position(trainer: L.Trainer, pl_module: Any) -> tuple[int, int]:
+    """Return the current optimizer step within its stage, from 0, and the number of steps of the stage.
+
+    Earlier epochs count with the number of steps of the current one: batch size, processes and accumulation may differ.
+    """
+    epoch = trainer.current_epoch
+    _, stage, first = locate(pl_module.stages(), epoch)
+    per_epoch = max(1, -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches))
+    step = batch_number(trainer) // trainer.accumulate_grad_batches  # of the epoch
+    epochs = int(trainer.max_epochs or 1)
+    if trainer.max_epochs == -1:
+        epochs = epoch - (trainer.global_step - step - trainer.max_steps) // per_epoch
+    return (epoch - first) * per_epoch + step, per_epoch * int(stage.epochs or max(1, epochs - first))

@@ -1,6 +1,5 @@
 """Base class of all methods: one or two networks with SANM, their callbacks, predictions and checkpoints."""
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,16 +17,16 @@ from sanm_lightning.callbacks import (
     FiniteLoss,
     OptimizerSteps,
     Stages,
+    UnaveragedState,
 )
 from sanm_lightning.callbacks.exact_resume import require_same_method
-from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.methods import checks
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.first_batch import FirstBatch
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
-from sanm_lightning.methods.reset import reset_networks
+from sanm_lightning.methods.reset import check_reset, copy_reinitialized, reset_networks
 from sanm_lightning.models import create_network, with_image_size
 from sanm_lightning.random_streams import named_seed
 from sanm_lightning.sanm.feature_extractor import with_feature_map
@@ -126,8 +125,9 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
             self.sanm2 = self.sanm.peer_copy(named_seed("peer", self.sanm.seed))
         self.sanm.build(self.network, self.image_size)
         if self.num_networks == 2:
-            twin: Callable[[], Any] = self._create or (lambda: copy.deepcopy(self.network).apply(reset_parameters))
-            self.network2: Any = twin()
+            self.network2: Any = (
+                copy_reinitialized(self.network, type(self).__name__) if self._create is None else self._create()
+            )
             self.sanm2.build(self.network2, self.image_size)
         self.accuracy = nn.ModuleDict()
 
@@ -145,6 +145,10 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         """Reinitialize the networks, decoders and averaged copies, or the classifiers; return the parameters."""
         return reset_networks(self, self._create, head_only)
 
+    def check_reset(self, head_only: bool = False) -> None:
+        """Raise ValueError if :meth:`reset` cannot reinitialize a parameter; called before training for stages that reset."""
+        check_reset(self, self._create, head_only)
+
     def prepare_epoch(self) -> None:
         """Start the current epoch, unless it is started; called by the loader. A collective operation."""
         trainer: Any = self.trainer
@@ -159,7 +163,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         checks.check_callbacks(self)
         compiled = [CompileNetworks(self.compile_backend)] if self.compile_backend else []
         # ExactResume compares the optimizer before the finders renew it, to which Stages adds hooks
-        first = [EpochStart(stages), *super()._own_callbacks(), ExactResume(), Finders()]
+        first = [EpochStart(stages), *super()._own_callbacks(), UnaveragedState(), ExactResume(), Finders()]
         updates = type(self).after_optimizer_step is not NoisyLabelModule.after_optimizer_step
         steps = [OptimizerSteps()] if updates else []
         return [*first, stages, *steps, FiniteLoss(), FirstBatch(), *compiled]

@@ -3,14 +3,15 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from sanm_lightning.callbacks import Unaveraged
 from sanm_lightning.random_streams import several_processes
 
 __all__ = ["FeatureQueue"]
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(Unaveraged):
     """Embeddings of the last steps of all processes, newest first, the same in every process.
 
     Source: cross-batch memory (Wang et al., CVPR 2020) and MoCo (He et al., CVPR 2020).
@@ -31,10 +32,10 @@ class FeatureQueue(nn.Module):
     ) -> None:
         super().__init__()
         self.payload = payload or {}
-        self.register_buffer("features", torch.zeros(size, dim))
-        self.register_buffer("valid", torch.zeros(size, dtype=torch.bool))
+        self.register_state("features", torch.zeros(size, dim))
+        self.register_state("valid", torch.zeros(size, dtype=torch.bool))
         for name, (shape, dtype) in self.payload.items():
-            self.register_buffer(name, torch.zeros(size, *shape, dtype=dtype))
+            self.register_state(name, torch.zeros(size, *shape, dtype=dtype))
 
     @torch.no_grad()
     def enqueue(self, features: Tensor, **payload: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sanm_lightning.batch import EpochPlan, View
-from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks import Stage, Unaveraged
 from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.module import SANM
@@ -16,7 +16,7 @@ from sanm_lightning.sanm.module import SANM
 __all__ = ["MethodHooks"]
 
 
-class MethodHooks(L.LightningModule):
+class MethodHooks(Unaveraged, L.LightningModule):
     """Hooks for stages, views, samples and label quality of a method."""
 
     num_classes: int

@@ -85,7 +85,7 @@ class MCorrection(NoisyLabelModule):
         self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
         self.judged = LabelStore(dist_reduce_fx=None)
         for name, value in fit_beta_mixture(torch.zeros(0))._asdict().items():
-            self.register_buffer(f"mixture_{name}", value)
+            self.register_state(f"mixture_{name}", value)
 
     @property
     def mixture(self) -> BetaMixture:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks import Stage, Unaveraged
 from sanm_lightning.functional import nested_probabilities, step_ramp, truncated_accuracy
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_range, require
@@ -17,7 +17,7 @@ from sanm_lightning.models import pooled_width
 __all__ = ["Nested", "NestedDropout"]
 
 
-class NestedDropout(nn.Module):
+class NestedDropout(Unaveraged):
     """Zero all but the first features of a classifier's input; a pre-hook of the classifier.
 
     Args:
@@ -34,7 +34,7 @@ class NestedDropout(nn.Module):
     def __init__(self, width: int, sigma: float | None, kept: int) -> None:
         super().__init__()
         self.probabilities = None if sigma is None else nested_probabilities(width, sigma)
-        self.register_buffer("kept", torch.tensor(kept))
+        self.register_state("kept", torch.tensor(kept))
         self.register_buffer("drawn", torch.tensor(width), persistent=False)
 
     def draw(self, generator: torch.Generator) -> None:
@@ -64,7 +64,7 @@ class Nested(NoisyLabelModule):
 
     Source: Chen et al., CVPR Workshops 2021, and the authors' code. k is sampled with probabilities proportional to
     exp(-(k / sigma)^2). Predictions use the first K features, where K has the best accuracy on the validation split, chosen
-    at every validation.
+    at every validation; with ``WeightAveraging``, for the weights of the current step.
 
     Departures: the validation split has noisy labels, where the code uses clean ones (for Animal-10N, the test set). Without
     a validation split, K is sigma. The classifier keeps its bias.
@@ -126,8 +126,9 @@ class Nested(NoisyLabelModule):
 
     def stages(self) -> list[Stage]:
         """Return the stage of nested dropout on all samples."""
-        factor = partial(step_ramp, length=self.lr_warmup_steps) if self.lr_warmup_steps else None
-        return [Stage("train", factor=factor, frozen=tuple(self.norms) if self.freeze_batch_norm else ())]
+        length = self.lr_warmup_steps
+        ramp = partial(step_ramp, steps=length, length=length) if length else None
+        return [Stage("train", ramp=ramp, frozen=tuple(self.norms) if self.freeze_batch_norm else ())]
 
     def _own_callbacks(self) -> list[Any]:
         return [*super()._own_callbacks(), *([ChooseFeatures()] if self.choose_features else [])]

@@ -103,7 +103,7 @@ class RRL(NoisyLabelModule):
         self.projection = Projection(self.network, projection)
         self.expansion = nn.Linear(projection, pooled_width(self.network)) if w_reconstruction > 0 else None
         self.corrected = LabelStore(num_classes, dist_reduce_fx=None)
-        self.register_buffer("prototypes", torch.zeros(num_classes, projection))
+        self.register_state("prototypes", torch.zeros(num_classes, projection))
 
     def stages(self) -> list[Stage]:
         """Return the stages without contrast, with given labels, and with corrected labels unless ``k`` is 0."""

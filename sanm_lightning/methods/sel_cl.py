@@ -92,7 +92,7 @@ class SelCL(SelectedContrast):
         dim = self.projection.out_features
         self.key_network, self.key_projection = EMA(self.network, decay), EMA(self.projection, decay)
         self.embeddings = Embeddings(dim)
-        self.register_buffer("threshold", torch.tensor(1.0))
+        self.register_state("threshold", torch.tensor(1.0))
         self.negatives = FeatureQueue(negatives, dim)
         self.memory: FeatureQueue | None = None
         if self.memory_rows:

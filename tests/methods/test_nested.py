@@ -3,10 +3,13 @@
 import copy
 import math
 
+import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from sanm_lightning import SANM
 from sanm_lightning.functional import nested_probabilities, truncated_accuracy
@@ -14,6 +17,7 @@ from sanm_lightning.methods import CrossEntropy, Nested, NestedCoTeaching
 from sanm_lightning.sanm.saliency import cam, grad_cam
 from tests.methods.reference import SMALL, C, batch, predictions, ready
 from tests.methods.test_every_method import AtStep
+from tests.methods.test_stages import Endless
 from tests.methods.toy import data, same, trainer
 
 WIDTH = 16  # features of the small network
@@ -125,7 +129,7 @@ class TestNested:
     def test_a_rate_that_increases_and_frozen_batch_norm(self):
         made = module(lr_warmup_steps=4, freeze_batch_norm=True)
         (stage,) = made.stages()
-        assert [stage.factor(step, 9) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        assert [stage.ramp(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
         before = {name: value.clone() for name, value in made.state_dict().items() if isinstance(value, torch.Tensor)}
         trainer(1).fit(made, data())
         assert stage.frozen
@@ -133,6 +137,40 @@ class TestNested:
             for key in [key for key in before if key.startswith(f"{name}.")]:
                 assert torch.equal(before[key], made.state_dict()[key])
         assert not torch.equal(before["network.network.fc.weight"], made.network.network.fc.weight)
+
+    def test_a_rate_increases_over_steps_of_any_number_per_epoch(self):
+        rates = []
+
+        class Watch(L.Callback):
+            def on_train_start(self, trainer, pl_module):
+                note = lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"] / 0.02)  # noqa: E731
+                trainer.optimizers[0].register_step_pre_hook(note)
+
+        steps = GradientAccumulationScheduler({0: 1, 1: 2})
+        trainer(3, callbacks=[steps, Watch()]).fit(module(lr_warmup_steps=7), data())
+        assert rates == pytest.approx([min(1.0, (step + 1) / 7) for step in range(8)])
+        rates.clear()
+        samples = Endless()
+        trainer(2, callbacks=[Watch()]).fit(module(lr_warmup_steps=5), DataLoader(samples, 8))
+        assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+    @pytest.mark.parametrize("average", [WeightAveraging, lambda: EMAWeightAveraging(decay=0.5)], ids=["mean", "ema"])
+    def test_averages_of_the_weights_leave_the_number_of_features(self, average, tmp_path):
+        class Watch(L.Callback):
+            def on_validation_batch_start(self, trainer, pl_module, *_):
+                seen.append(int(pl_module.dropouts[0].kept))
+
+        runs = []
+        for callbacks in ([], [average()]):
+            made, seen = module(), []
+            run = trainer(6, callbacks=[*callbacks, Watch()])
+            run.fit(made, data(val_fraction=0.2))
+            runs.append((seen, int(made.dropouts[0].kept)))
+        assert runs[0] == runs[1]
+        assert len(set(runs[0][0])) > 2
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        assert int(saved["state_dict"]["dropouts.0.kept"]) == runs[0][1]
 
     def test_a_network_without_a_linear_classifier_is_refused(self):
         class Two(nn.Sequential):

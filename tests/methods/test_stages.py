@@ -1,5 +1,6 @@
 """Stages: which epoch belongs to which, what a stage resets, freezes and sets, and that a resume loses none of it."""
 
+import contextlib
 from itertools import pairwise
 
 import lightning as L
@@ -7,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader, IterableDataset
 
 from sanm_lightning import SANM
 from sanm_lightning.callbacks import Stage
@@ -113,6 +116,62 @@ def test_a_stage_sets_rate_and_decay_of_its_own_steps_only():
     assert rates[4:] == pytest.approx([0.05 * falling(step, 8) for step in range(8)])
     assert [decay for _, decay in watch.used] == [5e-4] * 4 + [0.0] * 8
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.02 * 0.5**3)  # the schedule went on undisturbed
+
+
+def stage_rates(epochs, batch_size, path=None, **options):
+    """Rates of the steps of a fit by ``Renewing``, without those of its first stage, relative to that of the second stage."""
+    watch = Watch()
+    run = trainer(epochs, **{**options, "callbacks": [watch, *options.get("callbacks", [])]})
+    run.fit(module(), data(batch_size=batch_size), ckpt_path=path)
+    return run, [rate / 0.05 for rate, _ in watch.used if rate != 0.02]
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_the_rate_of_a_stage_follows_its_epochs_in_a_run_resumed_with_another_batch_size(tmp_path, epochs, batch_size):
+    with contextlib.nullcontext() if epochs > 1 else pytest.warns(UserWarning, match="that reach the stage 'second'"):
+        run, _ = stage_rates(epochs, 16)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    _, rates = stage_rates(4, batch_size, tmp_path / "end.ckpt")
+    steps = 64 // batch_size
+    assert rates == pytest.approx([falling(step, 3 * steps) for step in range((epochs - 1) * steps, 3 * steps)])
+
+
+def test_the_rate_of_a_stage_follows_its_epochs_with_a_schedule_of_accumulation():
+    _, rates = stage_rates(3, 16, callbacks=[GradientAccumulationScheduler({0: 1, 2: 2})])
+    assert rates == pytest.approx([falling(step, 8) for step in range(4)] + [falling(step, 4) for step in range(2, 4)])
+
+
+def test_the_rate_of_the_last_stage_ends_with_max_steps():
+    _, rates = stage_rates(-1, 16, max_steps=8)
+    assert rates == pytest.approx([falling(step, 4) for step in range(4)])
+    accumulation = GradientAccumulationScheduler({0: 1, 1: 2})  # 4 steps, then 2 per epoch
+    _, rates = stage_rates(-1, 16, max_steps=10, callbacks=[accumulation])
+    assert rates == pytest.approx([falling(step, 6) for step in range(6)])
+
+
+class Endless(IterableDataset):
+    """Samples without a length."""
+
+    def __iter__(self):
+        return ((torch.rand(3, 16, 16), number % 4) for number in range(24))
+
+
+class Falling(CrossEntropy):
+    def stages(self):
+        return [Stage("fall", factor=falling)]
+
+
+def test_a_rate_over_a_stage_requires_a_number_of_batches():
+    with pytest.raises(
+        ValueError,
+        match="expected a training set with a length for the stage 'fall' of Falling, whose learning rate depends on the "
+        "number of its steps, got one without; set limit_train_batches to the number of batches of an epoch",
+    ):
+        trainer(2).fit(module(Falling), DataLoader(Endless(), 8))
+    watch = Watch()
+    trainer(2, limit_train_batches=2, callbacks=[watch]).fit(module(Falling), DataLoader(Endless(), 8))
+    assert [rate for rate, _ in watch.used] == pytest.approx([0.02 * falling(step, 4) for step in range(4)])
 
 
 class Freezing(CrossEntropy):

@@ -1,0 +1,69 @@
+"""State of a method that weight averages leave unchanged."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Unaveraged", "UnaveragedState"]
+
+
+class Unaveraged(nn.Module):
+    """Base class of modules with tensors that are moved and saved as buffers are, but not averaged.
+
+    Lightning's ``WeightAveraging`` averages all buffers, and truncates the averages of integers. The state of a method, such
+    as a threshold or a queue, is not a statistic of the weights, and its average has no meaning.
+    """
+
+    def register_state(self, name: str, value: Tensor) -> None:
+        """Add a tensor, which is saved under ``name`` as a buffer of that name would be."""
+        self.__dict__.setdefault("_state_names", []).append(name)
+        setattr(self, name, value)
+
+    def registered_state(self) -> dict[str, Tensor]:
+        """Return the registered tensors of this module, without those of its submodules, by name."""
+        return {name: getattr(self, name) for name in self.__dict__.get("_state_names", [])}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name, value in self.registered_state().items():
+            setattr(self, name, fn(value))
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({f"{prefix}{name}": value.detach() for name, value in self.registered_state().items()})
+
+    @torch.no_grad()
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        unexpected: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        own = {f"{prefix}{name}": value for name, value in self.registered_state().items()}
+        unexpected_keys += [key for key in unexpected if key not in own]
+        for key, value in own.items():
+            if key not in state_dict:
+                missing_keys += [key] if strict else []
+            elif state_dict[key].shape != value.shape:
+                shapes = f"{tuple(value.shape)}, got {tuple(state_dict[key].shape)}"
+                error_msgs.append(f"expected {key} of shape {shapes}")
+            else:
+                value.copy_(state_dict[key])
+
+
+class UnaveragedState(L.Callback):
+    """Save the current state with averaged weights, see :class:`Unaveraged`."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Replace the state of the averaged module, which is that of the start of the fit."""
+        if "current_model_state" not in checkpoint:  # added by WeightAveraging, which replaces state_dict
+            return
+        for prefix, part in pl_module.named_modules():
+            for name in part.registered_state() if isinstance(part, Unaveraged) else ():
+                key = f"{prefix}.{name}" if prefix else name
+                if key in checkpoint["state_dict"]:
+                    checkpoint["state_dict"][key] = checkpoint["current_model_state"][key]

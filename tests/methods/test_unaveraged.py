@@ -1,0 +1,84 @@
+"""State of a method is saved and moved as buffers are, and averages of the weights leave it as it is."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+
+from sanm_lightning import methods
+from sanm_lightning.callbacks import Unaveraged
+from sanm_lightning.methods import ForwardCorrection
+from sanm_lightning.methods.feature_queue import FeatureQueue
+from tests.methods.test_every_method import METHODS, SMALL, fit
+from tests.methods.toy import data
+
+STATISTICS = {"mean", "std", "running_mean", "running_var", "num_batches_tracked"}
+"""Names of the buffers of networks: constants, and statistics of the weights."""
+
+
+def test_it_is_saved_under_its_name_and_loads_from_a_buffer_of_that_name():
+    queue = FeatureQueue(3, 2, {"index": ((), torch.int64)})
+    queue.enqueue(torch.ones(2, 2), index=torch.tensor([5, 7]))
+    saved = queue.state_dict()
+    assert {name: value.tolist() for name, value in saved.items()} == {
+        "features": [[1, 1], [1, 1], [0, 0]], "valid": [True, True, False], "index": [5, 7, 0],
+    }  # fmt: skip
+    assert not list(queue.buffers())
+    other = torch.nn.ModuleList([FeatureQueue(3, 2, {"index": ((), torch.int64)})])
+    assert not any(other.load_state_dict({f"0.{name}": value for name, value in saved.items()}))
+    assert other[0].index.tolist() == [5, 7, 0]
+
+
+def test_it_changes_its_dtype_with_the_module():
+    queue = FeatureQueue(3, 2).double()
+    assert (queue.features.dtype, queue.valid.dtype) == (torch.float64, torch.bool)
+
+
+def test_a_copy_has_state_of_its_own():
+    queue = FeatureQueue(3, 2)
+    copied = copy.deepcopy(queue)
+    queue.features += 1
+    assert not copied.features.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda saved: saved.update(features=torch.zeros(4, 2)), r"expected features of shape \(3, 2\), got \(4, 2\)"),
+        (lambda saved: saved.pop("valid"), 'Missing key.* "valid"'),
+        (lambda saved: saved.update(other=torch.zeros(1)), 'Unexpected key.* "other"'),
+    ],
+)
+def test_other_state_does_not_load(change, sentence):
+    queue = FeatureQueue(3, 2)
+    saved = dict(queue.state_dict())
+    change(saved)
+    with pytest.raises(RuntimeError, match=sentence):
+        queue.load_state_dict(saved)
+    queue.load_state_dict({name: value for name, value in saved.items() if name == "valid"}, strict=False)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("C2D", "REED")])
+def test_buffers_of_methods_are_those_of_their_networks(name):
+    module = getattr(methods, name)(**SMALL, **METHODS[name])
+    owned = {
+        key for key, _ in module.named_buffers() if key.split(".")[-1] not in STATISTICS and key in module.state_dict()
+    }
+    assert not owned
+
+
+def test_an_average_of_the_weights_leaves_it(tmp_path):
+    runs, found = [], []
+    for callbacks in ([], [WeightAveraging()]):
+        torch.manual_seed(0)
+        module = ForwardCorrection(**SMALL, warmup_epochs=1)
+        runs.append(fit(module, data(), callbacks=callbacks))
+        runs[-1].save_checkpoint(tmp_path / "a.ckpt")
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+        found += [module.transition, saved["state_dict"]["transition"]]
+    assert all(torch.equal(transition, found[0]) for transition in found)
+    assert not torch.equal(found[0], torch.eye(4))
+    weights = [run.lightning_module.network.network.fc.weight for run in runs]
+    assert not torch.equal(*weights)
+    assert isinstance(module, Unaveraged)
