@@ -1,7 +1,7 @@
 """Base class of all methods: one or two networks with SANM, their callbacks, predictions and checkpoints."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import FrameType
 from typing import Any
