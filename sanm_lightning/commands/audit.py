@@ -123,13 +123,6 @@ def audit(
         fraction = len(new) / len(pool.labels)
         console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
     console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("image_size", image_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
     if fail_over is not None and fraction > fail_over:
         console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1
@@ -198,7 +191,8 @@ def _write_new(path: Path, issues: LabelIssues, rows: list[int]) -> None:
 
 
 def _class_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Classes")
+    fitted = summary["fitted_split"] if len(summary["splits"]) > 1 else None
+    table = Table(title=f"Classes of {fitted}" if fitted else "Classes")
     for column in ("class", "images", "wrong labels, about", "most often should be"):
         table.add_column(column, justify="left" if column in ("class", "most often should be") else "right")
     shown = sorted(summary["classes"], key=lambda row: -(row["wrong"] or 0) * row["count"])[:30]
