@@ -49,9 +49,9 @@ def write_report(
         summary: further content of the page; every key may be missing or None. ``title``; ``verdict``, one line, or
             ``estimated_noise_rate`` in [0, 1], ``interval`` [low, high], ``num_images`` and ``worst_pair`` [given,
             suggested], from which it is composed; ``classes``, mappings with ``name``, ``count``, ``wrong`` (fraction)
-            and ``confused_with``; ``classes_of``, the split that they describe, if there are others; ``findings``, mappings with ``title``, ``items`` (lists of paths that form a group)
-            and ``count`` (if larger than the number of listed groups), such as duplicates and leaks; ``notes``,
-            sentences.
+            and ``confused_with``; ``classes_of``, the split that they describe, if there are others; ``findings``,
+            mappings with ``title``, ``items`` (lists of paths that form a group) and ``count`` (if larger than the
+            number of listed groups), such as duplicates and leaks; ``notes``, sentences.
         images: function that returns the image of row i of ``issues``, uint8, shape (H, W, 3) or (H, W); None for no
             images. Called only for readable rows that are embedded or written to ``thumbs/``.
         root: folder that the paths are relative to; None without files.

@@ -31,7 +31,11 @@ def test_names_the_results_files_with_runs_of_a_method(monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.setattr(catalog, "packaged", lambda: tmp_path)
     assert set(column("methods", 3)) == {"none"}
-    found = {"a": {"results": [{"method": "CDR"}]}, "b": {"runs": {"cdr": 1, "elr_plus_sanm": 2}}, "c": {"note": "as CDR"}}
+    found = {
+        "a": {"results": [{"method": "CDR"}]},
+        "b": {"runs": {"cdr": 1, "elr_plus_sanm": 2}},
+        "c": {"note": "as CDR"},
+    }
     found["d"] = {"runs": {"1": {"words": "--model DivideMix"}}}  # AugDesc is a config of the same class
     found["e"] = {"runs": {"AugDesc_sanm": 1}}
     found["f"] = {"runs": {"dividemix_human": 1, "unknown_elr": 2}}
