@@ -47,8 +47,8 @@ def fitted_split(splits: Sequence[str]) -> str | None:
         splits: name of the split of each sample; ``all`` for a data set without splits.
     """
     names = set(splits)
-    fitted = [name for name in ("train", "all") if name in names] or [*names]
-    return fitted[0] if len(fitted) == 1 else None
+    fitted = names & {"train", "all"} or names
+    return fitted.pop() if len(fitted) == 1 else None
 
 
 def fitted_rows(splits: Sequence[str]) -> Array:

@@ -77,9 +77,9 @@ class CSVImages(ScannedFiles):
     @property
     def class_names(self) -> list[str]:
         """The labels of the training rows, or of all rows if there are no training rows."""
-        faults = self._rows()[1]
-        if faults:
-            raise faults[0].error
+        for fault in self._rows()[1]:
+            if not self.left_out(fault):
+                raise fault.error
         return self._names()
 
     @property
