@@ -54,7 +54,7 @@ def check_data(
         root: folder that contains class folders, or ``train/`` (``val/``, ``test/``) with class folders.
         data: data module, instead of a folder, such as ``CSVImages``.
         out: output CSV file with the columns ``path`` and ``reason``; an existing file is replaced. Default:
-            ``bad_files.csv``, which is written only if something is bad.
+            ``bad_files.csv``, which is not created if nothing is bad.
         num_workers: number of worker processes that decode images. Default: one per CPU, up to four, none for one CPU.
 
     Returns:
@@ -95,7 +95,7 @@ def check_data(
             console.print(f"{name}: {note}", markup=False)
         bad += found
         one_class |= name == "train" and len(split.class_names) < 2
-    if bad or out is not None:
+    if bad or out is not None or Path(DEFAULT_OUT).exists():  # an earlier list would be out of date
         write_csv(out or DEFAULT_OUT, BAD_FILES_HEADER, bad)
     for path, reason in bad[:SHOWN]:
         console.print(f"bad: {path} ({reason})", markup=False)

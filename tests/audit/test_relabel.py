@@ -132,6 +132,12 @@ class TestAccepted:
             relabel(audit, accept(audit, *rows), out=tmp_path / "new" / "labels.csv")
         assert not (tmp_path / "new").exists()
 
+    @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+    def test_another_separator(self, audit, tmp_path, separator, name):
+        row = "train/cat/0.png,train,cat,right,".replace(",", separator)
+        with pytest.raises(ValueError, match=f"file separated by commas in .*, got {name}; save it as 'CSV UTF-8 "):
+            relabel(audit, accept(audit, row, header=HEADER.replace(",", separator)), out=tmp_path / "labels.csv")
+
     def test_an_empty_file(self, audit, tmp_path):
         with pytest.raises(ValueError, match="empty file"):
             relabel(audit, accept(audit, header=""), out=tmp_path / "labels.csv")

@@ -196,7 +196,9 @@ class TestBadFiles:
             path.unlink()
         (tmp_path / "test" / "cow").mkdir()
         (tmp_path / "bad.csv").write_text("path,reason\ntrain/ant,class without images\ntest/cow,class unknown\n")
-        with pytest.raises(ValueError, match=r"expected images in '.*ant', got none \(empty folder\); add images, or remove"):
+        with pytest.raises(
+            ValueError, match=r"expected images in '.*ant', got none \(empty folder\); add images, or remove"
+        ):
             folder(tmp_path).setup()
         data = folder(tmp_path, bad_files=str(tmp_path / "bad.csv"))
         with caplog.at_level("INFO", "lightning.pytorch"):
@@ -205,7 +207,9 @@ class TestBadFiles:
         assert data.num_samples == 16 and data.split_size("test") == 4
         assert data.labels.tolist() == [0] * 8 + [1] * 8
         assert "train: left out as bad: train/ant (class without images)" in caplog.messages
-        assert "test: left out as bad: test/ant (class unknown in training), test/cow (class unknown)" in caplog.messages
+        assert (
+            "test: left out as bad: test/ant (class unknown in training), test/cow (class unknown)" in caplog.messages
+        )
 
     def test_listed_rows_of_a_table_are_left_out(self, tmp_path: Path) -> None:
         pictures(tmp_path)
