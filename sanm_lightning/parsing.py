@@ -55,7 +55,7 @@ class CommandParser(ArgumentParser):
     """Parser of jsonargparse that raises a ValueError with one sentence, instead of printing the usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": ShortHelp, **kwargs})
+        super().__init__(*args, **{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.

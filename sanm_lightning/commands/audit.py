@@ -21,6 +21,8 @@ from sanm_lightning.processing import default_num_workers
 
 __all__ = ["audit", "main"]
 
+AUDITS = Path("audits")
+"""Default folder of the results of all audits."""
 DRAFT = "features.npy.tmp"
 """Features of an audit in progress; remains only if the process is killed."""
 
@@ -131,9 +133,8 @@ def audit(
 
 def _new_folder(out: str | None) -> Path:
     if out is None:
-        base = Path("audits")
-        taken = [int(path.name[8:]) for path in base.glob("version_*") if path.name[8:].isdigit()]
-        folder = base / f"version_{max(taken, default=-1) + 1}"
+        taken = [int(path.name[8:]) for path in AUDITS.glob("version_*") if path.name[8:].isdigit()]
+        folder = AUDITS / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
@@ -149,13 +150,15 @@ def _new_folder(out: str | None) -> Path:
 
 @contextlib.contextmanager
 def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the incomplete features, and the folder if it is empty, when an exception is raised."""
+    """Remove the incomplete features, and empty folders, when an exception is raised."""
     try:
         yield
     except BaseException:
         (folder / DRAFT).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a folder that is not empty
             folder.rmdir()
+            if folder.parent == AUDITS:
+                AUDITS.rmdir()
         raise
 
 

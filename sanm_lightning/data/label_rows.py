@@ -34,6 +34,11 @@ class FileLabels(NamedTuple):
     labels: Tensor
     kept: Tensor
 
+    def compare(self, labels: Tensor) -> str:
+        """Return how many labels differ from those of the data set, shape (N,), and how many samples are dropped."""
+        differ = int(((self.labels != labels) & self.kept).sum())
+        return f"{differ} of {len(labels)} differ from those of the data set, {int((~self.kept).sum())} left out"
+
 
 class _Rows(NamedTuple):
     by_path: bool
