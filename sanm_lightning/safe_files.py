@@ -14,8 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 __all__ = ["AtomicCheckpointIO", "atomic_write", "read_checkpoint", "require_folder"]
 
-ELSEWHERE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
-"""Errors of a write that more disk space does not solve."""
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""Errors of a write that more disk space solves."""
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(draft, path)
     except OSError as error:
         kept = ", whose previous content is unchanged" if path.is_file() else ""
-        remedy = "choose another folder" if error.errno in ELSEWHERE else "free disk space, or choose another folder"
+        remedy = "free disk space, or choose another folder" if error.errno in FULL else "choose another folder"
         raise OSError(
             f"expected a writable file, got {str(path)!r} ({error.strerror or error}){kept}; {remedy}"
         ) from error
@@ -92,7 +92,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     path = Path(path)
     if path.is_dir():
         inside = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stem != "last", str(file)))
-        advice = f"use {str(inside[0])!r}" if inside else "use the folder of a run, and a checkpoint in it"
+        advice = f"use {str(inside[0])!r}" if inside else "check --ckpt_path"
         what = "a folder" if inside else "a folder without checkpoints"
         raise IsADirectoryError(f"expected a checkpoint in {str(path)!r}, got {what}; {advice}")
     if not path.is_file():

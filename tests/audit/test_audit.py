@@ -620,6 +620,22 @@ class TestRefused:
         save(tmp_path / "root/a/1.png", "red", 0)
         self.refused(audit, "expected images of two or more classes in .*, got 1 of 1", tmp_path / "root")
 
+    def test_without_out_it_leaves_no_folder(self, tmp_path, weights):
+        with pytest.raises(ValueError, match="expected a device"):
+            run(
+                [
+                    "audit",
+                    str(folder(tmp_path / "root")),
+                    "--network",
+                    "small_cnn",
+                    "--checkpoint",
+                    weights,
+                    "--device",
+                    "x",
+                ]
+            )
+        assert not Path("audits").exists()
+
     def test_too_little_that_can_be_read(self, tmp_path, audit):
         root = folder(tmp_path / "root", splits=("train",))
         for path in sorted(root.rglob("*.png"))[8:]:

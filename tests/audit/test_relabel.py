@@ -253,7 +253,7 @@ class TestUndo:
             undo_relabel(tmp_path / "labels.csv")
 
     def test_without_a_record(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"relabel\.json"):
+        with pytest.raises(FileNotFoundError, match=r"relabel\.json.*; give the label file or folder that"):
             undo_relabel(tmp_path / "labels.csv")
 
 
@@ -315,7 +315,7 @@ class TestCommand:
             (["nowhere", "--below", "0.1", "--out", "x.csv"], "run sanm audit first"),
             (["nowhere", "--out", "x.csv"], "either --accepted FILE or --below"),
             (["nowhere", "--below", "0.1"], "either --out FILE or --linked"),
-            (["nowhere", "--below", "1.1", "--out", "x.csv"], r"below in \[0, 1\]"),
+            (["nowhere", "--below", "1.1", "--out", "x.csv"], r"below in \[0, 1\], got 1.1; use 0.1"),
             (["nowhere", "--below", "0.1", "--out", "x.csv", "--ambiguous", "no"], "keep or drop"),
         ],
     )

@@ -154,7 +154,7 @@ class TestInADataModule:
         )
         with caplog.at_level("INFO", "lightning.pytorch"):
             data.setup("fit")
-        assert f"2 of 6 training samples dropped, according to {tmp_path}/labels.csv" in caplog.text
+        assert f"labels of {tmp_path}/labels.csv: 2 of 6 differ from those of the data set, 2 left out" in caplog.text
         assert data.num_samples == 4 and data.labels.tolist() == [1, 0, 1, 0]
         assert data.sample_paths() == ["train/a/0.png", "train/a/2.png", "train/b/0.png", "train/b/2.png"]
         batch = data.batch("train", torch.arange(4))
