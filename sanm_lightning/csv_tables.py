@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["escape_cell", "read_csv", "unescape_cell", "write_csv"]
+__all__ = ["escape_cell", "other_separator", "read_csv", "unescape_cell", "write_csv"]
 
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _ESCAPED = re.compile(r"'+[=+\-@\t\r]")
@@ -44,6 +44,22 @@ def write_csv(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[s
         text.detach()
 
 
+def other_separator(path: str | Path, header: Sequence[str]) -> str | None:
+    """Return the error of a table whose header has one cell with semicolons or tabs; None for other headers.
+
+    Args:
+        path: path of the file.
+        header: cells of the header, read with commas as separators.
+    """
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        if len(header) == 1 and separator in header[0]:
+            return (
+                f"expected a CSV file separated by commas in {str(path)!r}, got {name}; save it as 'CSV UTF-8 (comma "
+                "delimited)'"
+            )
+    return None
+
+
 def read_csv(path: str | Path, headers: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
     """Read a table written by :func:`write_csv`.
 
@@ -56,8 +72,8 @@ def read_csv(path: str | Path, headers: Sequence[Sequence[str]]) -> tuple[list[s
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is empty or not CSV, has another header, or a row with more or fewer cells than the
-            header.
+        ValueError: if the file is empty or not CSV, is not separated by commas, has another header, or a row with more or
+            fewer cells than the header.
     """
     path = Path(path)
     expected = " or ".join(repr(",".join(header)) for header in headers)
@@ -71,6 +87,8 @@ def read_csv(path: str | Path, headers: Sequence[Sequence[str]]) -> tuple[list[s
     if not rows:
         raise ValueError(f"expected the header {expected} in {str(path)!r}, got an empty file; write it again")
     header = rows.pop(0)
+    if separated := other_separator(path, header):
+        raise ValueError(separated)
     if header not in [list(accepted) for accepted in headers]:
         found = ",".join(header)[:200]
         raise ValueError(f"expected the header {expected} in {str(path)!r}, got {found!r}; check the path")

@@ -41,21 +41,36 @@ OTHER_CLASS = re.compile(r"Import path does not correspond to a subclass of (?P<
 VALUE = re.compile(r"Expected a (?P<type>.+?)\. Got value:\s?(?P<value>.*?)(?:\. Got value: .*)?$")
 UNION = re.compile(r"Subtypes: \[(?P<type>.+)\]")
 LONG_LISTS = re.compile(r", known subclasses: torch\.(nn\.Module|utils\.data\.Dataset),[^)]*")
+SUBCLASSES = re.compile(r"known subclasses: ([^)]+)")
+INTERNAL = re.compile(r"lightning\.Lightning(Data)?Module|sanm_lightning(\.\w+){3,}")
+"""Classes that are not for users: Lightning's base classes, and those that no package exports."""
+DATA_MODULE = "A DataModule standardizes"
+"""Beginning of the docstring of ``LightningDataModule``."""
 GIVEN = re.compile(r"Given value: (?P<value>.*?)(?:\. Got value: .*)?$")
 
 
 class ShortHelp(DefaultHelpFormatter):
-    """Help without the subclasses of ``torch.nn.Module`` and of torch's ``Dataset``, of which there are many."""
+    """Help without classes that are not public, and without the many subclasses of torch's ``Module`` and ``Dataset``."""
+
+    def start_section(self, heading: str | None) -> None:
+        """Begin a group of options; the first line of Lightning's docstring is not a sentence."""
+        super().start_section("data module" if heading and heading.startswith(DATA_MODULE) else heading)
 
     def _get_help_string(self, action: Any) -> str:
-        return LONG_LISTS.sub("", super()._get_help_string(action))
+        return SUBCLASSES.sub(_public, LONG_LISTS.sub("", super()._get_help_string(action)))
+
+
+def _public(listed: re.Match[str]) -> str:
+    """Return a list of subclasses without internal ones, unless it would be empty."""
+    names = [name for name in listed[1].split(", ") if not INTERNAL.fullmatch(name)]
+    return f"known subclasses: {', '.join(names) or listed[1]}"
 
 
 class CommandParser(ArgumentParser):
     """Parser of jsonargparse that raises a ValueError with one sentence, instead of printing the usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"formatter_class": ShortHelp, **kwargs})
+        super().__init__(*args, **{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.

@@ -91,9 +91,10 @@ class RunRecord(L.Callback):
         rehearsal = trainer.fast_dev_run
         if hasattr(data, "save_labels") and trainer.is_global_zero and not rehearsal:
             data.save_labels(directory / "labels.npz")
-        if getattr(data, "noise_kind", "none") != "none":
+        kind, measured = getattr(data, "noise_kind", "none"), getattr(data, "measured_noise_rate", None)
+        if kind not in ("none", "file") or (kind == "file" and measured is not None):
             requested = "" if data.noise_rate is None else f", requested rate {data.noise_rate:.3f}"
-            measured = "unknown" if data.measured_noise_rate is None else f"{data.measured_noise_rate:.4f}"
+            measured = "unknown" if measured is None else f"{measured:.4f}"
             rank_zero_info(
                 f"label noise: {data.noise_kind}{requested}, measured rate {measured} of {data.num_samples} labels"
             )

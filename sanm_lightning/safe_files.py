@@ -1,6 +1,7 @@
 """Atomic file writes, and checkpoints that are loaded without executing pickled code."""
 
 import contextlib
+import errno
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 __all__ = ["AtomicCheckpointIO", "atomic_write", "read_checkpoint", "require_folder"]
+
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+"""Errors of a write that more disk space solves."""
 
 
 @contextlib.contextmanager
@@ -40,9 +44,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(draft, path)
     except OSError as error:
+        kept = ", whose previous content is unchanged" if path.is_file() else ""
+        remedy = "free disk space, or choose another folder" if error.errno in FULL else "choose another folder"
         raise OSError(
-            f"expected a writable file, got {str(path)!r} ({error.strerror or error}), whose previous content is "
-            "unchanged; free disk space, or choose another folder"
+            f"expected a writable file, got {str(path)!r} ({error.strerror or error}){kept}; {remedy}"
         ) from error
     finally:
         if begun:
@@ -81,9 +86,15 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
     Raises:
         FileNotFoundError: if the file does not exist.
+        IsADirectoryError: if it is a folder.
         ValueError: if the file is damaged, contains other objects, or is not a checkpoint.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = sorted(path.rglob("*.ckpt"), key=lambda file: (file.stem != "last", str(file)))
+        advice = f"use {str(inside[0])!r}" if inside else "check --ckpt_path"
+        what = "a folder" if inside else "a folder without checkpoints"
+        raise IsADirectoryError(f"expected a checkpoint in {str(path)!r}, got {what}; {advice}")
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint in {str(path)!r}, got no such file; check --ckpt_path")
     try:

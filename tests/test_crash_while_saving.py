@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -136,9 +137,16 @@ class TestCheckpointErrors:
         Path("a.ckpt").write_text("epoch: 3\n")
         assert "'a.ckpt'" in said(monkeypatch, capsys, *RESUMED)
         os.remove("a.ckpt")
+        with pytest.raises(FileNotFoundError, match="got no such file; check --ckpt_path"):
+            read_checkpoint("a.ckpt")
         os.mkdir("a.ckpt")
-        assert "got no such file; check --ckpt_path" in said(monkeypatch, capsys, *RESUMED)
-        os.rmdir("a.ckpt")
+        assert "got a folder without checkpoints; check --ckpt_path" in said(monkeypatch, capsys, *RESUMED)
+        Path("a.ckpt/checkpoints").mkdir()
+        Path("a.ckpt/checkpoints/best.ckpt").touch()
+        assert "got a folder; use 'a.ckpt/checkpoints/best.ckpt'" in said(monkeypatch, capsys, *RESUMED)
+        Path("a.ckpt/checkpoints/last.ckpt").touch()
+        assert "got a folder; use 'a.ckpt/checkpoints/last.ckpt'" in said(monkeypatch, capsys, *RESUMED)
+        shutil.rmtree("a.ckpt")
         assert "a.ckpt" in said(monkeypatch, capsys, *RESUMED)
 
     def test_of_another_method_number_of_classes_or_network(self):
@@ -189,5 +197,7 @@ class TestRunDirectory:
 
 def test_a_failed_write_names_the_file(tmp_path):
     Path("file").write_text("")
-    with pytest.raises(OSError, match=r"expected a writable file, got 'file/results\.json' \("):
+    with pytest.raises(
+        OSError, match=r"expected a writable file, got 'file/results\.json' \([^)]+\); choose another folder$"
+    ):
         write_json(Path("file/results.json"), {})

@@ -1,17 +1,19 @@
 """results.json: what it says, and that nothing is lost."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sanm_lightning import SANM
+from sanm_lightning import SANM, CrossEntropy, ImageFolder, Noise
 from sanm_lightning.data import Toy
 from sanm_lightning.pictures import SANMPictures
 from sanm_lightning.run_checkpoint import RunCheckpoint
 from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
 from tests.methods.toy import data, method, trainer
+from tests.test_class_names import pictures
 
 
 def results() -> dict:
@@ -50,6 +52,22 @@ class TestResults:
         with caplog.at_level("INFO", "lightning.pytorch"):
             run.fit(method(), Toy(seed=3))
         assert "last.ckpt, best epoch (selected on the test set): " in caplog.messages[-1]
+
+    def test_of_a_file_name_the_labels_that_differ_and_no_unknown_rate(self, tmp_path, caplog):
+        root = pictures(tmp_path, "ant", "bee")
+        names = [path.relative_to(root).as_posix() for path in sorted((root / "train").rglob("*.png"))]
+        rows = [
+            f"{name},{'bee' if row == 0 else Path(name).parent.name},{int(row == 1)}" for row, name in enumerate(names)
+        ]
+        Path("labels.csv").write_text("\n".join(["path,label,drop", *rows]))
+        module = CrossEntropy(2, (16, 16), network="small_cnn", network_args={"width": 4})
+        folder = ImageFolder(str(root), image_size=16, crop_padding=0, noise=Noise("file", path="labels.csv"))
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            trainer(1, callbacks=[RunRecord()]).fit(module, folder)
+        assert (
+            f"labels of labels.csv: 1 of {len(names)} differ from those of the data set, 1 left out" in caplog.messages
+        )
+        assert "label noise" not in caplog.text
 
     def test_are_there_after_every_epoch_of_a_run_that_dies(self):
         class Die(SANMPictures):

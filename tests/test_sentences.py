@@ -44,6 +44,7 @@ class TestParser:
             (["--model.optimizer", "SGD", "--model.optimizer.lrr", "1"], "expected an option of SGD, got 'model.optimizer."),
             (["--data.noise.knd", "pair"], "expected an option of Toy, got 'data.noise.knd'; near: data.noise.kind"),
             (["--trainr.max_epochs", "3"], "expected an option of sanm fit, got '--trainr.max_epochs'; near: --trainer.max_e"),
+            (["--trainer.max_epoch", "3"], "expected an option of sanm fit, got '--trainer.max_epoch'; near: --trainer.max_ep"),
             (["--ckpt_pth", "a"], "expected an option of sanm fit, got '--ckpt_pth'; near: --ckpt_path"),
             (["--trainer.max_epochs", "two"], "expected trainer.max_epochs of type int or null, got 'two'; use a value of"),
             (["--model.warmup_epochs", "two"], "expected model.warmup_epochs of type int, got 'two'; use a value of this"),
@@ -82,6 +83,7 @@ class TestParser:
             ("fit", "expected a value for --model and --data, got none; see 'sanm fit --help'"),
             ("audit --data NoSuch", "expected the name of a class for data, got 'NoSuch'; choose one of Animal10N, CIFAR10, "),
             ("audit x --batch_size two", "expected batch_size of type int, got 'two'; use a value of this type"),
+            ("audit x --see 3", "expected an option of sanm audit, got '--see'; near: --seed"),
             ("audit x --seeed 3", "expected an option of sanm audit, got '--seeed'; near: --seed"),
             ("export --out x", "expected a value for --ckpt_path, got none; see 'sanm export --help'"),
             ("export --ckpt_path x --out y --format onx", "expected --format among safetensors, torch, onnx, got 'onx'; near:"),
@@ -145,6 +147,16 @@ class TestHelp:
         assert "torch.nn." not in shown
         assert "OneCycle" in shown, "classes for other options are listed"
         assert shown.count("\n") < 150
+
+    @pytest.mark.parametrize("command", ["fit", "audit", "check-data", "noise"])
+    def test_of_a_command_lists_public_classes_under_headings(self, monkeypatch, capsys, command):
+        monkeypatch.setattr(sys, "argv", ["sanm", command, "--help"])
+        with pytest.raises(SystemExit):
+            entry_point()
+        shown = capsys.readouterr().out
+        assert "data module:" in shown and "DataModule standardizes" not in shown
+        assert "sanm_lightning.ImageFolder" in shown
+        assert not re.search(r"sanm_lightning\.\w+\.\w+\.\w+", shown)
 
     def test_of_a_data_module_is_without_the_data_sets_of_torch(self, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["sanm"])

@@ -84,9 +84,9 @@ def relabel(
         raise ValueError(f"expected either --out FILE or --linked FOLDER, got {what}; give one")
     if ambiguous not in ("keep", "drop"):
         raise ValueError(f"expected ambiguous to be keep or drop, got {ambiguous!r}; give one of them")
-    for name, value in (("below", below), ("min_p_suggested", min_p_suggested)):
+    for name, value, example in (("below", below, 0.1), ("min_p_suggested", min_p_suggested, 0.5)):
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"expected {name} in [0, 1], got {value}; change it")
+            raise ValueError(f"expected {name} in [0, 1], got {value}; use {example}")
     issues = _read_audit(Path(audit_folder))
     if accepted is not None:
         labels, drop = apply_accepted(issues, accepted, ambiguous == "drop", new_classes)
@@ -122,7 +122,8 @@ def undo_relabel(path: str | Path) -> int:
     record = folder / RECORD
     if not record.is_file():
         raise FileNotFoundError(
-            f"expected {str(record)!r}, written by sanm relabel, got no such file; name what it wrote"
+            f"expected {str(record)!r}, written by sanm relabel, got no such file; give the label file or folder that sanm "
+            "relabel wrote"
         )
     try:
         written = json.loads(record.read_text(encoding="utf-8"))

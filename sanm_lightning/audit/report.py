@@ -1,4 +1,4 @@
-"""``report.html``: list of label issues to review and tick, in one file that opens without server or network access."""
+"""``report.html``: list of label issues to review, in one file that opens without server or network access."""
 
 import base64
 import hashlib
@@ -40,7 +40,7 @@ def write_report(
     """Write ``report.html``, and ``thumbs/`` for images that cannot be shown from their files.
 
     The first ``embed`` images, by increasing quality, are embedded in the page. Other images are shown from their files
-    if ``root`` is given or paths are absolute, otherwise from ``thumbs/<rank>.jpg``. The browser stores ticks under a
+    if ``root`` is given or paths are absolute, otherwise from ``thumbs/<rank>.jpg``. The browser stores verdicts under a
     hash of names, splits and given labels, so a second audit of the same data restores them.
 
     Args:
@@ -49,9 +49,9 @@ def write_report(
         summary: further content of the page; every key may be missing or None. ``title``; ``verdict``, one line, or
             ``estimated_noise_rate`` in [0, 1], ``interval`` [low, high], ``num_images`` and ``worst_pair`` [given,
             suggested], from which it is composed; ``classes``, mappings with ``name``, ``count``, ``wrong`` (fraction)
-            and ``confused_with``; ``findings``, mappings with ``title``, ``items`` (lists of paths that form a group)
-            and ``count`` (if larger than the number of listed groups), such as duplicates and leaks; ``notes``,
-            sentences.
+            and ``confused_with``; ``classes_of``, the split that they describe, if there are others; ``findings``,
+            mappings with ``title``, ``items`` (lists of paths that form a group) and ``count`` (if larger than the
+            number of listed groups), such as duplicates and leaks; ``notes``, sentences.
         images: function that returns the image of row i of ``issues``, uint8, shape (H, W, 3) or (H, W); None for no
             images. Called only for readable rows that are embedded or written to ``thumbs/``.
         root: folder that the paths are relative to; None without files.
@@ -158,7 +158,7 @@ def _columns(issues: LabelIssues, order: Array) -> dict[str, Any]:
 
 
 def _identity(issues: LabelIssues) -> str:
-    """Return the storage key of the ticks, which is identical for all audits of the same labels."""
+    """Return the storage key of the verdicts, which is identical for all audits of the same labels."""
     names = issues.names
     lines = sorted(
         json.dumps([name, split, issues.class_names[label]])

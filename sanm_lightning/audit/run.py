@@ -14,7 +14,7 @@ from torch import Tensor
 from sanm_lightning.audit.duplicates import Duplicates, find_duplicates
 from sanm_lightning.audit.features import FeatureTable, FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.audit.label_issues import LabelIssues
-from sanm_lightning.audit.sets import AuditSet
+from sanm_lightning.audit.sets import AuditSet, fitted_rows
 from sanm_lightning.audit.summary import describe_unreadable, summarize
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, log_loss, neighbor_probs, standardize
@@ -150,8 +150,7 @@ def audit_features(
     readable[list(table.unreadable)] = False
     rows = np.flatnonzero(readable)
     given, splits = labels[rows], [data.splits[row] for row in rows]
-    learn = np.array([split in ("train", "all") for split in splits], bool)
-    learn = learn if any(split in ("train", "all") for split in data.splits) else np.ones(len(rows), bool)
+    learn = fitted_rows(data.splits)[rows]
     if learn.sum() < 2 * NUM_FOLDS or len(np.unique(given[learn])) < 2:
         raise ValueError(
             f"expected ten readable images to learn from, of two classes or more, got {learn.sum()} of "

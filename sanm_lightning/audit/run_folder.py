@@ -59,9 +59,10 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
         folder,
         issues,
         {
-            "title": f"Label audit of {data.root or 'a data set'}",
+            "title": "" if data.root is None else str(data.root),
             "verdict": verdict(summary),
             "classes": summary["classes"],
+            "classes_of": summary["fitted_split"] if len(summary["splits"]) > 1 else None,
             "findings": [
                 {"title": title, "items": groups[name][:200], "count": len(groups[name])}
                 for name, title in titles.items()

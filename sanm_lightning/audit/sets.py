@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sanm_lightning.data.image_files import count_passed_over, list_images
 
-__all__ = ["AuditSet", "audit_set_of", "folder_audit_set"]
+__all__ = ["AuditSet", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
 
 Array = np.ndarray[Any, Any]
 
@@ -38,6 +38,23 @@ class AuditSet:
     index: Array | None = None
     root: Path | None = None
     notes: Sequence[str] = ()
+
+
+def fitted_split(splits: Sequence[str]) -> str | None:
+    """Return the split that probe and noise model are fitted to; None if they are fitted to several splits.
+
+    Args:
+        splits: name of the split of each sample; ``all`` for a data set without splits.
+    """
+    names = set(splits)
+    fitted = names & {"train", "all"} or names
+    return fitted.pop() if len(fitted) == 1 else None
+
+
+def fitted_rows(splits: Sequence[str]) -> Array:
+    """Return which samples probe and noise model are fitted to, shape (N,), bool; see :func:`fitted_split`."""
+    fitted = fitted_split(splits)
+    return np.array([fitted is None or split == fitted for split in splits], bool)
 
 
 def folder_audit_set(root: str | Path) -> AuditSet:

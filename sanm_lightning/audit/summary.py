@@ -7,7 +7,7 @@ import numpy as np
 
 from sanm_lightning.audit.duplicates import Duplicates
 from sanm_lightning.audit.label_issues import LabelIssues
-from sanm_lightning.audit.sets import AuditSet
+from sanm_lightning.audit.sets import AuditSet, fitted_rows, fitted_split
 from sanm_lightning.functional.noise_model import transition_of
 
 __all__ = ["describe_unreadable", "summarize", "verdict"]
@@ -36,6 +36,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Create the content of ``audit.json``, which the report also uses.
 
+    The entries on classes, and the noise rate, describe the samples that the noise model is fitted to, ``fitted_split``.
+
     Args:
         data: the audited set.
         issues: the table of label issues.
@@ -44,7 +46,8 @@ def summarize(
         copies: duplicates.
     """
     names, labels = data.class_names, issues.given
-    counts = np.bincount(labels, minlength=len(names))
+    counts = np.bincount(labels[fitted_rows(issues.splits)], minlength=len(names))
+    present = np.bincount(labels, minlength=len(names)) > 0
     true_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # true label for each given label
     off = joint - np.diag(np.diag(joint))
     pairs = [
@@ -72,7 +75,7 @@ def summarize(
         notes.append(
             f"Classes with fewer than {MIN_CLASS_SIZE} images, whose labels cannot be assessed: {', '.join(small)}."
         )
-    empty = [repr(names[c]) for c in np.flatnonzero(counts == 0)]
+    empty = [repr(names[c]) for c in np.flatnonzero(~present)]
     if empty:
         notes.append(f"Classes without images: {', '.join(empty)}.")
     classes_of = {split: set(labels[np.array(data.splits) == split].tolist()) for split in dict.fromkeys(data.splits)}
@@ -93,6 +96,7 @@ def summarize(
         "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
         "splits": _split_rates(issues),
+        "fitted_split": fitted_split(issues.splits),
         "noise_rate": round(float(off.sum()), 4),
         "interval": None if interval is None else [round(end, 4) for end in interval],
         "worst_pair": pairs[0] if pairs else None,
@@ -121,8 +125,9 @@ def _split_rates(issues: LabelIssues) -> dict[str, dict[str, Any]]:
 def verdict(summary: dict[str, Any]) -> str:
     """Return the result in one line."""
     span, pair, splits = summary["interval"], summary["worst_pair"], dict(summary["splits"])
-    first = "train" if "train" in splits else next(iter(splits))
-    where = f"{splits[first]['count']:,} labels" + (f" of {first}" if len(splits) > 1 else "")
+    first = summary["fitted_split"]
+    size = summary["num_images"] if first is None else splits[first]["count"]
+    where = f"{size:,} labels" + (f" of {first}" if first is not None and len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
     others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""

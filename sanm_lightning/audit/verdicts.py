@@ -47,7 +47,7 @@ def read_accepted(path: str | Path) -> Accepted:
     _, rows = read_csv(path, [ACCEPTED_HEADER, by_index(ACCEPTED_HEADER)])
     where = repr(str(path))
     if not rows:
-        raise ValueError(f"expected verdicts in {where}, got none; tick samples in report.html and export them again")
+        raise ValueError(f"expected verdicts in {where}, got none; give verdicts in report.html and export them again")
     for number, (name, _, _, verdict, new_label) in enumerate(rows, start=1):
         row = f"in row {number} ({name!r}) of {where}"
         if verdict not in VERDICTS:

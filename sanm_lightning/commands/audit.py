@@ -21,6 +21,8 @@ from sanm_lightning.processing import default_num_workers
 
 __all__ = ["audit", "main"]
 
+AUDITS = Path("audits")
+"""Default folder of the results of all audits."""
 DRAFT = "features.npy.tmp"
 """Features of an audit in progress; remains only if the process is killed."""
 
@@ -123,13 +125,6 @@ def audit(
         fraction = len(new) / len(pool.labels)
         console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
     console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("num_workers", num_workers, 0),
-        ("image_size", image_size, 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"expected {name} of {least} or more, got {value}; use a larger value")
     if fail_over is not None and fraction > fail_over:
         console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
         return 1
@@ -138,9 +133,8 @@ def audit(
 
 def _new_folder(out: str | None) -> Path:
     if out is None:
-        base = Path("audits")
-        taken = [int(path.name[8:]) for path in base.glob("version_*") if path.name[8:].isdigit()]
-        folder = base / f"version_{max(taken, default=-1) + 1}"
+        taken = [int(path.name[8:]) for path in AUDITS.glob("version_*") if path.name[8:].isdigit()]
+        folder = AUDITS / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
@@ -156,13 +150,15 @@ def _new_folder(out: str | None) -> Path:
 
 @contextlib.contextmanager
 def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the incomplete features, and the folder if it is empty, when an exception is raised."""
+    """Remove the incomplete features, and empty folders, when an exception is raised."""
     try:
         yield
     except BaseException:
         (folder / DRAFT).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of a folder that is not empty
             folder.rmdir()
+            if folder.parent == AUDITS:
+                AUDITS.rmdir()
         raise
 
 
@@ -198,7 +194,8 @@ def _write_new(path: Path, issues: LabelIssues, rows: list[int]) -> None:
 
 
 def _class_table(summary: dict[str, Any]) -> Table:
-    table = Table(title="Classes")
+    fitted = summary["fitted_split"] if len(summary["splits"]) > 1 else None
+    table = Table(title=f"Classes of {fitted}" if fitted else "Classes")
     for column in ("class", "images", "wrong labels, about", "most often should be"):
         table.add_column(column, justify="left" if column in ("class", "most often should be") else "right")
     shown = sorted(summary["classes"], key=lambda row: -(row["wrong"] or 0) * row["count"])[:30]

@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,7 @@ def _methods() -> list[tuple[str, ...]]:
     for path in _configs("method"):
         name = _class_of(path, "model")
         kind = getattr(sanm_lightning.methods, name)
-        own = kind.__module__.rpartition(".")[2] == path.stem  # a config may be another method of the same class
-        files = sorted(file for file, words in recorded.items() if words & {path.stem, *([name] if own else [])})
+        files = sorted(file for file, methods in recorded.items() if path.stem in methods)
         rows.append((path.stem, name, _source(path, kind), ", ".join(files) or "none"))
     return rows
 
@@ -121,9 +120,22 @@ def _source(path: Path, kind: type) -> str:
 
 
 def _recorded() -> dict[str, set[str]]:
-    """Return the words of the runs in each results file; empty where the package is installed without results/."""
+    """Return the methods of the runs in each results file; empty where the package is installed without results/."""
     files = sorted(path for path in (packaged() / "results").rglob("*.json") if path.stem != "forward_passes")
-    return {path.stem: set(_words(json.loads(path.read_text(encoding="utf-8")))) for path in files}
+    named = {path.stem.replace("_", ""): path.stem for path in _configs("method")}
+    return {
+        path.stem: {
+            named.get(_method_name(word, named), "") for word in _words(json.loads(path.read_text(encoding="utf-8")))
+        }
+        for path in files
+    }
+
+
+def _method_name(word: str, known: Collection[str]) -> str:
+    """Return the longest known name that a word such as ``CoTeaching`` or ``elr_plus_sanm`` begins with, else ``""``."""
+    parts = word.lower().split("_")
+    beginnings = ("".join(parts[:end]) for end in range(len(parts), 0, -1))
+    return next((name for name in beginnings if name in known), "")
 
 
 def _words(content: Any) -> Iterator[str]:

@@ -20,6 +20,7 @@ from sanm_lightning.safe_files import require_folder
 
 __all__ = ["check_data", "main"]
 
+DEFAULT_OUT = "bad_files.csv"
 SHOWN = 20
 """Maximum number of bad files that are printed."""
 
@@ -38,7 +39,7 @@ class _Split(NamedTuple):
 def check_data(
     root: str | None = None,
     data: L.LightningDataModule | None = None,
-    out: str = "bad_files.csv",
+    out: str | None = None,
     num_workers: int | None = None,
 ) -> int:
     """Decode every image of all splits once, and write the bad files with the reasons to a CSV file.
@@ -52,7 +53,8 @@ def check_data(
     Args:
         root: folder that contains class folders, or ``train/`` (``val/``, ``test/``) with class folders.
         data: data module, instead of a folder, such as ``CSVImages``.
-        out: output CSV file with the columns ``path`` and ``reason``; an existing file is replaced.
+        out: output CSV file with the columns ``path`` and ``reason``; an existing file is replaced. Default:
+            ``bad_files.csv``, which is not created if nothing is bad.
         num_workers: number of worker processes that decode images. Default: one per CPU, up to four, none for one CPU.
 
     Returns:
@@ -69,7 +71,7 @@ def check_data(
         )
     if num_workers is not None and num_workers < 0:
         raise ValueError(f"expected num_workers of 0 or more, got {num_workers}; use 0 for none")
-    require_folder(Path(out).absolute().parent)
+    require_folder(Path(out or DEFAULT_OUT).absolute().parent)
     checked: Any = ImageFolder(root, image_size=1) if root is not None else data
     if not isinstance(checked, NoisyDataModule):
         raise ValueError(
@@ -93,11 +95,12 @@ def check_data(
             console.print(f"{name}: {note}", markup=False)
         bad += found
         one_class |= name == "train" and len(split.class_names) < 2
-    write_csv(out, BAD_FILES_HEADER, bad)
+    if bad or out is not None or Path(DEFAULT_OUT).exists():  # an earlier list would be out of date
+        write_csv(out or DEFAULT_OUT, BAD_FILES_HEADER, bad)
     for path, reason in bad[:SHOWN]:
         console.print(f"bad: {path} ({reason})", markup=False)
     more = f", {len(bad) - SHOWN} of them not shown" if len(bad) > SHOWN else ""
-    console.print(f"{len(bad)} bad files or rows{more}: {out}", markup=False)
+    console.print(f"{len(bad)} bad files or rows{more}: {out or DEFAULT_OUT}" if bad else "no bad files", markup=False)
     if one_class:
         console.print("one class only; training requires two", markup=False)
     return int(bool(bad) or one_class)

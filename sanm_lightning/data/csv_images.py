@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sanm_lightning.csv_tables import other_separator
 from sanm_lightning.data.image_files import SPLIT_NAMES, SPLITS
 from sanm_lightning.data.image_folder import Fault, Listing, ScannedFiles
 
@@ -77,9 +78,9 @@ class CSVImages(ScannedFiles):
     @property
     def class_names(self) -> list[str]:
         """The labels of the training rows, or of all rows if there are no training rows."""
-        faults = self._rows()[1]
-        if faults:
-            raise faults[0].error
+        for fault in self._rows()[1]:
+            if not self.left_out(fault):
+                raise fault.error
         return self._names()
 
     @property
@@ -135,9 +136,11 @@ class CSVImages(ScannedFiles):
                 table = [row for row in csv.reader(file, delimiter=separator) if any(cell.strip() for cell in row)]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(
-                f"expected a CSV file of UTF-8 text in {self.file!r}, got an invalid one ({error}); convert it"
+                f"expected a CSV file of UTF-8 text in {self.file!r}, got an invalid one ({error}); save it as UTF-8"
             ) from error
         header = [cell.strip() for cell in table[0]] if table else []
+        if separator == "," and (separated := other_separator(path, header)):
+            raise ValueError(separated)
         wanted = [self.path_column, self.label_column, *([] if self.split_column is None else [self.split_column])]
         missing = [name for name in wanted if name not in header]
         if missing:

@@ -316,9 +316,8 @@ class NoisyDataModule(EpochPools):
             self.curated, Pixels(source.images, self.mean, self.std), file, least=int(self._holds_out),
             true_labels=source.true_labels,
         )  # fmt: skip
-        if file is not None and not file.kept.all():
-            dropped = int((~file.kept).sum())
-            self._say(f"{dropped} of {len(file.kept)} training samples dropped, according to {self.noise.path}")
+        if file is not None:
+            self._say(f"labels of {self.noise.path}: {file.compare(source.labels)}")
         if self._holds_out:
             self._say(
                 f"no test split: {len(self._tables['val'].labels)} training samples are held out for evaluation as 'val'; "

@@ -18,7 +18,7 @@ from sanm_lightning.data.image_files import (
     same_but_for_case,
     split_folders,
 )
-from sanm_lightning.data.left_out import listed_bad_files
+from sanm_lightning.data.left_out import listed_bad_files, name_bad
 from sanm_lightning.data.source import Source
 from sanm_lightning.data.square_images import SquareImages
 
@@ -66,7 +66,8 @@ class ImageFiles(SquareImages):
         root: folder that contains the files; paths are relative to it.
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
-        bad_files: ``bad_files.csv`` of ``sanm check-data``: files to leave out, without decoding.
+        bad_files: ``bad_files.csv`` of ``sanm check-data``: files, class folders and rows to leave out, without
+            decoding.
         **kwargs: as for `SquareImages` and `NoisyDataModule`.
 
     Raises:
@@ -83,10 +84,18 @@ class ImageFiles(SquareImages):
     ) -> None:
         super().__init__(root=root, image_size=image_size, decode_size=decode_size, **kwargs)
         self.bad_files = bad_files
+        self._listed: dict[str, str] | None = None
 
     def known_bad(self, source: Source) -> dict[int, str]:
         """Return the rows of the files listed in ``bad_files``, with reasons."""
-        return {} if self.bad_files is None else listed_bad_files(self.bad_files, source.paths or [])
+        listed = self._listed_bad()
+        return {row: listed[path] for row, path in enumerate(source.paths or []) if path in listed}
+
+    def _listed_bad(self) -> dict[str, str]:
+        """Return the paths listed in ``bad_files``, with reasons."""
+        if self._listed is None:
+            self._listed = {} if self.bad_files is None else listed_bad_files(self.bad_files)
+        return self._listed
 
 
 class ScannedFiles(ImageFiles):
@@ -99,11 +108,23 @@ class ScannedFiles(ImageFiles):
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
 
+    def left_out(self, fault: Fault) -> bool:
+        """Return whether a file, folder or row with a fault is left out, because it is listed in ``bad_files``."""
+        return fault.path in self._listed_bad()
+
     def complete_source(self, split: str) -> Source:
-        """Return the files of ``train``, ``val`` or ``test``, and log their number; a fault raises its error."""
+        """Return the files of ``train``, ``val`` or ``test``, and log their number.
+
+        A fault raises its error, unless it is left out and there are other files.
+        """
         found = self.listing(split)
+        for fault in found.faults:
+            if not found.files or not self.left_out(fault):
+                raise fault.error
         if found.faults:
-            raise found.faults[0].error
+            listed = self._listed_bad()
+            bad = [(fault.path, listed.get(fault.path, fault.reason)) for fault in found.faults]
+            self._say(f"{split}: left out as bad: {name_bad(bad)}")
         skipped = count_passed_over(found.passed_over)
         self._say(f"{split}: {len(found.files)} images of {len(set(found.labels))} classes{skipped and ', ' + skipped}")
         if skipped:
@@ -152,7 +173,7 @@ class ImageFolder(ScannedFiles):
         """The class folders of the training set, sorted."""
         if self._class_names is None:
             names = {name for base in self._folders()["train"] for name in class_folders(base)[0]}
-            self._class_names = sorted(names)
+            self._class_names = sorted(names - self._left_out_classes())
         return list(self._class_names)
 
     @property
@@ -199,6 +220,14 @@ class ImageFolder(ScannedFiles):
                 found.labels.extend([label_of[name]] * len(files))
         found.paths.extend(map(self._relative, found.files))
         return found
+
+    def left_out(self, fault: Fault) -> bool:
+        """Return whether a class folder is left out: it is listed in ``bad_files``, or that of the training set is."""
+        return super().left_out(fault) or Path(fault.path).name in self._left_out_classes()
+
+    def _left_out_classes(self) -> set[str]:
+        listed, bases = self._listed_bad(), self._folders()["train"]
+        return {name for base in bases for name in class_folders(base)[0] if self._relative(base / name) in listed}
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.class_names import real_names
+from sanm_lightning.csv_tables import other_separator
 from sanm_lightning.data.label_files import ClearError, read_labels
 
 __all__ = ["FileLabels", "read_known_labels", "read_label_file"]
@@ -32,6 +33,11 @@ class FileLabels(NamedTuple):
 
     labels: Tensor
     kept: Tensor
+
+    def compare(self, labels: Tensor) -> str:
+        """Return how many labels differ from those of the data set, shape (N,), and how many samples are dropped."""
+        differ = int(((self.labels != labels) & self.kept).sum())
+        return f"{differ} of {len(labels)} differ from those of the data set, {int((~self.kept).sum())} left out"
 
 
 class _Rows(NamedTuple):
@@ -154,6 +160,8 @@ def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
     with path.open(newline="", encoding="utf-8-sig") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     header = [cell.strip() for cell in table[0]] if table else []
+    if separated := other_separator(path, header):
+        raise ClearError(separated)
     by_path = "path" in header and (files or "index" not in header)
     if (not by_path and "index" not in header) or key in ("path", "index"):
         return None
@@ -241,13 +249,14 @@ def _samples(
             seen.add(number)
         where.append(number)
     missing = [name for name in names if known[name] not in seen] if every else []
-    faults = [f"{len(cells)} {what} (first: {cells[0]!r})" for cells, what in (
-        (missing, "missing"), (unknown, "of no sample"), (twice, "duplicated")) if cells]  # fmt: skip
+    kinds = ((missing, "samples without a row"), (unknown, "rows of unknown samples"), (twice, "repeated rows"))
+    faults = [f"{len(cells)} {kind} (first: {cells[0]!r})" for cells, kind in kinds if cells]
     if faults:
         whole = "each" if every else "some"
+        remedy = "use a label file of this data set, with the root that it was made for"
         raise ValueError(
-            f"expected one row for {whole} of the {size} training samples in {str(path)!r}, got rows that are "
-            f"{', '.join(faults)}; use a label file of this data set"
+            f"expected one row for {whole} of the {size} training samples in {str(path)!r}, got {' and '.join(faults)}; "
+            f"{remedy if missing or unknown else 'keep one row per sample'}"
         )
     return where
 

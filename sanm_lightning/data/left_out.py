@@ -12,7 +12,7 @@ from sanm_lightning.data.decode import unreadable_reason
 from sanm_lightning.data.rows import ImageDataset
 from sanm_lightning.data.source import Source
 
-__all__ = ["BAD_FILES_HEADER", "decode_errors", "leave_out", "listed_bad_files", "unreadable_rows"]
+__all__ = ["BAD_FILES_HEADER", "decode_errors", "leave_out", "listed_bad_files", "name_bad", "unreadable_rows"]
 
 BAD_FILES_HEADER = ["path", "reason"]
 """Columns of ``bad_files.csv``."""
@@ -64,19 +64,23 @@ def unreadable_rows(images: ImageDataset, num_workers: int = 0, known: Collectio
     return {row: reason for row, reason in decode_errors(images, rows, num_workers) if reason}
 
 
-def listed_bad_files(path: str, names: Sequence[str]) -> dict[int, str]:
-    """Return the rows of the files listed in ``bad_files.csv``, with their reasons; other files in it are ignored.
+def listed_bad_files(path: str) -> dict[str, str]:
+    """Return the paths listed in ``bad_files.csv``, relative to the root of the data set, with their reasons.
 
     Args:
         path: file written by ``sanm check-data``.
-        names: paths of the samples, relative to the root.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if it has other columns.
     """
-    reasons: dict[str, str] = {row[0]: row[1] for row in read_csv(path, [BAD_FILES_HEADER])[1]}
-    return {row: reasons[name] for row, name in enumerate(names) if name in reasons}
+    return {row[0]: row[1] for row in read_csv(path, [BAD_FILES_HEADER])[1]}
+
+
+def name_bad(bad: Sequence[tuple[str, str]]) -> str:
+    """Return paths with their reasons for a log line, up to :data:`NAMED`, and the number of the others."""
+    named = ", ".join(f"{path} ({reason})" for path, reason in bad[:NAMED])
+    return named + (f" and {len(bad) - NAMED} more; sanm check-data lists all" if len(bad) > NAMED else "")
 
 
 def leave_out(
@@ -104,9 +108,8 @@ def leave_out(
             f"{', '.join(repr(class_names[label]) for label in sorted(emptied))}; replace the files, or remove the classes"
         )
     names = source.paths or [f"sample {row}" for row in range(len(source.labels))]
-    named = ", ".join(f"{names[row]} ({reason})" for row, reason in sorted(bad.items())[:NAMED])
-    more = f" and {len(bad) - NAMED} more; sanm check-data lists all" if len(bad) > NAMED else ""
-    say(f"{split}: {len(bad)} of {len(source.labels)} images left out as bad: {named}{more}")
+    named = name_bad([(names[row], reason) for row, reason in sorted(bad.items())])
+    say(f"{split}: {len(bad)} of {len(source.labels)} images left out as bad: {named}")
     paths = None if source.paths is None else [source.paths[row] for row in kept]
     true = None if source.true_labels is None else source.true_labels[kept]
     left_out = () if source.paths is None else tuple(source.paths[row] for row in bad)

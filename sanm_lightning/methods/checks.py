@@ -75,7 +75,8 @@ def require_noise_rate(noise_rate: float | None) -> float:
     """
     if noise_rate is None or not 0 <= noise_rate < 1:
         raise ValueError(
-            f"expected noise_rate in [0, 1), got {noise_rate}; set it to the known or estimated fraction of wrong labels"
+            f"expected noise_rate in [0, 1), got {noise_rate}; set noise_rate (--model.noise_rate) to the known or estimated "
+            "fraction of wrong labels, such as the audit.json of sanm audit"
         )
     return noise_rate
 

@@ -118,7 +118,7 @@ class SSR(NoisyLabelModule):
         """Require at least ``k`` samples and, for the batch norm of the heads, at least 2 samples per step."""
         if num_samples < self.k:
             raise ValueError(
-                f"expected at least k = {self.k} training samples, one per neighbor, got {num_samples}; lower k"
+                f"expected at least k = {self.k} training samples, one per neighbor, got {num_samples}; lower k (--model.k)"
             )
         if self.lambda_fc > 0 and min(batch_size, -(-num_samples // world_size)) == 1:
             raise ValueError(

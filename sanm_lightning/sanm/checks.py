@@ -25,6 +25,8 @@ SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 """Strategies that shard weights, by name, because lightning and pytorch_lightning have separate classes."""
 TOLERANCE = 0.1
 """Distance of pixel values from [0, 1] that resampling and color changes may cause."""
+FAR = 10.0
+"""Absolute pixel value, after the normalization is reversed, above which its statistics are those of another range."""
 ROWS = 0.02
 """Distance from 1 of the sum of class probabilities; rows in bf16 sum to 1 up to 0.01."""
 STATISTICS = (
@@ -36,7 +38,8 @@ STATISTICS = (
 def check_images(images: Tensor, sanm: SANM) -> None:
     """Check dtype, shape and range of the images of the first batch. It synchronizes with the device.
 
-    Images that are outside of [0, 1] after the configured normalization is reversed cause a warning only.
+    Images that are outside of [0, 1] after the configured normalization is reversed cause a warning up to 10, and an error
+    beyond.
 
     Args:
         images: shape (B, C, H, W).
@@ -44,7 +47,7 @@ def check_images(images: Tensor, sanm: SANM) -> None:
 
     Raises:
         MisconfigurationException: if the images are not floating, are outside of [0, 1] without a normalization, or the
-            decoder or the normalization are those of other images.
+            decoder or the normalization are those of other images, such as statistics of images from 0 to 255.
     """
     if not images.is_floating_point():
         raise MisconfigurationException(
@@ -70,10 +73,13 @@ def check_images(images: Tensor, sanm: SANM) -> None:
     elif not normalization.is_identity:
         low, high = _range(normalization.denormalize(images))
         if not _in_unit_range(low, high):
-            rank_zero_warn(
+            line = (
                 f"expected images (x - mean) / std of x in [0, 1], got x from {low:.3g} to {high:.3g}; pass the mean and std "
-                "of images in [0, 1]"
+                "of images in [0, 1], which are those of images from 0 to 255 divided by 255"
             )
+            if max(-low, high) > FAR:
+                raise MisconfigurationException(line)
+            rank_zero_warn(line)
 
 
 def check_range(images: Tensor, advice: str) -> None:

@@ -67,6 +67,8 @@ class FeatureExtractor(nn.Module):
         """Whether the logits are one linear map of the averaged feature map."""
         self.place: Place | None = None
         """Where the feature map is taken; None means the output of ``forward_features``, or the images."""
+        self.last_point: str | None = None
+        """Later submodule whose output has one position and is classified by one linear layer, if there is one."""
         self._undo: list[Callable[[], None]] = []
         self._classifier: str | None = None
         self._given: Tensor | None = None  # replaces the feature map in the current pass
@@ -137,6 +139,8 @@ class FeatureExtractor(nn.Module):
                 self._timm = False
                 self._find(seen.maps, images, other, need_map)
             self._describe(images)
+        if self.hooked and not self.exact and self.pooled is not None:
+            self.last_point = next((point for point, value in seen.points if _equal(value, self.pooled)), None)
 
     def _timm_features_lead_to_logits(self, images: Tensor) -> bool:
         inner = getattr(self.network, "_orig_mod", self.network)  # for compiled networks
@@ -369,6 +373,11 @@ FeatureTap = FeatureExtractor
 def _distance(one: Tensor, other: Tensor) -> float:
     """Return the largest difference of logits (B, C)."""
     return float((one.float() - other.float()).abs().max()) if one.shape == other.shape else float("inf")
+
+
+def _equal(features: Tensor, pooled: Tensor) -> bool:
+    """Return whether a map of one position has the values of the input of a classifier."""
+    return features.numel() == pooled.numel() and torch.allclose(features.flatten(), pooled.flatten())
 
 
 def _has_weights(classifier: Any) -> bool:

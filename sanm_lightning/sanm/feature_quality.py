@@ -121,8 +121,8 @@ class AuditQuality(TableQuality):
         missing = [name for row, name in zip(rows, names, strict=True) if row < 0]
         if missing:
             raise ValueError(
-                f"expected all {len(rows)} training samples in the audit {self.path!r}, got {len(rows) - len(missing)}; "
-                f"{len(missing)} are missing, such as {missing[0]!r}; audit this training set"
+                f"expected all {len(rows)} training samples in the audit {self.path!r}, got {len(missing)} samples without a "
+                f"row (first: {missing[0]!r}); use the root that was audited, or audit this training set"
             )
         return np.array(rows)
 

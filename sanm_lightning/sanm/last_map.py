@@ -32,6 +32,8 @@ class Trace(NamedTuple):
     """(B, C)."""
     maps: list[Place]
     """Places of the feature maps of more than one position, the last one first; one place for each tensor."""
+    points: list[tuple[str, Tensor]]
+    """Submodules with convolutions whose outputs are maps of one position, with these outputs, in the order of execution."""
     outputs: list[tuple[str, Tensor]]
     """Outputs of all submodules, in the order of execution."""
 
@@ -88,12 +90,18 @@ def trace(network: nn.Module, images: Tensor) -> Trace:
     finally:
         for hook in hooks:
             hook.remove()
-    maps = [
-        place
-        for place, value in reversed(found.values())
-        if value is not images and value.ndim in (3, 4) and _positions(value, images.shape[2:]) > 1
+    tensors = [(*pair, _positions(pair[1], images.shape[2:])) for pair in found.values() if pair[1].ndim in (3, 4)]
+    maps = [place for place, value, positions in reversed(tensors) if value is not images and positions > 1]
+    points = [
+        (place.name, value)
+        for place, value, positions in tensors
+        if positions == 1 and not place.at_input and _convolves(network.get_submodule(place.name))
     ]
-    return Trace(logits, maps[:MAX_CANDIDATES], outputs)
+    return Trace(logits, maps[:MAX_CANDIDATES], points, outputs)
+
+
+def _convolves(module: nn.Module) -> bool:
+    return any(weight.ndim == 4 for weight in module.parameters())
 
 
 def _positions(features: Tensor, image_size: Sequence[int]) -> int:

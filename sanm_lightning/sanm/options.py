@@ -20,12 +20,13 @@ def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
         ValueError: if an argument is out of its range.
     """
     for name in ("mu", "delta", "beta", "area"):
-        _require(isinstance(options[name], (int, float)), f"a number as {name}", options[name])
-    _require(0 <= options["mu"] <= 1, "mu in [0, 1]", options["mu"])
-    for name in ("delta", "area"):
-        _require(0 < options[name] <= 1, f"{name} in (0, 1]", options[name])
-    _require(options["beta"] >= 0, "beta >= 0", options["beta"])
-    _require(0 <= low <= 1 and 0 <= high <= 1 and low <= high, "0 <= low <= high <= 1 in ratio_range", (low, high))
+        _require(isinstance(options[name], (int, float)), f"a number as {name}", options[name], "use a number")
+    _require(0 <= options["mu"] <= 1, "mu in [0, 1]", options["mu"], "use 0.3, the default")
+    for name, default in (("delta", 0.8), ("area", 1)):
+        _require(0 < options[name] <= 1, f"{name} in (0, 1]", options[name], f"use {default}, the default")
+    _require(options["beta"] >= 0, "beta >= 0", options["beta"], "use 0.02, the default")
+    ordered = 0 <= low <= 1 and 0 <= high <= 1 and low <= high
+    _require(ordered, "0 <= low <= high <= 1 in ratio_range", (low, high), "use [0.2, 0.4], for example")
     words = {
         "fill": ("pixel", "channel"),
         "anchor": ("center", "corner", "inside"),
@@ -35,11 +36,13 @@ def check_ranges(low: Any, high: Any, options: dict[str, Any]) -> None:
     }
     for name, known in words.items():
         listed = " or ".join([", ".join(map(repr, known[:-1])), repr(known[-1])])
-        _require(options[name] in known, f"{name} {listed}", options[name])
+        _require(options[name] in known, f"{name} {listed}", options[name], "choose one of these")
     levels = options["map_levels"]
-    _require(levels is None or (isinstance(levels, int) and levels >= 2), "map_levels >= 2 or null", levels)
+    whole = levels is None or (isinstance(levels, int) and levels >= 2)
+    _require(whole, "map_levels >= 2 or null", levels, "use null for all values")
     warmup = options["warmup_epochs"]
-    _require(warmup is None or warmup >= 0, "warmup_epochs >= 0 or null", warmup)
+    ahead = warmup is None or warmup >= 0
+    _require(ahead, "warmup_epochs >= 0 or null", warmup, "use null for the warm-up of the method")
 
 
 def path_of(thing: Any) -> str:
@@ -130,6 +133,6 @@ def bound_arguments(function: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     return {name: plain(value) for name, value in given.items()}
 
 
-def _require(condition: bool, expected: str, got: Any) -> None:
+def _require(condition: bool, expected: str, got: Any, remedy: str) -> None:
     if not condition:
-        raise ValueError(f"expected {expected}, got {got!r}; correct the option of SANM")
+        raise ValueError(f"expected {expected}, got {got!r}; {remedy}")

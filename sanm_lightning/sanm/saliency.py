@@ -280,7 +280,13 @@ class ActivationMaps:
             place = getattr(network, "map_place", "the output of forward_features")
             kind, why = "class activation map", "its head is one linear layer after global average pooling"
             if self.chosen is grad_cam:
-                kind, why = "Grad-CAM", why.replace("is one", "is not one")
+                kind, point = "Grad-CAM", getattr(network, "last_point", None)
+                height, width = output.images.shape[2:]
+                why = (
+                    f"the output of {point} has one position on images of {height} x {width}"
+                    if point
+                    else why.replace("is one", "is not one")
+                )
             self.choice = f"masks are centered on the {kind} of {name} at {place}, since {why}"
 
 

@@ -129,7 +129,20 @@ class TestFiles:
         assert counts == {"train": 36, "test": 12}
         assert found["interval"][0] <= 3 / 36 <= found["interval"][1]
         assert found["noise_rate"] == pytest.approx(3 / 36, abs=0.03)
-        assert f"{found['noise_rate']:.1%} of 36 labels of train are wrong" in " ".join(capsys.readouterr().out.split())
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{found['noise_rate']:.1%} of 36 labels of train are wrong" in said
+        assert "Classes of train" in said
+        assert found["fitted_split"] == "train"
+        assert {row["name"]: row["count"] for row in found["classes"]} == dict.fromkeys(COLORS, 12)
+        page = (out / "report.html").read_text()
+        assert f'"title":"{tmp_path / "root"}"' in page and '"classes_of":"train"' in page
+
+    def test_a_class_of_the_test_split_only_has_no_share_of_wrong_labels(self, tmp_path, audit):
+        root = folder(tmp_path / "root")
+        for number in range(4):
+            save(root / "test/white" / f"{number}.png", "red", 900 + number)
+        white = next(row for row in summary(audit(root))["classes"] if row["name"] == "white")
+        assert white == {"name": "white", "count": 0, "wrong": None, "confused_with": None}
 
     def test_two_runs_are_equal_byte_by_byte_with_and_without_the_cache(self, tmp_path, audit):
         root = folder(tmp_path / "root")
@@ -606,6 +619,22 @@ class TestRefused:
         self.refused(audit, "expected images of two or more classes in .*, got 0 of 0", tmp_path / "root")
         save(tmp_path / "root/a/1.png", "red", 0)
         self.refused(audit, "expected images of two or more classes in .*, got 1 of 1", tmp_path / "root")
+
+    def test_without_out_it_leaves_no_folder(self, tmp_path, weights):
+        with pytest.raises(ValueError, match="expected a device"):
+            run(
+                [
+                    "audit",
+                    str(folder(tmp_path / "root")),
+                    "--network",
+                    "small_cnn",
+                    "--checkpoint",
+                    weights,
+                    "--device",
+                    "x",
+                ]
+            )
+        assert not Path("audits").exists()
 
     def test_too_little_that_can_be_read(self, tmp_path, audit):
         root = folder(tmp_path / "root", splits=("train",))

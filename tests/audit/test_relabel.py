@@ -132,6 +132,12 @@ class TestAccepted:
             relabel(audit, accept(audit, *rows), out=tmp_path / "new" / "labels.csv")
         assert not (tmp_path / "new").exists()
 
+    @pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+    def test_another_separator(self, audit, tmp_path, separator, name):
+        row = "train/cat/0.png,train,cat,right,".replace(",", separator)
+        with pytest.raises(ValueError, match=f"file separated by commas in .*, got {name}; save it as 'CSV UTF-8 "):
+            relabel(audit, accept(audit, row, header=HEADER.replace(",", separator)), out=tmp_path / "labels.csv")
+
     def test_an_empty_file(self, audit, tmp_path):
         with pytest.raises(ValueError, match="empty file"):
             relabel(audit, accept(audit, header=""), out=tmp_path / "labels.csv")
@@ -247,7 +253,7 @@ class TestUndo:
             undo_relabel(tmp_path / "labels.csv")
 
     def test_without_a_record(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"relabel\.json"):
+        with pytest.raises(FileNotFoundError, match=r"relabel\.json.*; give the label file or folder that"):
             undo_relabel(tmp_path / "labels.csv")
 
 
@@ -309,7 +315,7 @@ class TestCommand:
             (["nowhere", "--below", "0.1", "--out", "x.csv"], "run sanm audit first"),
             (["nowhere", "--out", "x.csv"], "either --accepted FILE or --below"),
             (["nowhere", "--below", "0.1"], "either --out FILE or --linked"),
-            (["nowhere", "--below", "1.1", "--out", "x.csv"], r"below in \[0, 1\]"),
+            (["nowhere", "--below", "1.1", "--out", "x.csv"], r"below in \[0, 1\], got 1.1; use 0.1"),
             (["nowhere", "--below", "0.1", "--out", "x.csv", "--ambiguous", "no"], "keep or drop"),
         ],
     )

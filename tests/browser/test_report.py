@@ -54,6 +54,7 @@ def audit(tmp_path_factory) -> Path:
     summary = {
         "title": "<b>hard</b> names", "estimated_noise_rate": 0.25, "interval": [0.2, 0.3], "worst_pair": CLASSES[1:3],
         "classes": [{"name": name, "count": 60, "wrong": 0.2, "confused_with": CLASSES[0]} for name in CLASSES],
+        "classes_of": "train",
         "findings": [{"title": "Duplicates", "items": [paths[7:9], paths[100:102]]}],
     }  # fmt: skip
     write_report(
@@ -163,6 +164,7 @@ class TestWords:
         given = page.run("[...document.querySelectorAll('.item .given')].slice(0, 5).map((e) => e.textContent)")
         assert given == CLASSES
         assert page.run("document.querySelector('h1').textContent") == "Label audit: <b>hard</b> names"
+        assert page.run("document.querySelector('#summary h2').textContent") == "Classes of train"
         line = page.run("document.getElementById('verdict').textContent")
         assert (
             line
@@ -203,7 +205,7 @@ class TestFilterAndSort:
         assert "change the filter" in page.run("document.getElementById('detail').textContent")
         page.press("j", "w")  # nothing to act on
 
-    def test_pair_split_and_ticks(self, page):
+    def test_pair_split_and_verdicts(self, page):
         choose(page, "given", CLASSES[1])
         choose(page, "suggested", CLASSES[2])
         assert status(page).startswith("30 of 300 shown")
@@ -213,7 +215,7 @@ class TestFilterAndSort:
         page.press("w", "r")
         choose(page, "show", "wrong")
         assert status(page).startswith("1 of 300 shown")
-        choose(page, "show", "not ticked")
+        choose(page, "show", "no verdict")
         assert status(page).startswith("8 of 300 shown")
         choose(page, "given", "any")
         choose(page, "suggested", "any")
@@ -241,26 +243,26 @@ class TestFilterAndSort:
         assert names(page)[0] == paths[N - 1]
 
 
-class TestTicks:
-    def test_keys_tick_move_and_undo(self, page, audit):
+class TestVerdicts:
+    def test_keys_judge_move_and_undo(self, page, audit):
         paths = issues_of(audit).paths
         page.press("w", "r", "d", "a")
-        assert "4 ticked (1 wrong, 1 right, 1 drop, 1 ambiguous)" in status(page)
+        assert "4 verdicts (1 wrong, 1 right, 1 drop, 1 ambiguous)" in status(page)
         assert current(page) == paths[4]
         page.press("u")
-        assert "3 ticked" in status(page)
+        assert "3 verdicts" in status(page)
         assert current(page) == paths[3]
         page.press("k", "c", "j", "ArrowRight", "ArrowLeft", "ArrowDown")
-        assert "2 ticked" in status(page)
+        assert "2 verdicts" in status(page)
         page.press("u", "u", "u", "u", "u")
-        assert "0 ticked" in status(page)
+        assert "0 verdicts" in status(page)
 
-    def test_buttons_tick_and_take_the_tick_away(self, page):
+    def test_buttons_give_and_remove_a_verdict(self, page):
         page.click("#row-1 .tick.drop")
         assert page.run("document.querySelector('#row-1 .tick.drop').ariaPressed") == "true"
-        assert "1 ticked (1 drop)" in status(page)
+        assert "1 verdict (1 drop)" in status(page)
         page.click("#row-1 .tick.drop")
-        assert "0 ticked" in status(page)
+        assert "0 verdicts" in status(page)
 
     def test_another_label_and_a_new_class(self, page, tmp_path):
         page.press("n")
@@ -281,19 +283,19 @@ class TestTicks:
         page.run("document.getElementById('list').focus()")
         page.press("w")
         assert "choose the right one" in status(page)
-        assert "0 ticked" in status(page)
+        assert "0 verdicts" in status(page)
         assert page.run("document.activeElement.id") == "new-label"
 
     def test_keys_in_the_search_are_letters(self, page):
         page.press("/")
         page.press(*"wrd")
         assert page.run("document.getElementById('search').value") == "wrd"
-        assert "0 ticked" in status(page)
+        assert "0 verdicts" in status(page)
 
     def test_a_reload_keeps_them(self, page):
         page.press("w", "r", "d", "a", "u")
         page.reload()
-        assert "3 ticked (1 wrong, 1 right, 1 drop)" in status(page)
+        assert "3 verdicts (1 wrong, 1 right, 1 drop)" in status(page)
         assert page.run("document.querySelector('#row-0 .tick.wrong').ariaPressed") == "true"
 
 
@@ -317,11 +319,11 @@ class TestAcceptedFile:
         page.run("localStorage.clear()")
         page.reload()
         page.choose_file("#file", path)
-        page.wait("document.getElementById('status').textContent.includes('4 ticks read.')")
+        page.wait("document.getElementById('status').textContent.includes('4 verdicts read.')")
         path.unlink()
         assert export(page, tmp_path).read_bytes() == before
         page.click("#undo")
-        assert "0 ticked" in status(page)
+        assert "0 verdicts" in status(page)
 
     def test_of_another_data_set_is_told(self, page, tmp_path):
         path = tmp_path / "other.csv"
@@ -334,7 +336,7 @@ class TestAcceptedFile:
 
 
 class TestManyRows:
-    def test_fifty_thousand_open_scroll_filter_and_tick(self, browser, tmp_path, capsys):
+    def test_fifty_thousand_open_scroll_filter_and_verdict(self, browser, tmp_path, capsys):
         n = 50_000
         draw = np.random.default_rng(0)
         given, classes = draw.integers(0, 100, n), [f"class {i}" for i in range(100)]
@@ -368,7 +370,7 @@ class TestManyRows:
             assert low > -1  # the last row is in full view
         browser.run("document.getElementById('list').focus()")
         browser.press("Home", "d", "End", "r")
-        assert "2 ticked (1 right, 1 drop)" in status(browser)
+        assert "2 verdicts (1 right, 1 drop)" in status(browser)
         search(browser, "00049999")
         assert status(browser).startswith("1 of 50,000 shown")
         assert browser.errors  # the files are not there, which shows that complaints arrive here

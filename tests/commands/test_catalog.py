@@ -31,12 +31,20 @@ def test_names_the_results_files_with_runs_of_a_method(monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(CONFIGS)
     monkeypatch.setattr(catalog, "packaged", lambda: tmp_path)
     assert set(column("methods", 3)) == {"none"}
-    found = {"a": {"results": [{"method": "CDR"}]}, "b": {"runs": {"cdr": 1, "elr_sanm": 2}}, "c": {"note": "as CDR"}}
+    found = {
+        "a": {"results": [{"method": "CDR"}]},
+        "b": {"runs": {"cdr": 1, "elr_plus_sanm": 2}},
+        "c": {"note": "as CDR"},
+    }
     found["d"] = {"runs": {"1": {"words": "--model DivideMix"}}}  # AugDesc is a config of the same class
+    found["e"] = {"runs": {"AugDesc_sanm": 1}}
+    found["f"] = {"runs": {"dividemix_human": 1, "unknown_elr": 2}}
     for name, content in found.items():
         (tmp_path / "results" / f"{name}.json").write_text(json.dumps(content))
     runs = dict(zip(column("methods"), column("methods", 3), strict=True))
-    assert {name: files for name, files in runs.items() if files != "none"} == {"cdr": "a, b", "dividemix": "d"}
+    assert {name: files for name, files in runs.items() if files != "none"} == {
+        "augdesc": "e", "cdr": "a, b", "dividemix": "d, f", "elr_plus": "b",
+    }  # fmt: skip
 
 
 def test_lists_every_config_once_with_the_first_sentence_of_its_comment():

@@ -40,11 +40,18 @@ def typed(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 class TestFolder:
     def test_a_good_folder(self, tmp_path: Path, typed, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
         assert typed(str(pictures(tmp_path / "data")), "--num_workers", "0") == 0
-        assert listed(Path("bad_files.csv")) == {}
+        assert not Path("bad_files.csv").exists()
         assert capsys.readouterr().out.splitlines() == [
             "train: 24 images of 3 classes, 0 bad", "test: 6 images of 3 classes, 0 bad",
-            "0 bad files or rows: bad_files.csv",
+            "no bad files",
         ]  # fmt: skip
+        assert typed(str(tmp_path / "data"), "--num_workers", "0", "--out", str(tmp_path / "bad.csv")) == 0
+        assert listed(tmp_path / "bad.csv") == {}
+
+    def test_the_default_file_is_written_where_something_is_bad(self, tmp_path: Path, typed) -> None:  # type: ignore[no-untyped-def]
+        damage(pictures(tmp_path / "data"))
+        assert typed(str(tmp_path / "data"), "--num_workers", "0") == 1
+        assert listed(Path("bad_files.csv")) == EXPECTED
 
     @pytest.mark.parametrize("workers", ["0", "2"])
     def test_bad_files_and_their_reasons(self, tmp_path: Path, typed, workers: str) -> None:  # type: ignore[no-untyped-def]

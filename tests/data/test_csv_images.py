@@ -128,6 +128,16 @@ class TestRefuses:
         ("rows", "options", "match"),
         [
             ([], {}, "expected the columns path, label in .* got an empty file without path, label"),
+            (
+                ["path;label", "0.png;1"],
+                {},
+                "expected a CSV file separated by commas in .*, got semicolons; save it as 'CSV",
+            ),
+            (
+                ["path\tlabel", "0.png\t1"],
+                {},
+                "expected a CSV file separated by commas in .*, got tabs; save it as 'CSV",
+            ),
             (["path,label"], {}, "expected rows in .* got only a header"),
             (["a,b", "0.png,1"], {"path_column": "a"}, "columns a, label in .* got a, b without label; set"),
             (
@@ -169,7 +179,7 @@ class TestRefuses:
 
     def test_other_text(self, tmp_path: Path) -> None:
         (tmp_path / "my.csv").write_bytes("path,label\n\u00e9.png,1\n".encode("latin-1"))
-        with pytest.raises(ValueError, match="CSV file of UTF-8 text"):
+        with pytest.raises(ValueError, match=r"CSV file of UTF-8 text in .*; save it as UTF-8"):
             csv_images(str(tmp_path / "my.csv")).setup()
 
 

@@ -38,9 +38,9 @@ def test_an_archive_has_the_same_arrays(tmp_path):
         (
             "a.csv",
             "index,label\n4,cat\n",
-            r"one row for some of the 4 training samples in .*, got rows that are 1 of no sample",
+            r"one row for some of the 4 training samples in .*, got 1 rows of unknown samples",
         ),
-        ("a.csv", "index,label\n1,cat\n1,dog\n", r"got rows that are 1 duplicated \(first: '1'\)"),
+        ("a.csv", "index,label\n1,cat\n1,dog\n", r"got 1 repeated rows \(first: '1'\); keep one"),
         ("a.csv", "index,label\n1,cow\n", "expected labels among the 3 classes .* such as 'cow'"),
         ("a.csv", "index,label\n", "expected known labels in rows of a column 'index' or 'path' .* got no rows; write"),
         ("a.csv", "cat\ndog\n", "expected known labels in rows of a column 'index' or 'path' .* got none; write"),

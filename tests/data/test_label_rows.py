@@ -68,16 +68,19 @@ class TestCSV:
     def test_rows_of_other_splits_are_passed_over(self, tmp_path: Path) -> None:
         text = "path,label\ntest/a/0.png,nothing\n" + "".join(f"{path},cat\n" for path in PATHS)
         assert read(tmp_path / "a.csv", text, other_paths=["test/a/0.png"])[0] == [0] * 4
-        with pytest.raises(ValueError, match="1 of no sample"):
+        with pytest.raises(ValueError, match="1 rows of unknown samples"):
             read(tmp_path / "a.csv", text)
 
     @pytest.mark.parametrize(
         ("text", "match"),
         [
-            ("path,label\n", r"each of the 4 training samples in .*: ?.*4 missing \(first: 'train/a/0\.png'\); use"),
+            (
+                "path,label\n",
+                r"each of the 4 training samples in .*: ?.*4 samples without a row \(first: 'train/a/0\.png'\); use",
+            ),
             (
                 f"path,label\n{PATHS[0]},cat\n{PATHS[0]},cat\nx,cat\n{PATHS[1]},dog\n",
-                r"rows that are 2 missing \(first: 'train/b/0\.png'\), 1 of no sample \(first: 'x'\), 1 duplicated \(",
+                r"2 samples without a row \(first: 'train/b/0\.png'\) and 1 rows of unknown samples \(first: 'x'\) and 1 rep",
             ),
             ("index,label\n0,cat\n1,cat\n2,bird\n3,fish\n", "got 2 others, such as 'bird', 'fish'; correct"),
             ("index,label\n0,cat\n1,\n2,cat\n3,cat\n", "got 1 others, such as ''"),
@@ -87,6 +90,7 @@ class TestCSV:
                 "in the column 'drop' .* got 1 others, such as 'maybe'",
             ),
             ("index,label,drop\n0,cat,1\n1,cat,1\n2,cat,1\n3,cat,1\n", "got all 4 dropped"),
+            ("path;label\nx;cat\n", "file separated by commas in .*, got semicolons; save it as 'CSV UTF-8 "),
             ("index,label\n0,cat\n1\n", "expected 2 columns in .* got 1 in row 2"),
         ],
     )
@@ -150,7 +154,7 @@ class TestInADataModule:
         )
         with caplog.at_level("INFO", "lightning.pytorch"):
             data.setup("fit")
-        assert f"2 of 6 training samples dropped, according to {tmp_path}/labels.csv" in caplog.text
+        assert f"labels of {tmp_path}/labels.csv: 2 of 6 differ from those of the data set, 2 left out" in caplog.text
         assert data.num_samples == 4 and data.labels.tolist() == [1, 0, 1, 0]
         assert data.sample_paths() == ["train/a/0.png", "train/a/2.png", "train/b/0.png", "train/b/2.png"]
         batch = data.batch("train", torch.arange(4))

@@ -189,6 +189,40 @@ class TestBadFiles:
         with pytest.raises((ValueError, FileNotFoundError), match=match):
             folder(pictures(tmp_path), bad_files=str(tmp_path / "bad.csv")).setup()
 
+    def test_listed_folders_are_left_out_as_classes_of_every_split(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        for path in (pictures(tmp_path) / "train" / "ant").iterdir():
+            path.unlink()
+        (tmp_path / "test" / "cow").mkdir()
+        (tmp_path / "bad.csv").write_text("path,reason\ntrain/ant,class without images\ntest/cow,class unknown\n")
+        with pytest.raises(
+            ValueError, match=r"expected images in '.*ant', got none \(empty folder\); add images, or remove"
+        ):
+            folder(tmp_path).setup()
+        data = folder(tmp_path, bad_files=str(tmp_path / "bad.csv"))
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            data.setup()
+        assert data.class_names == ["bee", "cat"]
+        assert data.num_samples == 16 and data.split_size("test") == 4
+        assert data.labels.tolist() == [0] * 8 + [1] * 8
+        assert "train: left out as bad: train/ant (class without images)" in caplog.messages
+        assert (
+            "test: left out as bad: test/ant (class unknown in training), test/cow (class unknown)" in caplog.messages
+        )
+
+    def test_listed_rows_of_a_table_are_left_out(self, tmp_path: Path) -> None:
+        pictures(tmp_path)
+        rows = "".join(f"train/{name}/{number}.png,{name}\n" for name in ("ant", "bee") for number in range(8))
+        (tmp_path / "my.csv").write_text(f"path,label\n{rows}gone.png,cow\n")
+        (tmp_path / "bad.csv").write_text("path,reason\ngone.png,missing file\n")
+        with pytest.raises(FileNotFoundError, match="got 1 missing files"):
+            CSVImages(str(tmp_path / "my.csv"), image_size=SIDE, holdout_fraction=0).setup()
+        data = CSVImages(
+            str(tmp_path / "my.csv"), image_size=SIDE, holdout_fraction=0, bad_files=str(tmp_path / "bad.csv")
+        )
+        assert data.labels.tolist() == [0] * 8 + [1] * 8
+
     def test_of_a_table(self, tmp_path: Path) -> None:
         damage(pictures(tmp_path))
         rows = "".join(f"train/{name}/{number}.png,{name}\n" for name in ("ant", "bee") for number in range(8))

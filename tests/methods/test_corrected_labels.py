@@ -320,7 +320,7 @@ class TestSELFIE:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: SELFIE(**SMALL), r"expected noise_rate in \[0, 1\), got None; set it"),
+        (lambda: SELFIE(**SMALL), r"expected noise_rate in \[0, 1\), got None; set noise_rate \(--model"),
         (
             lambda: SELFIE(**SMALL, noise_rate=0.5, run_epochs=25),
             "expected run_epochs above the 25 warmup_epochs, got 25",

@@ -261,7 +261,7 @@ def test_tiny_sets_and_batches_of_one_are_learned_from_or_refused_before_trainin
     }.get(name, False)  # fmt: skip
     sentences = {
         "SSR": "at least 2 samples per step",
-        "IEG": f"expected one row for some of the {samples} training samples .* of no sample",
+        "IEG": f"expected one row for some of the {samples} training samples .* of unknown samples",
     }
     sentence = sentences.get(name, "expected 2 or more training samples")
     with pytest.raises(ValueError, match=sentence) if refused else contextlib.nullcontext():

@@ -320,8 +320,11 @@ class TestIEG:
     @pytest.mark.parametrize(
         ("text", "sentence"),
         [
-            ("index,label\n0,0\n64,1\n", "some of the 64 training samples .* 1 of no sample \\(first: '64'\\)"),
-            ("index,label\n0,0\n0,1\n", "1 duplicated"),
+            (
+                "index,label\n0,0\n64,1\n",
+                "some of the 64 training samples .* 1 rows of unknown samples \\(first: '64'\\)",
+            ),
+            ("index,label\n0,0\n0,1\n", "1 repeated rows"),
             ("index,label\n0,7\n", "expected labels among the 4 classes"),
             ("index,label\n", "got no rows; write a .csv"),
             ("number,label\n0,1\n", "got none; write a .csv"),

@@ -188,7 +188,7 @@ class TestNested:
         [
             (lambda: Nested(**SMALL, sigma=0.0), "expected sigma > 0 or null, got 0.0"),
             (lambda: Nested(**SMALL, num_features=17), "expected num_features in 1 to 16, got 17"),
-            (lambda: NestedCoTeaching(**SMALL), r"expected noise_rate in \[0, 1\), got None; set it"),
+            (lambda: NestedCoTeaching(**SMALL), r"expected noise_rate in \[0, 1\), got None; set noise_rate \(--model"),
             (
                 lambda: NestedCoTeaching(**SMALL, noise_rate=0.2, finetune_drop=2.0),
                 "expected finetune_lr > 0 and finetune_drop",

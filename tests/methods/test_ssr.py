@@ -51,7 +51,9 @@ def test_the_vote_against_a_loop_whatever_the_chunk(count, k, chunk, seed):
 def test_more_neighbours_than_samples_are_refused():
     with pytest.raises(ValueError, match="k in 1 to 3, got 4"):
         knn_vote(torch.rand(3, 2), torch.zeros(3, dtype=torch.int64), 4, 2)
-    with pytest.raises(ValueError, match="at least k = 65 training samples, one per neighbor, got 64"):
+    with pytest.raises(
+        ValueError, match=r"at least k = 65 training samples, one per neighbor, got 64; lower k \(--model\.k\)"
+    ):
         trainer(1).fit(method(k=65), data())
 
 

@@ -115,7 +115,7 @@ class TestAuditQuality:
         path = write_audit(tmp_path / "a", source, np.arange(60))
         with pytest.raises(
             ValueError,
-            match=r"expected all 64 training samples in the audit .*, got 60; 4 are missing, such as 'index 60'",
+            match=r"expected all 64 training samples in the audit .*, got 4 samples without a row \(first: 'index 60'\); use",
         ):
             trainer(1).fit(audited(path), source)
 

@@ -134,6 +134,13 @@ class TestNormalized:
         with pytest.warns(UserWarning, match=r"expected images \(x - mean\) / std of x in \[0, 1\], got x from 0.5"):
             run("callback", batches(), mean=0.5, std=2.0)
 
+    @pytest.mark.parametrize("kind", ["callback", "mixin"])
+    def test_statistics_of_images_up_to_255_are_refused_before_the_first_update(self, kind: str) -> None:
+        with pytest.raises(
+            MisconfigurationException, match=r"x in \[0, 1\], got x from 1\d\d to 1\d\d; .* divided by 255"
+        ):
+            run(kind, batches(), mean=(127.0, 127.0, 127.0), std=(60.0, 60.0, 60.0))
+
     @pytest.mark.parametrize(
         ("mean", "std"), [(MEAN, None), (None, STD), (MEAN, (0.2, 0.2)), (0.5, 0.0), (float("nan"), 1.0), ((), ())]
     )

@@ -699,7 +699,7 @@ class TestWrongInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"mu": 1.1}, r"expected mu in \[0, 1\], got 1.1"),
+            ({"mu": 1.1}, r"expected mu in \[0, 1\], got 1.1; use 0.3, the default"),
             ({"mu": float("nan")}, r"expected mu in \[0, 1\], got nan"),
             ({"delta": 0}, r"expected delta in \(0, 1\], got 0"),
             ({"delta": 1.25}, r"expected delta in \(0, 1\], got 1.25"),

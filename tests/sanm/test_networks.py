@@ -168,6 +168,23 @@ class TestMap:
         assert built(extractor, family).maps.chosen.__name__ == "grad_cam"  # type: ignore[union-attr]
         assert not head.weight.any()
 
+    @pytest.mark.parametrize(
+        ("size", "reason"),
+        [
+            (
+                32,
+                "Grad-CAM of ResNet at the output of layer3, since the output of layer4 has one position on images of 32 x 32",
+            ),
+            (64, "class activation map of ResNet at the output of layer4, since its head is one linear layer after"),
+        ],
+    )
+    def test_says_why_it_is_grad_cam_where_the_last_map_has_one_position(self, size: int, reason: str) -> None:
+        extractor = FeatureExtractor(tv.resnet18(num_classes=CLASSES), (size, size))
+        sanm = SANM(seed=0)
+        sanm.build(extractor, (size, size))
+        assert sanm.maps.choice is not None
+        assert sanm.maps.choice.startswith(f"masks are centered on the {reason}")
+
 
 def pairs(family: Family, count: int = 4) -> DataLoader:
     return DataLoader(TensorDataset(images_of(family, count), torch.arange(count) % CLASSES), batch_size=4)

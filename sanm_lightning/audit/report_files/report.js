@@ -1,5 +1,5 @@
 "use strict";
-// The report of an audit: one list of samples, shown as images or as a table, with a verdict ("tick") on each.
+// The report of an audit: one list of samples, shown as images or as a table, with a verdict on each.
 // Only what is in view is in the document. Names come from files: they are only ever set as text.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -20,6 +20,7 @@
   }
   const percent = (value, digits = 1) => (100 * value).toFixed(digits) + " %";
   const count = (value) => value.toLocaleString("en-US");
+  const verdicts = (number) => count(number) + (number === 1 ? " verdict" : " verdicts");
   const reason = (row) => rows.unreadable[row];
   const className = (label) => (label < 0 ? "" : classes[label]);
   const isChange = (row) => rows.suggested[row] >= 0 && rows.suggested[row] !== rows.given[row];
@@ -66,7 +67,7 @@
     return box;
   }
 
-  // ---- ticks --------------------------------------------------------------------------------------------------
+  // ---- verdicts -----------------------------------------------------------------------------------------------
   const prefix = "sanm-audit:" + data.id + ":";
   const ticks = new Map();  // row -> {verdict, label}
   const rowOf = new Map(rows.name.map((name, row) => [name, row]));
@@ -125,7 +126,7 @@
       return false;
     }
     apply([[row, verdict ? { verdict, label: verdict === "wrong" ? label : "" } : undefined]]);
-    say(verdict ? `Marked ${verdict}${verdict === "wrong" ? ": " + label : ""}.` : "Tick removed.");
+    say(verdict ? `Marked ${verdict}${verdict === "wrong" ? ": " + label : ""}.` : "Verdict removed.");
     return true;
   }
 
@@ -134,7 +135,7 @@
     if (!changes) return say("Nothing to undo.");
     write(changes);
     go(changes[0][0]);
-    return say(changes.length > 1 ? `${count(changes.length)} ticks undone.` : "Undone.");
+    return say(changes.length > 1 ? `${verdicts(changes.length)} undone.` : "Undone.");
   }
 
   // ---- what is shown, and in which order ------------------------------------------------------------------------
@@ -164,7 +165,7 @@
       if (given !== "" && rows.given[row] !== Number(given)) continue;
       if (suggested !== "" && rows.suggested[row] !== Number(suggested)) continue;
       const tick = ticks.get(row);
-      if (show === "differs" ? !isChange(row) : show === "unticked" ? tick : show === "ticked" ? !tick : show && (!tick || tick.verdict !== show)) continue;
+      if (show === "differs" ? !isChange(row) : show === "none" ? tick : show === "any" ? !tick : show && (!tick || tick.verdict !== show)) continue;
       if (text && !named[rows.given[row]] && !(rows.suggested[row] >= 0 && named[rows.suggested[row]]) && !rows.name[row].toLowerCase().includes(text)) continue;
       kept.push(row);
     }
@@ -455,7 +456,7 @@
     link.click();
     link.remove();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-    say(`${count(ticks.size)} ticks exported. Next: sanm relabel FOLDER --accepted accepted.csv --out labels.csv`);
+    say(`${verdicts(ticks.size)} exported. Next: sanm relabel FOLDER --accepted accepted.csv --out labels.csv`);
   }
 
   function parse(text) {
@@ -493,7 +494,7 @@
     }
     if (changes.length) apply(changes);
     const others = table.length - changes.length;
-    return say(`${count(changes.length)} ticks read` + (others ? `, ${count(others)} rows are of another data set or damaged.` : "."));
+    return say(`${verdicts(changes.length)} read` + (others ? `, ${count(others)} rows are of another data set or damaged.` : "."));
   }
 
   // ---- words ----------------------------------------------------------------------------------------------------
@@ -506,8 +507,8 @@
     const numbers = Object.fromEntries(Object.keys(VERDICTS).map((verdict) => [verdict, 0]));
     ticks.forEach((tick) => numbers[tick.verdict]++);
     const marks = Object.entries(numbers).filter(([, times]) => times).map(([verdict, times]) => `${count(times)} ${verdict}`).join(", ");
-    $("status").textContent = `${count(shown.length)} of ${count(total)} shown · ${count(ticks.size)} ticked${marks ? ` (${marks})` : ""}` +
-      (status ? " · " + status : "") + (stored ? "" : " · This browser does not keep ticks: export them before you close the page.");
+    $("status").textContent = `${count(shown.length)} of ${count(total)} shown · ${verdicts(ticks.size)}${marks ? ` (${marks})` : ""}` +
+      (status ? " · " + status : "") + (stored ? "" : " · This browser does not keep verdicts: export them before you close the page.");
     $("undo").disabled = !undoing.length;
   }
 
@@ -548,7 +549,7 @@
       });
       const classTable = table(["class", "images", "wrong", "confused with"], lines);
       classTable.querySelector("th:last-child").className = "";
-      place.append(make("section", {}, make("h2", { textContent: "Classes" }), classTable));
+      place.append(make("section", {}, make("h2", { textContent: s.classes_of ? "Classes of " + s.classes_of : "Classes" }), classTable));
     }
     const pairs = new Map();
     for (let row = 0; row < total; row++) {
@@ -637,7 +638,7 @@
   $("split-label").hidden = data.splits.length < 2;
   options("given", [["", "any"], ...classes.map((name, i) => [String(i), name])]);
   options("suggested", [["", "any"], ...classes.map((name, i) => [String(i), name])]);
-  options("show", [["", "all"], ["differs", "suggested differs"], ["unticked", "not ticked"], ["ticked", "ticked"], ...Object.keys(VERDICTS).map((verdict) => [verdict, verdict])]);
+  options("show", [["", "all"], ["differs", "suggested differs"], ["none", "no verdict"], ["any", "any verdict"], ...Object.keys(VERDICTS).map((verdict) => [verdict, verdict])]);
   options("sort", COLUMNS.filter(([, , by]) => by).flatMap(([key, title]) => [[key, title + " ▲"], [key + " down", title + " ▼"]]));
   $("sort").onchange = () => {
     const [key, down] = $("sort").value.split(" ");
