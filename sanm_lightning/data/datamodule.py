@@ -136,7 +136,6 @@ class NoisyDataModule(EpochPools):
         self._tables: dict[str, LabelTable] = {}
         self._stores: dict[str, ImageStore] = {}
         self._labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]] = {}
-        self._train_loader: IndexLoader | None = None
         self._said: set[str] = set()
 
     # Methods of the subclass ---------------------------------------------------------------------------------------
@@ -346,12 +345,11 @@ class NoisyDataModule(EpochPools):
     def train_dataloader(self) -> IndexLoader:
         """Return the loader of the training split for this process, with batches chosen by the module if it does so."""
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        loader = self._loader(
+        loader: IndexLoader = self._loader(
             "train", self.batch_size, shuffle=True, drop_last=self.drop_last, pool=self.epoch_pool,
-            fixed_order=getattr(self.trainer, "overfit_batches", 0) > 0,
-            choose=self._choose if hasattr(module, "epoch_batches") else None,
+            fixed_order=self._fixed_order,
+            choose=(lambda epoch: self._choose(epoch, len(loader))) if hasattr(module, "epoch_batches") else None,
         )  # fmt: skip
-        self._train_loader = loader
         return loader
 
     def val_dataloader(self) -> list[IndexLoader]:
@@ -382,13 +380,15 @@ class NoisyDataModule(EpochPools):
     ) -> IndexLoader:
         store = self.store(split)
         training = bool(options.get("shuffle"))
+        rank, world_size = self._processes
         return IndexLoader(
             self.split_size(split) if pool is None else len(pool(0)),
             batch_size,
             shuffle=options.pop("shuffle", False),
             seed=self.seed,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
+            split=split,
             store=store if store.resident is None or training else None,
             decode=lambda: store.resident is None or any(map(any, self._worker_policies(streamed=False))),
             pool=pool,

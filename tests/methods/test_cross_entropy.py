@@ -35,8 +35,8 @@ class TestPlainCrossEntropy:
         for epoch in range(2):
             loader.set_epoch(epoch)
             other.network.train()
-            for index in loader:
-                batch = source._training_batch(index)
+            for item in loader:
+                batch = source._training_batch(item)
                 loss = -(other.one_hot(batch.labels) * other.network(batch.images).log_softmax(1)).sum(1).mean()
                 optimizer.zero_grad()
                 loss.backward()
