@@ -29,7 +29,8 @@ class NoisyDataModule(EpochPools):
     optionally `prepare_data` for a download and `class_names`. The base class provides class-balanced subsets, label
     noise, a validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
 
-    Loaders return indices. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
+    Loaders return the positions of samples, which this class converts to batches; batches of other loaders of a subclass
+    reach the model unchanged. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
     indexed there; larger sets are streamed, that is, decoded by worker processes, each distinct sample of a batch once
     for all views. The model receives a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the
     position in the split, 0 to ``num_samples`` - 1 for training. The augmentation of a batch is a function of seed,
