@@ -270,6 +270,7 @@ class NoisyDataModule(EpochPools):
 
     def teardown(self, stage: str) -> None:
         """Free the memory on the device; images and labels are moved again on the next access."""
+        self.served_split = None  # the trainer keeps its data module, also for other loaders
         self._labels_on_device.clear()
         for store in self._stores.values():
             store.free()

@@ -375,6 +375,11 @@ class TestLoadersOfASubclass:
         for found in trainer().predict(module, datamodule=data):
             torch.testing.assert_close(torch.cat([part["probabilities"] for part in found]), expected)
 
+    def test_loaders_passed_to_the_trainer_of_an_earlier_fit_are_not_named_after_its_splits(self) -> None:
+        module, twice = method(), trainer(1)
+        twice.fit(module, Toy(seed=3))
+        assert list(twice.validate(module, DataLoader(TensorDataset(*PAIRS), 3), verbose=False)[0]) == ["val/acc"]
+
     @pytest.mark.parametrize("resident_bytes", [0, 2**31])
     def test_a_pass_over_the_training_split_is_evaluated_and_predicted_as_that_split(self, resident_bytes: int) -> None:
         module, data = method(), Training(seed=3, num_samples=20, resident_bytes=resident_bytes)
