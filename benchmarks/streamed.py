@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -76,15 +77,9 @@ def epochs(folder: Path, views: tuple[View, ...]) -> Callable[[], object]:
     def run() -> None:
         loader.set_epoch(loader.position[0] + 1)
         for item in loader:
-            data._training_batch(type(item)(*map(_moved, item)))
+            data._training_batch(move_data_to_device(item, DEVICE))
 
     return run
-
-
-def _moved(part: Any) -> Any:
-    if part is None:
-        return None
-    return [_moved(one) for one in part] if isinstance(part, list) else part.to(DEVICE, non_blocking=True)
 
 
 class Views(Dataset[tuple[Tensor, ...]]):
@@ -117,7 +112,7 @@ def plain(folder: Path, *views: str) -> Callable[[], object]:
 
     def run() -> None:
         for batch in loader:
-            _moved(batch)
+            move_data_to_device(batch, DEVICE)
 
     return run
 

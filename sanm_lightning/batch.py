@@ -114,6 +114,7 @@ class EpochPlan(NamedTuple):
         rank: rank of this process.
         world_size: number of processes.
         pool: returns the positions (M,) that network 0 or 1 samples from in this epoch, the same in all processes.
+        fixed_order: whether every epoch is sampled with the random streams of epoch 0, as required by ``overfit_batches``.
     """
 
     epoch: int
@@ -123,6 +124,12 @@ class EpochPlan(NamedTuple):
     rank: int
     world_size: int
     pool: Callable[[int], Tensor]
+    fixed_order: bool = False
+
+    @property
+    def draw_epoch(self) -> int:
+        """Epoch number of the random streams that sample: ``epoch``, or 0 with ``fixed_order``."""
+        return 0 if self.fixed_order else self.epoch
 
 
 def _floating(images: Tensor) -> Tensor:

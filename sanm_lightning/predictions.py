@@ -67,6 +67,7 @@ class PredictionRecord(L.Callback):
 
     def __init__(self) -> None:
         self._parts: dict[int, list[tuple[Array, Array]]] = {}
+        self._splits: dict[int, str | None] = {}
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear the predictions."""
@@ -85,6 +86,7 @@ class PredictionRecord(L.Callback):
             served = sum(len(rows) for rows, _ in parts)
             index = (served + torch.arange(len(found))) * trainer.world_size + trainer.global_rank
         parts.append((index.cpu().numpy(), found.float().cpu().numpy()))
+        self._splits[dataloader_idx] = getattr(trainer.datamodule, "served_split", None)  # type: ignore[attr-defined]
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the file. Collective operation."""
@@ -110,11 +112,11 @@ class PredictionRecord(L.Callback):
             )
             index, first = np.unique(index, return_index=True)  # sorted, without duplicates added by a sampler
             tables.append(rows[first])
-            split = _loader_name(data, loader)
+            split = self._splits.get(loader)
             heading, names = _sample_names(data, split, index)
             keys.setdefault(heading, []).extend(names)
             if len(loaders) > 1:
-                keys.setdefault("set", []).extend([split] * len(names))
+                keys.setdefault("set", []).extend([split or str(loader)] * len(names))
         probabilities = np.concatenate(tables)
         names = named_classes(data) or getattr(pl_module, "class_names", None) or []
         if len(names) != probabilities.shape[1]:
@@ -124,14 +126,9 @@ class PredictionRecord(L.Callback):
         rank_zero_info(f"predictions of {len(probabilities)} samples: {path}")
 
 
-def _loader_name(data: Any, loader: int) -> str:
-    names = getattr(data, "test_names", None) or []
-    return str(names[loader]) if loader < len(names) else str(loader)
-
-
-def _sample_names(data: Any, split: str, index: Array) -> tuple[str, list[str]]:
-    """Return header and values of the column that identifies samples at the given positions of a split."""
-    if not isinstance(data, NoisyDataModule):
+def _sample_names(data: Any, split: str | None, index: Array) -> tuple[str, list[str]]:
+    """Return header and values of the column that identifies samples at positions of a split, or of another loader."""
+    if split is None or not isinstance(data, NoisyDataModule):
         return "index", [str(number) for number in index.tolist()]
     paths = data.sample_paths(split)
     if paths is not None:

@@ -29,7 +29,8 @@ class NoisyDataModule(EpochPools):
     optionally `prepare_data` for a download and `class_names`. The base class provides class-balanced subsets, label
     noise, a validation split, loaders that resume in mid-epoch, and random crops and flips on the device.
 
-    Loaders return indices. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
+    Loaders return the positions of samples, which this class converts to batches; batches of other loaders of a subclass
+    reach the model unchanged. Images that fit in ``resident_bytes`` are decoded once, stored on the device as uint8, and
     indexed there; larger sets are streamed, that is, decoded by worker processes, each distinct sample of a batch once
     for all views. The model receives a `sanm_lightning.batch.NoisyBatch` with images in [0, 1]. Its ``index`` is the
     position in the split, 0 to ``num_samples`` - 1 for training. The augmentation of a batch is a function of seed,
@@ -136,7 +137,6 @@ class NoisyDataModule(EpochPools):
         self._tables: dict[str, LabelTable] = {}
         self._stores: dict[str, ImageStore] = {}
         self._labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]] = {}
-        self._train_loader: IndexLoader | None = None
         self._said: set[str] = set()
 
     # Methods of the subclass ---------------------------------------------------------------------------------------
@@ -270,6 +270,7 @@ class NoisyDataModule(EpochPools):
 
     def teardown(self, stage: str) -> None:
         """Free the memory on the device; images and labels are moved again on the next access."""
+        self.served_split = None  # the trainer keeps its data module, also for other loaders
         self._labels_on_device.clear()
         for store in self._stores.values():
             store.free()
@@ -345,12 +346,11 @@ class NoisyDataModule(EpochPools):
     def train_dataloader(self) -> IndexLoader:
         """Return the loader of the training split for this process, with batches chosen by the module if it does so."""
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        loader = self._loader(
+        loader: IndexLoader = self._loader(
             "train", self.batch_size, shuffle=True, drop_last=self.drop_last, pool=self.epoch_pool,
-            fixed_order=getattr(self.trainer, "overfit_batches", 0) > 0,
-            choose=self._choose if hasattr(module, "epoch_batches") else None,
+            fixed_order=self._fixed_order,
+            choose=(lambda epoch: self._choose(epoch, len(loader))) if hasattr(module, "epoch_batches") else None,
         )  # fmt: skip
-        self._train_loader = loader
         return loader
 
     def val_dataloader(self) -> list[IndexLoader]:
@@ -381,13 +381,15 @@ class NoisyDataModule(EpochPools):
     ) -> IndexLoader:
         store = self.store(split)
         training = bool(options.get("shuffle"))
+        rank, world_size = self._processes
         return IndexLoader(
             self.split_size(split) if pool is None else len(pool(0)),
             batch_size,
             shuffle=options.pop("shuffle", False),
             seed=self.seed,
-            rank=0 if self.trainer is None else self.trainer.global_rank,
-            world_size=1 if self.trainer is None else self.trainer.world_size,
+            rank=rank,
+            world_size=world_size,
+            split=split,
             store=store if store.resident is None or training else None,
             decode=lambda: store.resident is None or any(map(any, self._worker_policies(streamed=False))),
             pool=pool,

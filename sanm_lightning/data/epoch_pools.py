@@ -87,7 +87,7 @@ class EpochPools(Splits):
     def pass_pool(self) -> Tensor:
         """Return the positions of a pass over the training set: those of all networks' pools, sorted, each once."""
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
+        epoch = 0 if self.trainer is None or self._fixed_order else self.trainer.current_epoch
         pools = [self.epoch_pool(epoch, peer) for peer in range(getattr(module, "num_networks", 1))]
         positions: Tensor = torch.cat(pools).unique()
         return positions

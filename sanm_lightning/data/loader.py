@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.data.image_store import ImageStore
-from sanm_lightning.data.rows import Row, RowRequest
+from sanm_lightning.data.rows import Row, RowRequest, SplitItem
 from sanm_lightning.random_streams import named_generator
 
 __all__ = ["IndexLoader"]
@@ -41,14 +41,16 @@ class IndexLoader:
         drop_last: whether to drop the last partial batch; only with ``shuffle``.
         store: images that are decoded by workers.
         decode: function that returns whether an epoch requires the store; None: always.
-        fixed_order: use the same permutation in every epoch, as required by ``overfit_batches``.
+        fixed_order: use the same pool and permutation in every epoch, as required by ``overfit_batches``.
         pool: function that returns the positions (M,) that an epoch samples from; None uses all.
         choose: function of the epoch, called before its first batch, that prepares the epoch and returns its batches:
             positions (S, B) of this process, S = ``len(self)``, or None for shuffled batches.
         request: function that creates the request to a worker from epoch, step and indices. Default: images only.
+        split: name of the split, for loaders of a data module.
 
     Yields:
-        Indices, shape (B,), int64; with a store, a :class:`Row`. On the CPU.
+        Indices, shape (B,), int64; with a store, a :class:`Row`; with a split, a :class:`SplitItem` of one of them. On the
+        CPU.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -70,6 +72,7 @@ class IndexLoader:
         pool: Callable[[int], Tensor] | None = None,
         choose: Callable[[int], Tensor | None] | None = None,
         request: Callable[[int, int, Tensor], RowRequest] | None = None,
+        split: str | None = None,
     ) -> None:
         for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("world_size", world_size)):
             if value < 1:
@@ -91,6 +94,7 @@ class IndexLoader:
         self.world_size = world_size
         self.drop_last = drop_last
         self.fixed_order = fixed_order
+        self.split = split
         self._pool, self._choose = pool, choose
         self._request = request or (lambda epoch, step, index: RowRequest(index))
         # Not named `dataset`: Lightning rebuilds any loader with that attribute.
@@ -159,7 +163,7 @@ class IndexLoader:
         too_small = last == 1 < self.batch_size or (self.drop_last and last < self.batch_size)
         return batches - 1 if too_small and batches > 1 else batches
 
-    def __iter__(self) -> Iterator[Tensor | Row]:
+    def __iter__(self) -> Iterator[Tensor | Row | SplitItem]:
         # A generator, which runs from the first `next` on: Lightning creates the first iterator before set_epoch.
         chosen = self._choose(self._epoch) if self._choose is not None else None
         batches = self._batches() if chosen is None else self._checked(chosen)
@@ -167,7 +171,11 @@ class IndexLoader:
         decoded = self._store is not None and self._decode()
         for batch in self._decoded(batches, first) if decoded else batches[first:]:
             self._served += 1
-            yield batch
+            yield batch if self.split is None else SplitItem(batch, self.split, self._stream())
+
+    def _stream(self) -> tuple[int, ...]:
+        """Return the numbers that identify the random streams of the last served batch; empty in evaluation."""
+        return (self.seed, self.rank, *self.position) if self.shuffle else ()
 
     def _decoded(self, batches: list[Tensor], first: int) -> Iterator[Row]:
         assert self._store is not None
@@ -188,13 +196,14 @@ class IndexLoader:
 
     def _batches(self) -> list[Tensor]:
         """Return the index batches of a whole epoch of this process."""
-        pool = torch.arange(self.num_samples) if self._pool is None else self._pool(self._epoch)
+        epoch = 0 if self.fixed_order else self._epoch
+        pool = torch.arange(self.num_samples) if self._pool is None else self._pool(epoch)
         if not self.shuffle:
             own = pool[self.rank :: self.world_size]
             if math.ceil(len(own) / self.batch_size) != len(self):
                 return list(own.tensor_split(len(self)))
             return list(torch.split(own, self.batch_size))
-        generator = named_generator("order", self.seed, 0 if self.fixed_order else self._epoch)
+        generator = named_generator("order", self.seed, epoch)
         order = torch.randperm(len(pool), generator=generator)
         padded = self.num_samples + -self.num_samples % self.world_size
         order = pool[order[torch.arange(padded) % len(pool)]]

@@ -14,7 +14,17 @@ from torch.utils.data import Dataset, default_collate
 from sanm_lightning.data.views import select_rows
 from sanm_lightning.random_streams import named_generator, named_seed
 
-__all__ = ["ImageDataset", "Policy", "Row", "RowRequest", "Rows", "seeded", "takes_batches", "view_generator"]
+__all__ = [
+    "ImageDataset",
+    "Policy",
+    "Row",
+    "RowRequest",
+    "Rows",
+    "SplitItem",
+    "seeded",
+    "takes_batches",
+    "view_generator",
+]
 
 Policy = Callable[..., Any]
 """One of two kinds: a policy (images, *, generator) of a batch, uint8 (B, C, H, W) -> uint8 (B, C, h, w), or a
@@ -59,6 +69,23 @@ class Row(NamedTuple):
     """(B,): position of each sample of the row in ``images``; 0 to B - 1 in a row without duplicates."""
     views: list[list[Tensor | None]]
     """For each view, its blocks (b, C, h, w), uint8; None for blocks without a policy."""
+
+
+class SplitItem(NamedTuple):
+    """Output of a loader of a data module, with its origin; the data module converts it to a batch."""
+
+    samples: Tensor | Row
+    """Positions in the split, (B,), or a row."""
+    split: str
+    """Name of the split."""
+    stream: tuple[int, ...] = ()
+    """Numbers that identify the random streams of the views of a training batch, as in `RowRequest.name`; empty for a
+    batch with one view."""
+
+    @property
+    def indices(self) -> Tensor:
+        """Positions in the split, (B,)."""
+        return self.samples if isinstance(self.samples, Tensor) else self.samples.indices
 
 
 class Rows(Dataset[Row]):

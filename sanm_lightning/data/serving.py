@@ -12,9 +12,8 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable
-from sanm_lightning.data.loader import IndexLoader
 from sanm_lightning.data.policies import POLICIES, augment, center_crop
-from sanm_lightning.data.rows import Policy, Row, RowRequest, takes_batches, view_generator
+from sanm_lightning.data.rows import Policy, Row, RowRequest, SplitItem, takes_batches, view_generator
 from sanm_lightning.data.views import select_rows
 
 __all__ = ["ServedBatches"]
@@ -28,7 +27,8 @@ class ServedBatches(L.LightningDataModule):
     crop_padding: int
     flip: bool
     policies: dict[str, Callable[..., Any]]
-    _train_loader: IndexLoader | None
+    served_split: str | None = None
+    """Split of the last batch that the trainer passed to the model; None if it is of another loader."""
     _labels_on_device: dict[tuple[str, torch.device], tuple[Tensor, Tensor | None]]
 
     @property
@@ -63,17 +63,26 @@ class ServedBatches(L.LightningDataModule):
     def store(self, split: str) -> ImageStore:
         """Return the images of a split."""
 
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """Rank of this process and number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    @property
+    def _fixed_order(self) -> bool:
+        """Whether every epoch samples the same, as required by ``overfit_batches``."""
+        return getattr(self.trainer, "overfit_batches", 0) > 0
+
     # Samples and views of the module in training
     # ------------------------------------------------------------------------
 
-    def _choose(self, epoch: int) -> Tensor | None:
+    def _choose(self, epoch: int, steps: int) -> Tensor | None:
         """Prepare the epoch of the module and return its batches."""
         module: Any = cast(Any, self.trainer).lightning_module
-        loader = cast(IndexLoader, self._train_loader)
         module.prepare_epoch()
         plan = EpochPlan(
-            epoch, len(loader), self.batch_size, self.num_samples, loader.rank, loader.world_size,
-            lambda peer: self.epoch_pool(epoch, peer),
+            epoch, steps, self.batch_size, self.num_samples, *self._processes,
+            lambda peer: self.epoch_pool(plan.draw_epoch, peer), self._fixed_order,
         )  # fmt: skip
         chosen: Tensor | None = module.epoch_batches(plan)
         if chosen is not None and chosen.numel() and int(chosen.max()) >= self.num_samples:
@@ -123,42 +132,47 @@ class ServedBatches(L.LightningDataModule):
         return partial(augment, policy=name, padding=self.crop_padding, flip=self.flip, size=self.image_size)
 
     def _request(self, epoch: int, step: int, index: Tensor) -> RowRequest:
-        rank = 0 if self._train_loader is None else self._train_loader.rank
         streamed = self.store("train").resident is None
-        return RowRequest(index, self._worker_policies(streamed), (self.seed, rank, epoch, step))
+        return RowRequest(index, self._worker_policies(streamed), (self.seed, self._processes[0], epoch, step))
 
     # Batches -------------------------------------------------------------------------------------------------------
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> NoisyBatch:
-        """Convert the output of a loader, on the device, to images and labels."""
-        assert self.trainer is not None  # this hook is called by a trainer only
-        split = self._current_split(dataloader_idx)
-        made = self._training_batch(batch) if split == "train" else self.pass_batch(batch, split)
-        # Pure 16- or 64-bit training converts batches before this hook, when the batch contains no images yet.
-        return cast(NoisyBatch, self.trainer.precision_plugin.convert_input(made))
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Convert the output of a loader of this data module, on the device, to images and labels.
 
-    def _training_batch(self, item: Tensor | Row) -> NoisyBatch:
-        loader = cast(IndexLoader, self._train_loader)
-        epoch, step = loader.position
-        index = item if isinstance(item, Tensor) else item.indices
+        Batches of other loaders, which a subclass may return, are unchanged.
+        """
+        assert self.trainer is not None  # this hook is called by a trainer only
+        if not isinstance(batch, SplitItem):
+            self.served_split = None
+            return batch
+        self.served_split = batch.split
+        made = self._training_batch(batch) if batch.stream else self.pass_batch(batch, batch.split)
+        # Pure 16- or 64-bit training converts batches before this hook, when the batch contains no images yet.
+        return self.trainer.precision_plugin.convert_input(made)
+
+    def _training_batch(self, item: SplitItem) -> NoisyBatch:
+        index, samples = item.indices, item.samples
         wanted = [(view,) if isinstance(view, str) else view for view in self._views()]
-        ready = item.views if isinstance(item, Row) and item.views else [[None] * len(names) for names in wanted]
-        images = self._images(item, "train") if any(None in blocks for blocks in ready) else None
+        ready = (
+            samples.views if isinstance(samples, Row) and samples.views else [[None] * len(names) for names in wanted]
+        )
+        images = self._images(samples, item.split) if any(None in blocks for blocks in ready) else None
         views = []
         for number, names in enumerate(wanted):
-            generator = view_generator((self.seed, loader.rank, epoch, step), number)
+            generator = view_generator(item.stream, number)
             size = len(index) // len(names)
             blocks = [
                 self._augmented(cast(Tensor, images)[first : first + size], name, generator) if made is None else made
                 for first, name, made in zip(range(0, len(index), size), names, ready[number], strict=True)
             ]
             views.append(_unit(blocks[0] if len(blocks) == 1 else torch.cat(blocks)))
-        labels, true_labels = self._labels("train", index)
+        labels, true_labels = self._labels(item.split, index)
         return NoisyBatch(views[0], labels, index, true_labels, tuple(views))
 
     def pass_batch(
         self,
-        item: Tensor | Row,
+        item: Tensor | Row | SplitItem,
         split: str,
         device: torch.device | None = None,
         policy: str = "none",
@@ -177,7 +191,7 @@ class ServedBatches(L.LightningDataModule):
             The batch.
         """
         index = item if isinstance(item, Tensor) else item.indices
-        images = self._images(item, split)
+        images = self._images(item.samples if isinstance(item, SplitItem) else item, split)
         if device is not None:
             index, images = index.to(device), images.to(device)
         viewed = self._augmented(images, policy, generator)
@@ -243,14 +257,6 @@ class ServedBatches(L.LightningDataModule):
             self._labels_on_device[key] = (table.labels.to(index.device), true)
         labels, true_labels = self._labels_on_device[key]
         return labels[index], None if true_labels is None else true_labels[index]
-
-    def _current_split(self, dataloader_idx: int) -> str:
-        assert self.trainer is not None
-        if self.trainer.training:
-            return "train"
-        if self.trainer.sanity_checking or self.trainer.validating:
-            return self.eval_names[dataloader_idx]
-        return self.test_names[dataloader_idx]
 
 
 def _unit(images: Tensor) -> Tensor:

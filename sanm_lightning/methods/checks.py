@@ -188,7 +188,8 @@ def require_index(batch: NoisyBatch, method: str) -> Tensor:
     if batch.index is None:
         raise ValueError(
             f"expected batches with an index for {method}, which stores predictions of each sample, got none; use a "
-            "data module of this package, or batches NoisyBatch(images, labels, index)"
+            "data module of this package, or return named tuples with the fields image, label and index from the data "
+            "set"
         )
     return batch.index
 

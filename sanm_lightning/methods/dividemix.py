@@ -231,7 +231,7 @@ class DivideMix(NoisyLabelModule):
                     f"clipped to the range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are "
                     "labeled)"
                 )
-            generator = named_generator("draw", self.sanm.seed, plan.epoch, number)
+            generator = named_generator("draw", self.sanm.seed, plan.draw_epoch, number)
             for part in (pool[labelled], pool[~labelled]):
                 blocks.append(permuted_batches(plan, part, half, generator))
         return torch.cat(blocks, 1)

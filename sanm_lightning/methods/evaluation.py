@@ -34,11 +34,11 @@ class EvaluationSteps(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the accuracy of a validation set."""
-        self._evaluate(batch, self._name("eval_names", "val", dataloader_idx))
+        self._evaluate(batch, self._name("val", dataloader_idx))
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Update the accuracy of a test set."""
-        self._evaluate(batch, self._name("test_names", "test", dataloader_idx))
+        self._evaluate(batch, self._name("test", dataloader_idx))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """Return class probabilities (B, C), and index (B,) if the batch has one.
@@ -55,9 +55,10 @@ class EvaluationSteps(L.LightningModule):
         out = {} if read.index is None else {"index": read.index}
         return {**out, "probabilities": self(read.images).float().softmax(1)}
 
-    def _name(self, attribute: str, default: str, dataloader_idx: int) -> str:
-        names = getattr(getattr(self.trainer, "datamodule", None), attribute, None) or [default]
-        return str(names[dataloader_idx]) if dataloader_idx < len(names) else f"{default}{dataloader_idx}"
+    def _name(self, default: str, dataloader_idx: int) -> str:
+        """Return the split of the current batch; for other loaders, a name with the number of the loader."""
+        split: str | None = getattr(getattr(self.trainer, "datamodule", None), "served_split", None)
+        return split or (f"{default}{dataloader_idx}" if dataloader_idx else default)
 
     def _evaluate(self, batch: Any, name: str) -> None:
         read = NoisyBatch.from_any(batch)
@@ -69,7 +70,7 @@ class EvaluationSteps(L.LightningModule):
                 self._log_accuracy(f"{name}/{ending}_top{top_k}", logits, labels, top_k)
 
     def _log_accuracy(self, name: str, logits: Tensor, labels: Tensor, top_k: int) -> None:
-        key = name.replace("/", "_").replace(".", "_").removesuffix("_acc")
+        key = name.replace("/", "_").replace(".", "_")
         if key not in self.accuracy:
             self.accuracy[key] = MulticlassAccuracy(self.num_classes, average="micro", top_k=top_k).to(self.device)
         metric: Any = self.accuracy[key]

@@ -84,7 +84,7 @@ class MethodHooks(Unaveraged, L.LightningModule):
         """Select the samples of every step of this process in the current epoch.
 
         Args:
-            plan: numbers of steps and samples, and the pool of positions.
+            plan: numbers of steps and samples, the pool of positions, and the epoch number for random draws.
 
         Returns:
             Positions in the training set, shape (S, B), with S = ``plan.steps``; duplicates are allowed. None uses the

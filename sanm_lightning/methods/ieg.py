@@ -142,8 +142,8 @@ class IEG(NoisyLabelModule):
                 "data.samples_per_epoch"
             )
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        drawn = permuted_batches(plan, pool, size, named_generator("draw", seed, plan.epoch))
-        beside = permuted_batches(plan, probe, size, named_generator("probe set", seed, plan.epoch))
+        drawn = permuted_batches(plan, pool, size, named_generator("draw", seed, plan.draw_epoch))
+        beside = permuted_batches(plan, probe, size, named_generator("probe set", seed, plan.draw_epoch))
         return torch.cat([drawn, beside], 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -152,7 +152,7 @@ class INCV(NoisyLabelModule):
             late = plan.epoch - first > self.last_epoch_without_candidates
             joined = min(len(candidates) * size // len(selected), size // 2) if late else 0
             sets = [(selected, size), *([(candidates, joined)] if joined else [])]
-        draw = partial(named_generator, "draw", self.sanm.seed, plan.epoch)
+        draw = partial(named_generator, "draw", self.sanm.seed, plan.draw_epoch)
         return torch.cat([permuted_batches(plan, *part, draw(block)) for block, part in enumerate(sets)], 1)
 
     @property

@@ -85,7 +85,9 @@ class MetaCleaner(NoisyLabelModule):
         each = self.images_per_set(size)
         sets = plan.steps * (size // each)
         members = members_by_class(pool, labels[pool], self.num_classes)
-        drawn = class_sets(*members, plan.world_size * sets, each, named_generator("draw", self.sanm.seed, plan.epoch))
+        drawn = class_sets(
+            *members, plan.world_size * sets, each, named_generator("draw", self.sanm.seed, plan.draw_epoch)
+        )
         return drawn[plan.rank :: plan.world_size].reshape(plan.steps, -1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

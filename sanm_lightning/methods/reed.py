@@ -124,10 +124,10 @@ class REED(NoisyLabelModule):
         half, pool = max(1, plan.batch_size // 2), plan.pool(0)
         selected = self.graph.selected.cpu()[pool]
         labelled, unlabelled = (part if len(part) else pool for part in (pool[selected], pool[~selected]))
-        own = named_generator("draw", self.sanm.seed, plan.epoch, plan.rank)
+        own = named_generator("draw", self.sanm.seed, plan.draw_epoch, plan.rank)
         labels = self.given_labels.cpu()[labelled]
         drawn = balanced_batches(plan, labelled, labels, self.num_classes, half, own)
-        shared = named_generator("refined", self.sanm.seed, plan.epoch)
+        shared = named_generator("refined", self.sanm.seed, plan.draw_epoch)
         return torch.cat([drawn, permuted_batches(plan, unlabelled, half, shared)], 1)
 
     # Each step

@@ -147,7 +147,7 @@ class SelectedContrast(NoisyLabelModule):
         pool = plan.pool(0)
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         chosen = pool[self.detected.selected.cpu()[pool]] if selected else pool
-        seed, epoch = self.sanm.seed, plan.epoch
+        seed, epoch = self.sanm.seed, plan.draw_epoch
         generator = named_generator("draw", seed, epoch) if selected else named_generator("round", seed, epoch)
         return permuted_batches(plan, chosen if len(chosen) else pool, size, generator)
 

@@ -162,12 +162,12 @@ class SSR(NoisyLabelModule):
         labels, selected = self.selection.labels.cpu(), self.selection.selected.cpu()
         pool = plan.pool(0)
         chosen = pool[selected[pool]] if bool(selected[pool].any()) else pool
-        drawing = named_generator("draw", self.sanm.seed, plan.epoch, plan.rank)
+        drawing = named_generator("draw", self.sanm.seed, plan.draw_epoch, plan.rank)
         size = min(plan.batch_size, -(-len(pool) // plan.world_size))
         drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, drawing)
         if self.lambda_fc == 0:
             return drawn
-        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.epoch))
+        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.draw_epoch))
         return torch.cat([drawn, rounds], 1)
 
     # Each step

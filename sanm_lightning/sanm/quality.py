@@ -254,7 +254,7 @@ class TableQuality(QualityEstimator):
         if index is None:
             raise ValueError(
                 f"expected batches with positions in the training set for {type(self).__name__}, got none; use a data module "
-                "of this package, or batches NoisyBatch(images, labels, index)"
+                "of this package, or return named tuples with the fields image, label and index from the data set"
             )
         if not len(self.table):
             return torch.ones_like(index, dtype=torch.float32)

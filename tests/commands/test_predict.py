@@ -259,6 +259,20 @@ class TestDataModules:
         data = Two(num_samples=40, val_fraction=0.1, seed=1)
         assert [row["index"] for row in rows[5:]] == list(map(str, data.table("val").origin.tolist()))
 
+    def test_loaders_of_a_subclass_are_named_by_what_they_serve(self):
+        images = torch.rand(3, 3, 16, 16)
+
+        class Own(Toy):
+            def predict_dataloader(self):
+                return [DataLoader(TensorDataset(images), batch_size=3), self.pass_dataloader("train")]
+
+        data = Own(num_samples=5, num_test_samples=9, val_fraction=0.2, seed=1)
+        rows = read(self.run(data))[1]
+        origin = map(str, data.table("train").origin.tolist())
+        assert [(row["set"], row["index"]) for row in rows] == [
+            *(("0", str(number)) for number in range(3)), *(("train", number) for number in origin),
+        ]  # fmt: skip
+
     def test_loaders_of_any_kind_are_numbered(self):
         x, y = torch.rand(5, 3, 16, 16), torch.zeros(5, dtype=torch.int64)
         loaders = [DataLoader(TensorDataset(x, y), 2), DataLoader(TensorDataset(x[:3]), 2)]

@@ -219,9 +219,9 @@ class TestPartialBatches:
     @pytest.mark.parametrize("drop", [False, True])
     def test_the_last_one_of_a_training_epoch_is_dropped_if_asked_and_no_other(self, drop: bool) -> None:
         data = Toy(seed=0, num_samples=22, num_test_samples=6, batch_size=8, eval_batch_size=4, drop_last=drop)
-        assert [len(batch) for batch in data.train_dataloader()] == ([8, 8] if drop else [8, 8, 6])
-        assert [len(batch) for loader in data.val_dataloader() for batch in loader] == [4, 2]
-        assert sum(len(batch) for batch in data.pass_dataloader()) == 22
+        assert [len(item.indices) for item in data.train_dataloader()] == ([8, 8] if drop else [8, 8, 6])
+        assert [len(item.indices) for loader in data.val_dataloader() for item in loader] == [4, 2]
+        assert sum(len(item.indices) for item in data.pass_dataloader()) == 22
 
 
 class TestBatch:
@@ -247,11 +247,11 @@ class TestBatch:
         resident, streaming = Own(), Own(resident_bytes=0)
         streaming.setup()
         assert streaming.images.decoded == []
-        for index, row in zip(resident.train_dataloader(), streaming.train_dataloader(), strict=True):
-            ours, theirs = resident.pass_batch(index, "train"), streaming.pass_batch(row, "train")
-            assert torch.equal(index, theirs.index)
-            for one, other in zip(ours[:4], theirs[:4], strict=True):
-                assert one is other is None or torch.equal(one, other)
+        for one, two in zip(resident.train_dataloader(), streaming.train_dataloader(), strict=True):
+            ours, theirs = resident.pass_batch(one, "train"), streaming.pass_batch(two, "train")
+            assert torch.equal(one.indices, theirs.index)
+            for part, other in zip(ours[:4], theirs[:4], strict=True):
+                assert part is other is None or torch.equal(part, other)
 
     def test_a_resident_tensor_may_stream_as_well(self) -> None:
         data = Toy(seed=0, resident_bytes=0, max_train_samples=10)
@@ -339,17 +339,18 @@ class TestUnderTheTrainer:
         views = []
         for epoch in range(3):
             loader.set_epoch(epoch)
-            views.extend(data._training_batch(torch.arange(16)).images.sum((1, 2, 3)) for _ in loader)
+            views.extend(
+                data._training_batch(item._replace(samples=torch.arange(16))).images.sum((1, 2, 3)) for item in loader
+            )
         assert len({tuple(view.tolist()) for view in views}) == 12
 
     def test_two_processes_see_different_augmentation(self) -> None:
-        data = Toy(seed=0)
-        next(iter(data.train_dataloader()))
-        assert data._train_loader is not None
-        views = []
+        data, views = Toy(seed=0), []
+        loader = data.train_dataloader()
         for rank in (0, 1):
-            data._train_loader.rank = rank
-            views.append(data._training_batch(torch.arange(16)).images)
+            loader.rank, loader.world_size = rank, 2
+            item = next(iter(loader))._replace(samples=torch.arange(16))
+            views.append(data._training_batch(item).images)
         assert not torch.equal(*views)
 
     def test_a_run_without_a_seed_resumes_with_the_labels_it_began_with(self, tmp_path: Path) -> None:

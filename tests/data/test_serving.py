@@ -15,15 +15,17 @@ import torch
 import torchvision.transforms.v2 as T
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sanm_lightning import NoisyBatch
+from sanm_lightning import NoisyBatch, methods
 from sanm_lightning.batch import EpochPlan
 from sanm_lightning.cli import main
 from sanm_lightning.data import ImageFolder, Toy
 from sanm_lightning.data.datamodule import Source
 from sanm_lightning.data.policies import POLICIES, augment, center_crop
 from sanm_lightning.random_streams import named_generator
-from tests.methods.toy import trainer
+from tests.methods.test_every_method import METHODS, SMALL
+from tests.methods.toy import method, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*")  # Lightning's own
 WORKERS = pytest.mark.parametrize("workers", [0, 2])
@@ -316,6 +318,120 @@ class TestPool:
 
         run(Asking(), data, epochs=2, callbacks=[Walk()])
         assert walked == [list(range(0, 63, 3)), list(range(1, 63, 3))]
+
+
+class TestLoaderRequests:
+    """A loader that a callback requests, for instance for its length, does not affect the loader in training."""
+
+    def test_a_further_loader_changes_no_batch(self) -> None:
+        class Request(L.Callback):
+            def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
+                next(iter(trainer.datamodule.train_dataloader()))
+
+        plain, other = Asking(("weak", "none")), Asking(("weak", "none"))
+        run(plain, Toy(seed=3), epochs=2)
+        run(other, Toy(seed=3), epochs=2, callbacks=[Request()])
+        for one, two in zip(plain.batches, other.batches, strict=True):
+            assert one.index is not None and two.index is not None and torch.equal(one.index, two.index)
+            assert all(torch.equal(a, b) for a, b in zip(one.views, two.views, strict=True))
+
+
+PAIRS = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+
+
+class OtherLoaders(Toy):
+    """Loaders of pairs for training and as a second one for validation, and loaders of images for prediction."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(*PAIRS), batch_size=3)
+
+    def val_dataloader(self) -> Any:
+        return [*super().val_dataloader(), DataLoader(TensorDataset(*PAIRS), batch_size=3)]
+
+    def predict_dataloader(self) -> Any:
+        return [DataLoader(TensorDataset(PAIRS[0]), batch_size=3), DataLoader(list(PAIRS[0]), batch_size=3)]
+
+
+class Training(Toy):
+    """The training split, without augmentation, for validation and prediction."""
+
+    def val_dataloader(self) -> Any:
+        return [self.pass_dataloader("train")]
+
+    def predict_dataloader(self) -> Any:
+        return self.pass_dataloader("train")
+
+
+class TestLoadersOfASubclass:
+    def test_batches_of_other_loaders_reach_the_model_unchanged(self) -> None:
+        module, data, fit = method(), OtherLoaders(seed=3), trainer(1)
+        fit.fit(module, data)
+        assert fit.global_step == 2
+        with torch.no_grad():
+            correct = (module.eval()(PAIRS[0]).argmax(1) == PAIRS[1]).float().mean().item()
+            expected = module(PAIRS[0]).softmax(1)
+        assert fit.callback_metrics["val1/acc"] == pytest.approx(correct)
+        assert "test/acc" in fit.callback_metrics
+        for found in trainer().predict(module, datamodule=data):
+            torch.testing.assert_close(torch.cat([part["probabilities"] for part in found]), expected)
+
+    def test_loaders_passed_to_the_trainer_of_an_earlier_fit_are_not_named_after_its_splits(self) -> None:
+        module, twice = method(), trainer(1)
+        twice.fit(module, Toy(seed=3))
+        assert list(twice.validate(module, DataLoader(TensorDataset(*PAIRS), 3), verbose=False)[0]) == ["val/acc"]
+
+    @pytest.mark.parametrize("resident_bytes", [0, 2**31])
+    def test_a_pass_over_the_training_split_is_evaluated_and_predicted_as_that_split(self, resident_bytes: int) -> None:
+        module, data = method(), Training(seed=3, num_samples=20, resident_bytes=resident_bytes)
+        found = trainer().predict(module, datamodule=data)
+        batch = data.batch("train", torch.arange(20))
+        with torch.no_grad():
+            probabilities = module.eval()(batch.images).softmax(1)
+        assert torch.cat([part["index"] for part in found]).tolist() == list(range(20))
+        torch.testing.assert_close(torch.cat([part["probabilities"] for part in found]), probabilities)
+        accuracy = (probabilities.argmax(1) == batch.labels).float().mean().item()
+        assert trainer().validate(module, data, verbose=False) == [{"train/acc": pytest.approx(accuracy)}]
+
+
+class Noted(L.Callback):
+    """Record the samples of each step."""
+
+    def __init__(self) -> None:
+        self.index: list[list[int]] = []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.index.append(batch.index.tolist())
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+class TestOverfitting:
+    @pytest.mark.parametrize("name", ["CrossEntropy", "IEG", "MetaCleaner"])
+    @pytest.mark.parametrize("samples_per_epoch", [None, 24])
+    def test_every_epoch_has_the_same_samples(self, name: str, samples_per_epoch: int | None) -> None:
+        torch.manual_seed(0)
+        module, noted = getattr(methods, name)(**SMALL, **METHODS[name]), Noted()
+        data = Toy(seed=3, batch_size=8, samples_per_epoch=samples_per_epoch)
+        trainer(3, overfit_batches=2, limit_val_batches=0, callbacks=[noted]).fit(module, data)
+        first, second = noted.index[:2]
+        assert noted.index == [first, second] * 3 and sorted(first) != sorted(second)
+
+    def test_draws_and_pools_are_those_of_epoch_0(self, tmp_path: Path) -> None:
+        seen: list[tuple[int, int, list[int]]] = []
+        for options in ({"overfit_batches": 1}, {}):
+            module = Asking(rows=lambda plan: seen.append((plan.epoch, plan.draw_epoch, plan.pool(0).tolist())))
+            run(module, Pooled(tmp_path), epochs=2, **options)
+        pools = [list(range(start, 63, 3)) for start in (0, 1)]
+        assert seen == [(0, 0, pools[0]), (1, 0, pools[0]), (0, 0, pools[0]), (1, 1, pools[1])]
+
+    def test_a_pass_covers_the_pool_of_epoch_0(self, tmp_path: Path) -> None:
+        data, covered = Pooled(tmp_path), []
+
+        class Cover(L.Callback):
+            def on_train_epoch_start(self, *_: Any) -> None:
+                covered.append(data.pass_pool().tolist())
+
+        run(Asking(), data, epochs=2, overfit_batches=1, callbacks=[Cover()])
+        assert covered == [list(range(0, 63, 3))] * 2
 
 
 class TestDecodeSize:

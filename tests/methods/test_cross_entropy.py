@@ -35,8 +35,8 @@ class TestPlainCrossEntropy:
         for epoch in range(2):
             loader.set_epoch(epoch)
             other.network.train()
-            for index in loader:
-                batch = source._training_batch(index)
+            for item in loader:
+                batch = source._training_batch(item)
                 loss = -(other.one_hot(batch.labels) * other.network(batch.images).log_softmax(1)).sum(1).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -121,8 +121,8 @@ class TestSANMOverCrossEntropy:
         trainer(1).fit(module, source)
         loader = source.train_dataloader()
         loader.set_epoch(0)
-        for index, views in zip(loader, watch.views, strict=True):
-            wrong = source.labels[index] != source.true_labels[index]
+        for item, views in zip(loader, watch.views, strict=True):
+            wrong = source.labels[item.indices] != source.true_labels[item.indices]
             assert torch.equal(views.ratio > 0, wrong)
 
     def test_the_oracle_without_true_labels_is_one_clear_sentence(self):

@@ -1,6 +1,7 @@
 """ELR and ELR+: memory, regularisation, ramps and teachers against slow loops."""
 
 import math
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -83,6 +84,31 @@ def test_a_loader_without_indices_is_refused_before_training():
     pairs = torch.utils.data.TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 4)
     with pytest.raises(ValueError, match="expected a data module with num_samples for ELR"):
         trainer(1).fit(method(), torch.utils.data.DataLoader(pairs, 4))
+
+
+class Sample(NamedTuple):
+    image: torch.Tensor
+    label: int
+    index: int
+
+
+@pytest.mark.parametrize("form", [tuple, lambda parts: Sample(*parts), lambda parts: Sample(*parts)._asdict()])
+def test_a_data_set_with_an_index_returns_named_fields(form):
+    class Samples(L.LightningDataModule):
+        num_samples = 8
+
+        def train_dataloader(self):
+            samples = [form((torch.rand(3, 16, 16), number % 4, number)) for number in range(8)]
+            return torch.utils.data.DataLoader(samples, 4)
+
+    module = method()
+    if form is tuple:
+        sentence = "for ELR, .* or return named tuples with the fields image, label and index from the data set"
+        with pytest.raises(ValueError, match=sentence):
+            trainer(1).fit(module, Samples())
+        return
+    trainer(1).fit(module, Samples())
+    assert bool(module.targets.value.any(1).all())
 
 
 def test_the_ramp_of_the_weight_and_the_share_of_the_teacher():
