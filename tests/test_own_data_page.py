@@ -60,7 +60,7 @@ def test_every_command_is_run_below() -> None:
 def test_check_selection_test_and_prediction(typed, capsys: pytest.CaptureFixture) -> None:  # type: ignore[no-untyped-def]
     typed(command("check-data ROOT"))
     typed(command("check-data --data"))
-    assert capsys.readouterr().out.count("0 bad files or rows") == 2
+    assert capsys.readouterr().out.count("no bad files") == 2
     typed(command("fit", "configs/sanm.yaml"), *SMALL, *SIDE)
     assert results(0)["sanm"] is True and results(0)["selected_on"] == "val"
     typed(command("fit", "select.yaml"), *SMALL, *SIDE)
