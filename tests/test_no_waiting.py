@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sanm_lightning import SANM, methods
 from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.callbacks import FiniteLoss
+from sanm_lightning.callbacks import FiniteLoss, Unaveraged
 from sanm_lightning.functional import Mixed
 from sanm_lightning.methods.nested import NestedDropout
 from sanm_lightning.models import SmallCNN
@@ -89,6 +89,8 @@ def on_gpu(monkeypatch):
             for name, value in list(part._buffers.items()):
                 if value is not None:
                     part._buffers[name] = torch.empty(value.shape, device="cuda", dtype=value.dtype)
+            for name, value in part.registered_state().items() if isinstance(part, Unaveraged) else ():
+                setattr(part, name, torch.empty(value.shape, device="cuda", dtype=value.dtype))
             names = part._states if isinstance(part, SampleState) else ()
             for name in (*names, *(["quality"] if isinstance(part, LabelQuality) else [])):
                 table = getattr(part, name)

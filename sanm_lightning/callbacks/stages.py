@@ -163,8 +163,11 @@ class Stages(L.Callback):
         if trainer.current_epoch != first or number == 0 or stage.reset == "none":
             return
         drawn: set[nn.Parameter] = set()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(named_seed("reset", pl_module.sanm.seed, number))
+        on_gpu, seed = pl_module.device.type == "cuda", named_seed("reset", pl_module.sanm.seed, number)
+        with torch.random.fork_rng([pl_module.device] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)  # of the current device
             drawn.update(pl_module.reset(head_only=stage.reset == "head"))
         for optimizer in trainer.optimizers:
             for parameter in drawn & optimizer.state.keys():

@@ -93,7 +93,7 @@ def test_two_decays_at_once_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; set it to the known"),
+        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; set noise_rate"),
         ({"noise_rate": 1.0}, r"noise_rate in \[0, 1\), got 1.0"),
         ({"schedule": "linear"}, "schedule 'constant' or 'gradual'"),
         ({"decay": "l3"}, "decay 'l1' or 'l2'"),

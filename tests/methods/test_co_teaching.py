@@ -122,7 +122,7 @@ def test_it_runs_on_plain_pairs():
     ("options", "message"),
     [
         ({"noise_rate": 1.0}, r"noise_rate in \[0, 1\), got 1.0"),
-        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; set it to the known"),
+        ({"noise_rate": None}, r"noise_rate in \[0, 1\), got None; set noise_rate"),
         ({"num_gradual": -1}, "num_gradual >= 0"),
         ({"exponent": 0.0}, "exponent > 0"),
     ],

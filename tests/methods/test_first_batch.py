@@ -110,7 +110,7 @@ class TestNormalizedTwice:
     def test_it_is_accepted_where_neither_network_nor_sanm_relies_on_the_range(self):
         statistics = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
         fitted(loader(self.NORMALIZED), sanm=False, **statistics)
-        fitted(loader(self.NORMALIZED), sanm=False, network=SmallCNN(4, width=4))
+        fitted(loader(self.NORMALIZED), sanm=False, network=SmallCNN(4, width=4), network_args=None)
         with pytest.raises(MisconfigurationException, match=r"expected images in \[0, 1\]"):
             fitted(loader(self.NORMALIZED), **statistics)
 

@@ -43,7 +43,7 @@ def test_a_reset_after_loading_restores_the_pretrained_weights(pretrained, tmp_p
         assert torch.equal(one.network.state_dict()[name], weights[name.removeprefix("network.")])
 
 
-class Own(CrossEntropy):
+class WithBackbone(CrossEntropy):
     def __init__(self, backbone: nn.Module, num_classes: int = 4, **kwargs):
         super().__init__(num_classes, network=backbone, **kwargs)
 
@@ -54,14 +54,14 @@ def backbone() -> nn.Module:
 
 
 def test_a_network_that_is_an_argument_of_a_subclass_is_not_saved(tmp_path):
-    module = Own(backbone(), image_size=16)
+    module = WithBackbone(backbone(), image_size=16)
     run = trainer(1)
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "own.ckpt")
     assert "backbone" not in torch.load(tmp_path / "own.ckpt", weights_only=True)["hyper_parameters"]
-    again = Own.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, backbone=backbone())
+    again = WithBackbone.load_from_checkpoint(tmp_path / "own.ckpt", weights_only=True, backbone=backbone())
     assert same(again.network, module.network)
-    resumed = Own(backbone(), image_size=16)
+    resumed = WithBackbone(backbone(), image_size=16)
     trainer(2).fit(resumed, data(), ckpt_path=tmp_path / "own.ckpt")
     assert resumed.current_epoch == 2
 
