@@ -111,6 +111,7 @@ VARIANT_ROWS = {
     "SANM, regularized labels only": ("labels", True),
     "SANM, no reconstruction": ("masks and labels", True),
     "SANM, label quality from the true labels": ("oracle", True),
+    "SANM, `unlabelled_quality: guess`": ("guesses", True),
     "alone, 66 epochs": ("longer", False),
     "SANM, 66 epochs": ("longer", True),
 }
@@ -122,10 +123,11 @@ VARIANTS = {
     "labels": ["--model.sanm.mask", "false", "--model.sanm.reconstruct", "false"],
     "masks and labels": ["--model.sanm.reconstruct", "false"],
     "oracle": ["--model.sanm.quality", "oracle"],
+    "guesses": ["--model.unlabelled_quality", "guess"],
     "longer": ["--trainer.max_epochs", "66"],
 }
-"""Options of SANM's variants: the components alone, label quality from the true labels (not a training method), and three times
-the epochs, which applies to the run without SANM too."""
+"""Options of SANM's variants: the components alone, label quality from the true labels (not a training method), the quality of
+guessed labels in place of the given ones (DivideMix), and three times the epochs, which applies to the run without SANM too."""
 STUDY = {
     "data": "scikit-learn digits at 16 x 16, 1297 training and 500 test images; symmetric noise over the other classes, or "
     "asymmetric noise 2 -> 7, 3 -> 8, 5 <-> 6, 7 -> 1, in which half as many labels are wrong",
