@@ -187,6 +187,22 @@ def digits_soft_targets() -> str:
     return markdown("| method | | last, seeds 1 to 3 |", rows)
 
 
+def loaders() -> str:
+    """Return the table of loaders, ratios of images per second to those of the data module."""
+    names = {
+        "sanm_lightning": "data module",
+        "torchvision": "torchvision",
+        "albumentationsx": "AlbumentationsX",
+        "kornia": "kornia",
+    }
+    found = load("loaders")["loaders"]
+    own = found["sanm_lightning"]["images_per_s"]
+    rows = (
+        (title, f"{(rate := found[name]['images_per_s']):.0f}", f"{rate / own:.2f}") for name, title in names.items()
+    )
+    return markdown("| loader | images per second | ratio |", rows)
+
+
 def audit_image_size() -> str:
     """Return the table of audits by the size of the images, ratios of seconds to the smallest size."""
     runs = load("audit_image_size")["runs"]["worst"]
@@ -339,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-variants": lambda: digits_methods.variants_table(load("digits_noises")["runs"]),
+    "loaders": loaders,
     "audit-image-size": audit_image_size,
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),
