@@ -105,18 +105,19 @@ class PredictionRecord(L.Callback):
             return
         data = trainer.datamodule
         keys: dict[str, list[str]] = {}
-        tables = []
+        tables: list[Any] = []
         for loader in loaders:
             index, rows = (
                 np.concatenate(parts) for parts in zip(*(s[loader] for s in shares if loader in s), strict=True)
             )
             index, first = np.unique(index, return_index=True)  # sorted, without duplicates added by a sampler
-            tables.append(rows[first])
             split = self._splits.get(loader)
             heading, names = _sample_names(data, split, index)
-            keys.setdefault(heading, []).extend(names)
-            if len(loaders) > 1:
-                keys.setdefault("set", []).extend([split or str(loader)] * len(names))
+            columns = {heading: names} | ({"set": [split or str(loader)] * len(names)} if len(loaders) > 1 else {})
+            done = sum(map(len, tables))
+            for name in {**keys, **columns}:  # empty where the samples of a loader have no such name
+                keys.setdefault(name, [""] * done).extend(columns.get(name, [""] * len(names)))
+            tables.append(rows[first])
         probabilities = np.concatenate(tables)
         names = named_classes(data) or getattr(pl_module, "class_names", None) or []
         if len(names) != probabilities.shape[1]:

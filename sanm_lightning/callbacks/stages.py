@@ -150,7 +150,8 @@ class Stages(L.Callback):
             first += length
             if ahead and length and number > 0 and stage.reset != "none":
                 pl_module.check_reset(head_only=stage.reset == "head")
-            if stage.factor and length and math.isinf(trainer.num_training_batches):
+            reached = first - length < end and first > trainer.current_epoch
+            if stage.factor and length and reached and math.isinf(trainer.num_training_batches):
                 raise ValueError(
                     f"expected a training set with a length for the stage {stage.name!r} of {type(pl_module).__name__}, whose "
                     "learning rate depends on the number of its steps, got one without; set limit_train_batches to the "

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sanm_lightning.callbacks import (
     CompileNetworks,
@@ -37,11 +38,15 @@ __all__ = ["NoisyLabelModule", "sgd"]
 
 
 def module_arguments(module: nn.Module, frame: FrameType | None) -> list[str]:
-    """Return the names of the networks among the arguments of a module's constructors, which call one another."""
+    """Return the names of the modules, or containers of modules, among the arguments of a module's constructors."""
     names = []
     while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
-        parts = {name for name, value in frame.f_locals.items() if isinstance(value, nn.Module)}
-        names += sorted(parts - {"self", "sanm", "__class__"})  # SANM is saved as its options
+        found = inspect.getargvalues(frame)
+        values = {name: found.locals.get(name) for name in found.args} | found.locals.get(found.keywords or "", {})
+        parts = (
+            name for name, value in values.items() if any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value))
+        )
+        names += [name for name in parts if name not in ("self", "sanm")]  # SANM is saved as its options
         frame = frame.f_back
     return names
 
@@ -72,7 +77,7 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
         compile_network: compile the networks with ``torch.compile`` while a trainer uses the module: true, or the name
             of a backend. Weights, checkpoints and exports are those of the uncompiled network.
 
-    A checkpoint contains all of these except networks given as modules, also as arguments of a subclass, the optimizer and the
+    A checkpoint contains all of these except modules, also as arguments of a subclass, the optimizer and the
     scheduler (those of the command line are saved): ``load_from_checkpoint`` requires them only to continue training. With two
     networks, both are trained in one step with the sum of their losses and one optimizer, which is equivalent to two
     optimizers. A network given as a module is copied for the second network, and the copy is reinitialized.

@@ -17,7 +17,7 @@ __all__ = ["check_reset", "copy_reinitialized", "reinitialize", "reset_networks"
 
 @torch.no_grad()
 def reinitialize(network: nn.Module) -> list[str]:
-    """Reinitialize a network in place by the methods ``reset_parameters`` of its modules.
+    """Reinitialize a network in place by the methods ``reset_parameters`` of its modules; frozen parameters keep their values.
 
     Returns:
         The names of the trainable parameters that no such method sets, and which keep their values: they are NaN during
@@ -25,12 +25,17 @@ def reinitialize(network: nn.Module) -> list[str]:
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     values = {name: parameter.clone() for name, parameter in trained.items()}
+    rest = [*(part for part in network.parameters() if not part.requires_grad), *network.buffers()]
+    before = [part.clone() for part in rest]
     for parameter in trained.values():
         parameter.fill_(torch.nan)
     network.apply(reset_parameters)
     kept = [name for name, parameter in trained.items() if bool(parameter.isnan().any())]
     for name in kept:
         trained[name].copy_(values[name])
+    for part, old in zip(rest, before, strict=True):
+        if isinstance(part, nn.Parameter) or bool(part.isnan().any()):  # spectral norm iterates when a weight is read
+            part.copy_(old)
     return kept
 
 

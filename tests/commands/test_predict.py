@@ -273,6 +273,21 @@ class TestDataModules:
             *(("0", str(number)) for number in range(3)), *(("train", number) for number in origin),
         ]  # fmt: skip
 
+    def test_columns_of_files_and_of_another_loader_have_empty_cells(self, folder):
+        class Files(ImageFolder):
+            def predict_dataloader(self):
+                return [
+                    self.pass_dataloader("train"),
+                    DataLoader(TensorDataset(torch.rand(3, 3, 16, 16)), batch_size=3),
+                ]
+
+        data = Files(str(folder), image_size=16, batch_size=8, seed=0)
+        header, rows = read(self.run(data))
+        assert header[:3] == ["path", "set", "index"]
+        assert [row["path"] for row in rows[:-3]] == data.sample_paths()
+        assert [(row["path"], row["set"], row["index"]) for row in rows[-3:]] == [("", "1", str(n)) for n in range(3)]
+        assert not any(row["index"] for row in rows[:-3])
+
     def test_loaders_of_any_kind_are_numbered(self):
         x, y = torch.rand(5, 3, 16, 16), torch.zeros(5, dtype=torch.int64)
         loaders = [DataLoader(TensorDataset(x, y), 2), DataLoader(TensorDataset(x[:3]), 2)]

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 
 from sanm_lightning import SANM
+from sanm_lightning.functional import guided_mixup
 from sanm_lightning.methods import PLC, CrossEntropy, JointOptim, MCorrection
+from sanm_lightning.methods.reset import copy_reinitialized
 from sanm_lightning.models import create_network
 from tests.methods.toy import data, same, trainer
 
@@ -68,10 +70,9 @@ def test_a_network_that_is_an_argument_of_a_subclass_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize("options", [{"mean": (0.5,) * 3}, {"std": (0.2,) * 3}, {"network_args": {"width": 4}}])
 def test_options_of_networks_by_name_are_refused_for_a_module(options):
-    (name, value), *_ = options.items()
+    (name,) = options
     with pytest.raises(ValueError, match=rf"expected {name} null with a network given as a module, got .*; set it in"):
         CrossEntropy(4, network=backbone(), **options)
-    assert value
 
 
 class TestOtherLabels:
@@ -108,12 +109,43 @@ class TestOtherLabels:
 
 
 @pytest.mark.parametrize("options", [{"keep_unmasked": True}, {"regions": "peak_and_trough"}])
-def test_guided_mixup_weights_every_view_by_the_quality_of_its_sample(options):
-    module = MCorrection(
-        **SMALL, bootstrap="soft_to_hard", warmup_epochs=1, guided_epochs=1, sanm=SANM(mu=0.5, **options)
-    )
+def test_guided_mixup_of_two_views_runs_under_sanm(options):
+    torch.manual_seed(0)
+    sanm = SANM(mu=0.5, seed=0, **options)
+    module = MCorrection(**SMALL, bootstrap="soft_to_hard", warmup_epochs=1, guided_epochs=1, sanm=sanm)
     trainer(3).fit(module, data())
     assert module.sanm.last["masked_fraction"].max() > 0
+
+
+def test_guided_mixup_weights_every_view_by_the_quality_of_its_sample():
+    images, targets, quality = torch.rand(6, 3, 4, 4), torch.rand(6, 2), torch.tensor([0.9, 0.1, 0.5])
+    mixed = guided_mixup(images, targets, quality, torch.Generator().manual_seed(0))
+    for row, partner in enumerate(mixed.partners.tolist()):
+        own, other = quality[row % 3], quality[partner % 3]
+        expected = (own * images[row] + other * images[partner]) / (own + other)
+        torch.testing.assert_close(mixed.images[row], expected)
+
+
+def test_a_list_of_networks_as_an_argument_is_not_saved():
+    class Listed(CrossEntropy):
+        def __init__(self, parts: list[nn.Module], width: int = 1, **kwargs):
+            super().__init__(4, network=parts[0], **kwargs)
+
+    module = Listed([backbone()], image_size=16, sanm=SANM(mu=0.5))
+    assert {"width", "sanm"} <= module.hparams.keys()
+    assert "parts" not in module.hparams
+
+
+def test_a_second_network_keeps_frozen_parameters_and_finite_buffers():
+    body = [nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1)]
+    network = nn.Sequential(*body, nn.Flatten(), nn.Linear(8, 4))
+    network[1].requires_grad_(False)
+    with pytest.warns(UserWarning, match="which keeps 0.parametrizations.weight.original"):
+        twin = copy_reinitialized(network, "CoTeaching")
+    assert torch.equal(twin[1].weight, network[1].weight)
+    assert not torch.equal(twin[4].weight, network[4].weight)
+    assert all(bool(value.isfinite().all()) for value in twin.state_dict().values())
+    assert twin(torch.rand(2, 3, 16, 16)).isfinite().all()
 
 
 class TestASharedSANM:
