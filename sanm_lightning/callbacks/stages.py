@@ -145,13 +145,12 @@ class Stages(L.Callback):
         end = math.inf if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
         first = 0.0
         for number, stage in enumerate(pl_module.stages()):
-            ahead = trainer.current_epoch <= first < end
+            ahead, begins = trainer.current_epoch <= first < end, first < end
             length = math.inf if stage.epochs is None else stage.epochs
             first += length
             if ahead and length and number > 0 and stage.reset != "none":
                 pl_module.check_reset(head_only=stage.reset == "head")
-            reached = first - length < end and first > trainer.current_epoch
-            if stage.factor and length and reached and math.isinf(trainer.num_training_batches):
+            if stage.factor and begins and first > trainer.current_epoch and math.isinf(trainer.num_training_batches):
                 raise ValueError(
                     f"expected a training set with a length for the stage {stage.name!r} of {type(pl_module).__name__}, whose "
                     "learning rate depends on the number of its steps, got one without; set limit_train_batches to the "

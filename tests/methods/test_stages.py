@@ -169,6 +169,13 @@ def test_a_rate_over_a_stage_requires_a_number_of_batches():
         "number of its steps, got one without; set limit_train_batches to the number of batches of an epoch",
     ):
         trainer(2).fit(module(Falling), DataLoader(Endless(), 8))
+
+    class Later(CrossEntropy):
+        def stages(self):
+            return [Stage("plain", 2), Stage("fall", factor=falling)]
+
+    with pytest.warns(UserWarning, match="expected max_epochs that reach the stage 'fall' of Later"):
+        trainer(2, max_steps=3).fit(module(Later), DataLoader(Endless(), 8))
     watch = Watch()
     trainer(2, limit_train_batches=2, callbacks=[watch]).fit(module(Falling), DataLoader(Endless(), 8))
     assert [rate for rate, _ in watch.used] == pytest.approx([0.02 * falling(step, 4) for step in range(4)])
