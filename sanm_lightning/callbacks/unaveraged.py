@@ -18,7 +18,14 @@ class Unaveraged(nn.Module):
     """
 
     def register_state(self, name: str, value: Tensor) -> None:
-        """Add a tensor, which is saved under ``name`` as a buffer of that name would be."""
+        """Add a tensor, which is moved and saved as a buffer would be.
+
+        In contrast to a buffer, DistributedDataParallel does not broadcast it: compute the same value in every process.
+
+        Args:
+            name: name of the attribute, and of the entry in the state dict.
+            value: initial value, of any shape; a loaded value has the same shape.
+        """
         self.__dict__.setdefault("_state_names", []).append(name)
         setattr(self, name, value)
 

@@ -226,7 +226,7 @@ class ImageFolder(ScannedFiles):
         return super().left_out(fault) or Path(fault.path).name in self._left_out_classes()
 
     def _left_out_classes(self) -> set[str]:
-        listed, bases = self._listed_bad(), self._folders()["train"]
+        listed, bases = self._listed_bad(), self._folders()["train"] if self._listed_bad() else []
         return {name for base in bases for name in class_folders(base)[0] if self._relative(base / name) in listed}
 
     def _relative(self, path: Path) -> str:

@@ -3,12 +3,10 @@
 import inspect
 from collections.abc import Mapping
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sanm_lightning.callbacks import (
     CompileNetworks,
@@ -24,6 +22,7 @@ from sanm_lightning.callbacks.exact_resume import require_same_method
 from sanm_lightning.methods import checks
 from sanm_lightning.methods.evaluation import EvaluationSteps
 from sanm_lightning.methods.first_batch import FirstBatch
+from sanm_lightning.methods.hyper_parameters import module_arguments
 from sanm_lightning.methods.learned import TrainingPass
 from sanm_lightning.methods.optimization import Optimization, sgd
 from sanm_lightning.methods.passes import Quantity, predict_split
@@ -35,20 +34,6 @@ from sanm_lightning.sanm.mixin import SANMMixin
 from sanm_lightning.sanm.module import SANM
 
 __all__ = ["NoisyLabelModule", "sgd"]
-
-
-def module_arguments(module: nn.Module, frame: FrameType | None) -> list[str]:
-    """Return the names of the modules, or containers of modules, among the arguments of a module's constructors."""
-    names = []
-    while frame is not None and frame.f_code.co_name == "__init__" and frame.f_locals.get("self") is module:
-        found = inspect.getargvalues(frame)
-        values = {name: found.locals.get(name) for name in found.args} | found.locals.get(found.keywords or "", {})
-        parts = (
-            name for name, value in values.items() if any(isinstance(leaf, nn.Module) for leaf in tree_leaves(value))
-        )
-        names += [name for name in parts if name not in ("self", "sanm")]  # SANM is saved as its options
-        frame = frame.f_back
-    return names
 
 
 class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):

@@ -20,8 +20,8 @@ def reinitialize(network: nn.Module) -> list[str]:
     """Reinitialize a network in place by the methods ``reset_parameters`` of its modules; frozen parameters keep their values.
 
     Returns:
-        The names of the trainable parameters that no such method sets, and which keep their values: they are NaN during
-        the calls, and remain so.
+        The names of the trainable parameters that no such method sets, and which keep their values. All are NaN during the
+        calls; those that are NaN afterwards were not set.
     """
     trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     values = {name: parameter.clone() for name, parameter in trained.items()}

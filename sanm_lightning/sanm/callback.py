@@ -17,6 +17,7 @@ from sanm_lightning.sanm.checks import (
     check_images,
     image_size_of,
     is_reached,
+    require_parameters,
     require_whole_weights,
     warn_of_long_warmup,
 )
@@ -174,11 +175,7 @@ class SANMCallback(L.Callback):
     def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
         """Return the feature extractor of the given network, or of the first common name that is a classifier."""
         owner = type(pl_module).__name__
-        if next(pl_module.parameters(), None) is None:  # callbacks are set up before setup() and configure_model()
-            raise MisconfigurationException(
-                f"expected a network that {owner} creates in its constructor, got no parameters when SANM is set up; create "
-                "the network in __init__, not in setup() or configure_model()"
-            )
+        require_parameters(pl_module)
         children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
         if self.network is None:
             usual = [getattr(pl_module, name, None) for name in USUAL_NAMES]

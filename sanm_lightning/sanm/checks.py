@@ -17,6 +17,7 @@ __all__ = [
     "check_rows",
     "image_size_of",
     "is_reached",
+    "require_parameters",
     "require_whole_weights",
     "warn_of_long_warmup",
 ]
@@ -25,7 +26,7 @@ SHARING = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 """Strategies that shard weights, by name, because lightning and pytorch_lightning have separate classes."""
 TOLERANCE = 0.1
 """Distance of pixel values from [0, 1] that resampling and color changes may cause."""
-FAR = 10.0
+MAX_VALUE = 10.0
 """Absolute pixel value, after the normalization is reversed, above which its statistics are those of another range."""
 ROWS = 0.02
 """Distance from 1 of the sum of class probabilities; rows in bf16 sum to 1 up to 0.01."""
@@ -77,7 +78,7 @@ def check_images(images: Tensor, sanm: SANM) -> None:
                 f"expected images (x - mean) / std of x in [0, 1], got x from {low:.3g} to {high:.3g}; pass the mean and std "
                 "of images in [0, 1], which are those of images from 0 to 255 divided by 255"
             )
-            if max(-low, high) > FAR:
+            if max(-low, high) > MAX_VALUE:
                 raise MisconfigurationException(line)
             rank_zero_warn(line)
 
@@ -204,3 +205,12 @@ def image_size_of(trainer: L.Trainer) -> tuple[int, int]:
         ) from error
     height, width = images_and_labels(batch)[0].shape[-2:]
     return height, width
+
+
+def require_parameters(pl_module: L.LightningModule) -> None:
+    """Raise MisconfigurationException for a module without parameters, whose network is created after SANM is set up."""
+    if next(pl_module.parameters(), None) is None:  # callbacks are set up before setup() and configure_model()
+        raise MisconfigurationException(
+            f"expected a network that {type(pl_module).__name__} creates in its constructor, got no parameters when SANM is "
+            "set up; create the network in __init__, not in setup() or configure_model()"
+        )

@@ -234,12 +234,7 @@ class SANM(QualitySource):
         if self.reconstruct and self.decoder is None:
             self._create_decoder(output.maps.shape[1:], image_size, output.images.shape[1])
         if self.decoder is not None:
-            channels, wanted = (output.maps.shape[1], output.images.shape[1]), self.decoder.channels
-            if channels != wanted:
-                raise ValueError(
-                    f"expected a network with {wanted[0]} channels in its feature map and {wanted[1]} in its images, for "
-                    f"which this SANM was created, got {channels[0]} and {channels[1]}; create a SANM for each network"
-                )
+            self.decoder.check_channels(output.maps.shape[1], output.images.shape[1])
         if self.scale == "normalized" and self.normalization is None:
             self.network_normalization = Normalization.of_network(network)
         self.to(output.logits.device, output.logits.dtype)

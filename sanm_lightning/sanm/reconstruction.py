@@ -90,10 +90,13 @@ class Decoder(nn.Module):
         """Shape (D, h, w) of the feature map, (H, W) and C of the images, as built-in types."""
         return [list(self.shape), list(self.image_size), self.image_channels]
 
-    @property
-    def channels(self) -> tuple[int, int]:
-        """Number of channels of the feature map and of the images."""
-        return self.shape[0], self.image_channels
+    def check_channels(self, channels: int, image_channels: int) -> None:
+        """Raise ValueError if a feature map or its images have other numbers of channels than the decoder."""
+        if (channels, image_channels) != (self.shape[0], self.image_channels):
+            raise ValueError(
+                f"expected a network with {self.shape[0]} channels in its feature map and {self.image_channels} in its images, "
+                f"for which this SANM was created, got {channels} and {image_channels}; create a SANM for each network"
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """Return reconstructed images (B, C, H, W), unbounded, of feature maps (B, D, h, w)."""
