@@ -2,7 +2,8 @@
 
 import copy
 import io
-from typing import Any
+import pickle
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from sanm_lightning.sanm import SANM, FrozenNetwork, Views, apply_mask, clean_pr
 from sanm_lightning.sanm import module as sanm_module
 from sanm_lightning.sanm.activation import upsample
 from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.masking import RatioName
 
 SIZE = (16, 16)
 
@@ -573,6 +575,15 @@ class TestQualityOfTheModule:
     def test_of_an_oracle_needs_true_labels(self) -> None:
         with pytest.raises(ValueError, match="expected batches with true_labels for quality: oracle, got none"):
             SANM(quality="oracle").source_of_quality(batch()[1])
+
+
+@pytest.mark.parametrize("ratio", get_args(RatioName))
+def test_a_pickled_copy_draws_the_same_views(ratio: Any) -> None:
+    sanm, net = SANM(mu=0.5, seed=0, ratio=ratio), Small()
+    sanm.build(net, SIZE)
+    copied = pickle.loads(pickle.dumps(sanm))
+    images, targets, quality = batch()
+    assert torch.equal(sanm(net, images, targets, quality).images, copied(net, images, targets, quality).images)
 
 
 class TestResume:
