@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.epoch_means import EpochMeans
 from sanm_lightning.random_streams import several_processes
 
 __all__ = ["FiniteLoss"]
@@ -24,7 +25,12 @@ class FiniteLoss(L.Callback):
     """
 
     def __init__(self) -> None:
+        self._means = EpochMeans()
         self._bad_step: Tensor | None = None  # step of the first loss that was not finite, or -1, on the device
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Delete the losses of an interrupted epoch."""
+        self._means.reset()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Record whether the loss is finite."""
@@ -36,19 +42,19 @@ class FiniteLoss(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the loss of the step."""
+        """Add the loss of the step to the mean over the images of the epoch."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):  # Lightning has divided it by the number of accumulated batches
-            pl_module.log(
-                "train/loss", loss.detach() * trainer.accumulate_grad_batches, on_step=False, on_epoch=True,
-                batch_size=len(NoisyBatch.from_any(batch, need_labels=False).images), prog_bar=True, sync_dist=True,
-            )  # fmt: skip
+            images = NoisyBatch.from_any(batch, need_labels=False).images
+            self._means.update("train/loss", loss * trainer.accumulate_grad_batches, len(images))
+        self._means.log_if_last(trainer, pl_module, prog_bar=True)
         interval = getattr(trainer, "log_every_n_steps", 0)
         if interval and (batch_idx + 1) % interval == 0:
             self._require_finite(pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the losses of the epoch."""
+        self._means.log(pl_module, prog_bar=True)
         self._require_finite(pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

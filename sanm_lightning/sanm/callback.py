@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from sanm_lightning.compat import set_up_again
+from sanm_lightning.epoch_means import EpochMeans
 from sanm_lightning.sanm.checks import (
     LabelCheck,
     check_images,
@@ -112,6 +113,7 @@ class SANMCallback(L.Callback):
         self.tap: FeatureExtractor | None = None
         self.rehearse = rehearse
         self._fitted = -1  # epoch of the last fit of label quality
+        self._means, self._logged = EpochMeans(), [self.sanm]
         self._masked_steps: Tensor | None = None  # on the device, to avoid synchronization
         self._index = SampleIndex(index)
         self._label_check = LabelCheck()
@@ -306,6 +308,11 @@ class SANMCallback(L.Callback):
         """Return all SANMs of the module, including that of this callback."""
         return list(dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))]))
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the SANMs whose metrics are logged, and delete the metrics of an interrupted epoch."""
+        self._logged = self._sanms(pl_module)
+        self._means.reset()
+
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit label quality once per epoch; the epoch is saved, because resumed epochs do not call the start hook."""
         if self.sanm.enabled and self._fitted != trainer.current_epoch:
@@ -322,10 +329,10 @@ class SANMCallback(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the metrics of the step."""
+        """Add the metrics of the step to the means of the epoch."""
         if not self.sanm.enabled:
             return
-        worked = [sanm for sanm in self._sanms(pl_module) if sanm.last]
+        worked = [sanm for sanm in self._logged if sanm.last]
         figures = {}
         for name in ("quality", "masked_fraction", "reconstruction_loss"):
             values = [sanm.last[name] for sanm in worked if name in sanm.last]
@@ -338,7 +345,8 @@ class SANMCallback(L.Callback):
             ]
             figures["classification_loss"] = loss.detach() * trainer.accumulate_grad_batches - sum(terms)
         for name, value in figures.items():
-            pl_module.log(f"train/{name}", value, on_step=False, on_epoch=True, batch_size=1, sync_dist=True)
+            self._means.update(f"train/{name}", value)
+        self._means.log_if_last(trainer, pl_module)
         if "masked_fraction" in figures:
             hidden = (figures["masked_fraction"] > 0).long()
             before = 0 if self._masked_steps is None else self._masked_steps.to(hidden.device)
@@ -351,6 +359,7 @@ class SANMCallback(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Check the labels, and synchronize per-sample state, unless another callback does. A collective operation."""
+        self._means.log(pl_module)
         self._label_check.report(trainer.current_epoch)
         if self._states is not None:
             self._states.on_train_epoch_end(trainer, pl_module)
