@@ -8,11 +8,13 @@ from sklearn.metrics import roc_auc_score
 
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, standardize
 from sanm_lightning.functional.noise_model import (
+    anchor_transition,
     confident_joint,
     deconvolve,
     fit_noise_model,
     judge_labels,
     label_posterior,
+    smooth_transition,
     transition_of,
 )
 
@@ -59,6 +61,73 @@ class TestConfidentJoint:
         probs = np.array([[0.9, 0.1], [0.9, 0.1], [0.2, 0.8], [0.2, 0.8]])
         joint = confident_joint(probs, np.array([0, 0, 0, 1]))  # label 0: threshold 2/3; label 1: .8
         np.testing.assert_allclose(joint, [[0.5, 0.25], [0, 0.25]])
+
+
+class TestAnchors:
+    @pytest.mark.parametrize(("size", "chosen"), [(20, 10), (150, 75), (400, 100), (1000, 200)])
+    def test_are_the_images_of_the_highest_probability_by_class_size(self, size, chosen, monkeypatch):
+        monkeypatch.setattr("sanm_lightning.functional.noise_model.smooth_transition", lambda counts: counts)
+        draw = np.random.default_rng(0)
+        labels = np.repeat([0, 1, 3], [size, 300, 40])
+        probs = draw.dirichlet(np.ones(4), len(labels))
+        found = anchor_transition(probs, labels)
+        order = sorted(range(len(labels)), key=lambda row: probs[row, 0], reverse=True)
+        for given in range(4):
+            assert found[0, given] == sum(labels[row] == given for row in order[:chosen])
+        assert found.sum(1).tolist() == [chosen, 100, 0, 20]  # a class without labels has no anchor points
+
+    def test_errors_of_the_probe_are_not_counted_as_noise(self):
+        """Two classes that overlap: the confident joint counts the images in between, and anchor points do not."""
+        draw = np.random.default_rng(0)
+        right = draw.integers(0, 2, 4000)
+        position = draw.normal(2 * right - 1.0, 1.0)
+        given = np.where(draw.random(4000) < 0.1, 1 - right, right)
+        true = 1 / (1 + np.exp(-2 * position))
+        noisy = 0.1 + 0.8 * true
+        probs = np.stack([1 - noisy, noisy], 1)
+        found, confused = anchor_transition(probs, given), transition_of(confident_joint(probs, given))
+        np.testing.assert_allclose(found, [[0.9, 0.1], [0.1, 0.9]], atol=0.03)
+        assert confused[0, 1] > 0.14
+        assert confused[1, 0] > 0.14
+
+
+class TestSmoothing:
+    @staticmethod
+    def slow(counts, strength):
+        """The marginal likelihood of the labels one by one, as draws from an urn, with the mean of the prior."""
+        classes = len(counts)
+        rate = (counts.sum() - np.trace(counts) + 0.5) / (counts.sum() + 1)
+        prior = np.full((classes, classes), rate / (classes - 1))
+        np.fill_diagonal(prior, 1 - rate)
+        total = 0.0
+        for row, mean in zip(counts, prior, strict=True):
+            urn = strength * mean
+            for given, count in enumerate(row):
+                for _ in range(int(count)):
+                    total += np.log(urn[given] / urn.sum())
+                    urn[given] += 1
+        return total, (counts + strength * prior) / (counts.sum(1, keepdims=True) + strength)
+
+    def test_against_an_urn(self):
+        counts = np.array([[30.0, 4, 0], [2, 20, 9], [1, 0, 40]])
+        tried = [self.slow(counts, strength) for strength in np.logspace(-1, 5, 61)]
+        np.testing.assert_allclose(smooth_transition(counts), max(tried, key=lambda pair: pair[0])[1], rtol=1e-9)
+
+    def test_rows_that_are_alike_become_equal(self):
+        counts = np.array([[79.0, 11, 10], [9, 80, 11], [10, 9, 81]])
+        found = smooth_transition(counts)
+        np.testing.assert_allclose(np.diag(found), 240.5 / 301, atol=1e-3)
+        np.testing.assert_allclose(found[~np.eye(3, dtype=bool)], 60.5 / 602, atol=1e-3)
+
+    def test_rows_that_differ_stay_as_counted(self):
+        counts = np.array([[600.0, 400, 0], [0, 1000, 0], [0, 0, 1000]])
+        np.testing.assert_allclose(smooth_transition(counts), counts / 1000, atol=0.005)
+
+    def test_every_class_has_a_row_above_zero(self):
+        found = smooth_transition(np.array([[5.0, 0, 0], [0, 0, 0], [0, 0, 3]]))
+        np.testing.assert_allclose(found.sum(1), 1)
+        assert (found > 0).all()
+        assert (found.argmax(1) == [0, 1, 2]).all()
 
 
 class TestDeconvolve:
