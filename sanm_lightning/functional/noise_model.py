@@ -203,7 +203,7 @@ def judge_labels(probs: Array, labels: Array, transition: Array, iterations: int
     return posterior.astype(np.float32)
 
 
-def fit_noise_model(probs: Array, labels: Array, refinements: int = 5) -> NoiseModel:
+def fit_noise_model(probs: Array, labels: Array, refinements: int = 10) -> NoiseModel:
     """Estimate the wrong labels, their fraction, and the transition matrix.
 
     The fraction of wrong labels is not identifiable from probabilities alone: an ambiguous image may be a hard image
