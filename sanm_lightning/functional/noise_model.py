@@ -21,8 +21,11 @@ __all__ = [
 
 ITERATIONS = 10
 """Number of iterations of the deconvolution; more iterations amplify noise of the probabilities."""
-ANCHORS, FEW, MOST = 0.2, 100, 0.5
-"""Anchor points of a class: a fifth of its labels, but not fewer than 100 or half of them."""
+ANCHORS = 0.4
+"""Number of anchor points of a class, as a fraction of its given labels.
+
+With fewer, image-dependent noise is underestimated; with more, errors of the probe are counted.
+"""
 CHUNK = 65_536
 Array = np.ndarray[Any, Any]
 
@@ -45,19 +48,19 @@ class NoiseModel(NamedTuple):
     interval: tuple[float, float]
 
 
-def anchor_transition(probs: Array, labels: Array) -> Array:
+def anchor_transition(probs: Array, labels: Array, fraction: float = ANCHORS) -> Array:
     """Estimate the transition matrix from the images that most certainly belong to each class.
 
     Source: anchor points (Liu and Tao, TPAMI 2016). The paper and F-correction (Patrini et al., CVPR 2017) read the
     probabilities of one image per class; here the given labels of many are counted, and :func:`smooth_transition` takes
     account of how few they are. Images that the probe confuses are far from the top of their class, so that its own
     errors are not counted as label noise, as they are in the confident joint. Where difficult images have more wrong
-    labels than easy ones, the noise is underestimated. The anchor points of a class are the images with the highest
-    probabilities, a fifth as many as it has labels, but not fewer than 100 or half as many.
+    labels than easy ones, the noise is underestimated.
 
     Args:
         probs: out-of-fold probabilities of the given labels, shape (N, C).
         labels: given labels, shape (N,).
+        fraction: number of anchor points of a class, as a fraction of its given labels, in (0, 1].
 
     Returns:
         Probability of each given label (columns) for each true label (rows), shape (C, C), rows sum to 1.
@@ -66,7 +69,7 @@ def anchor_transition(probs: Array, labels: Array) -> Array:
     counts = np.zeros((num_classes, num_classes))
     for label, size in enumerate(np.bincount(labels, minlength=num_classes)):
         if size:
-            chosen = max(1, round(max(ANCHORS * size, min(FEW, MOST * size))))
+            chosen = max(1, round(fraction * size))
             anchors = np.argpartition(-probs[:, label], chosen - 1)[:chosen]
             counts[label] = np.bincount(labels[anchors], minlength=num_classes)
     return smooth_transition(counts)

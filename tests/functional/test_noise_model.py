@@ -64,8 +64,8 @@ class TestConfidentJoint:
 
 
 class TestAnchors:
-    @pytest.mark.parametrize(("size", "chosen"), [(20, 10), (150, 75), (400, 100), (1000, 200)])
-    def test_are_the_images_of_the_highest_probability_by_class_size(self, size, chosen, monkeypatch):
+    @pytest.mark.parametrize(("size", "chosen"), [(1, 1), (20, 8), (150, 60)])
+    def test_are_the_images_of_the_highest_probability(self, size, chosen, monkeypatch):
         monkeypatch.setattr("sanm_lightning.functional.noise_model.smooth_transition", lambda counts: counts)
         draw = np.random.default_rng(0)
         labels = np.repeat([0, 1, 3], [size, 300, 40])
@@ -74,21 +74,21 @@ class TestAnchors:
         order = sorted(range(len(labels)), key=lambda row: probs[row, 0], reverse=True)
         for given in range(4):
             assert found[0, given] == sum(labels[row] == given for row in order[:chosen])
-        assert found.sum(1).tolist() == [chosen, 100, 0, 20]  # a class without labels has no anchor points
+        assert found.sum(1).tolist() == [chosen, 120, 0, 16]  # a class without labels has no anchor points
 
     def test_errors_of_the_probe_are_not_counted_as_noise(self):
         """Two classes that overlap: the confident joint counts the images in between, and anchor points do not."""
         draw = np.random.default_rng(0)
         right = draw.integers(0, 2, 4000)
-        position = draw.normal(2 * right - 1.0, 1.0)
+        position = draw.normal(2 * right - 1.0, 0.8)
         given = np.where(draw.random(4000) < 0.1, 1 - right, right)
-        true = 1 / (1 + np.exp(-2 * position))
+        true = 1 / (1 + np.exp(-2 * position / 0.8**2))
         noisy = 0.1 + 0.8 * true
         probs = np.stack([1 - noisy, noisy], 1)
         found, confused = anchor_transition(probs, given), transition_of(confident_joint(probs, given))
         np.testing.assert_allclose(found, [[0.9, 0.1], [0.1, 0.9]], atol=0.03)
-        assert confused[0, 1] > 0.14
-        assert confused[1, 0] > 0.14
+        assert confused[0, 1] > found[0, 1] + 0.02
+        assert confused[1, 0] > found[1, 0] + 0.02
 
 
 class TestSmoothing:
