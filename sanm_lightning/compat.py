@@ -3,8 +3,11 @@
 from collections.abc import Collection
 from typing import Any
 
+import torch
+
 __all__ = [
     "batch_number",
+    "fill_average",
     "limit_batch_size",
     "restart_average",
     "restore_loader",
@@ -78,11 +81,28 @@ def set_up_again(trainer: Any, pl_module: Any, own: Collection[Any]) -> None:
 
 def restart_average(callback: Any) -> None:
     """Make the next update of a callback that averages weights copy them, as its first update does."""
-    kinds = {kind.__name__ for kind in type(callback).__mro__}
-    holder = callback._average_model if "WeightAveraging" in kinds else callback if kinds & COPYING else None
-    count = getattr(holder, "n_averaged", None)
+    count = _average(callback)[1]
     if count is not None:  # not before the first update of StochasticWeightAveraging
         count.zero_()
+
+
+@torch.no_grad()
+def fill_average(callback: Any, pl_module: Any) -> None:
+    """Copy the weights to the average of a callback that has no update yet, or none since it was restarted."""
+    average, count = _average(callback)
+    if average is None or count is None or int(count) > 0:
+        return
+    for kind in ("parameters", "buffers"):
+        for value, current in zip(getattr(average, kind)(), getattr(pl_module, kind)(), strict=True):
+            value.copy_(current)
+
+
+def _average(callback: Any) -> tuple[Any, Any]:
+    """Return the averaged module of a callback and the number of its updates; None for other callbacks."""
+    kinds = {kind.__name__ for kind in type(callback).__mro__}
+    if "WeightAveraging" in kinds:
+        return getattr(callback._average_model, "module", None), getattr(callback._average_model, "n_averaged", None)
+    return (callback._average_model, callback.n_averaged) if kinds & COPYING else (None, None)
 
 
 def limit_batch_size(finder: Any, num_samples: int) -> None:

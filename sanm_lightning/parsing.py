@@ -5,6 +5,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -40,12 +41,19 @@ NOT_IMPORTED = re.compile(r"(?P<reason>No module named .+|module .+ has no attri
 OTHER_CLASS = re.compile(r"Import path does not correspond to a subclass of (?P<base>\w+)")
 VALUE = re.compile(r"Expected a (?P<type>.+?)\. Got value:\s?(?P<value>.*?)(?:\. Got value: .*)?$")
 UNION = re.compile(r"Subtypes: \[(?P<type>.+)\]")
+HELPED = re.compile(r"Help for --(?P<option>[\w.]+)\.help=(?P<path>\S+)")
+"""Description of jsonargparse for the parser that prints the help of a class."""
+TYPED: ContextVar[Sequence[Any]] = ContextVar("TYPED", default=())
+"""Arguments of the command that is parsed."""
 LONG_LISTS = re.compile(r", known subclasses: torch\.(nn\.Module|utils\.data\.Dataset),[^)]*")
 SUBCLASSES = re.compile(r"known subclasses: ([^)]+)")
 INTERNAL = re.compile(r"lightning\.Lightning(Data)?Module|sanm_lightning(\.\w+){3,}")
 """Classes that are not for users: Lightning's base classes, and those that no package exports."""
 DATA_MODULE = "A DataModule standardizes"
 """Beginning of the docstring of ``LightningDataModule``."""
+SECTION = re.compile(
+    r"Parser key \"(?P<key>[^\"]+)\":\nUnable to load config (?P<value>'.*?'|\".*?\")\n(?P<reason>.+)", re.DOTALL
+)
 GIVEN = re.compile(r"Given value: (?P<value>.*?)(?:\. Got value: .*)?$")
 
 
@@ -71,6 +79,24 @@ class CommandParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": ShortHelp, "allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse the arguments, and keep those of the command for the help of nested classes."""
+        token = TYPED.set(TYPED.get() or (sys.argv[1:] if args is None else args))
+        try:
+            return super().parse_args(args, *more, **options)
+        finally:
+            TYPED.reset(token)
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, *more: Any, **options: Any) -> Any:
+        """Add the arguments of a class, in its help by the names to type, of which jsonargparse omits the outer part."""
+        helped = HELPED.match(self.description or "")
+        words = [str(word).partition("=")[0] for word in TYPED.get()] if helped else []
+        typed = next((word for word in words if helped and word.endswith(f".{helped['option']}.help")), None)
+        if helped and typed:
+            self.description = f"Help for {typed}={helped['path']}"
+            nested_key = typed.removeprefix("--").removesuffix(".help")
+        return super().add_class_arguments(theclass, nested_key, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise the error.
@@ -140,7 +166,7 @@ def _places(message: str) -> Iterator[_Place]:
     open_keys: list[tuple[int, str]] = []
     owners: list[tuple[int, str]] = []
     for number, line in enumerate(lines):
-        indent = len(line) - len(line.lstrip(" -"))
+        indent = len(line) - len(line.lstrip(" "))  # that of its dash for the first line of an item of a list
         open_keys = [(depth, key) for depth, key in open_keys if depth < indent]
         owners = [(depth, owner) for depth, owner in owners if depth < indent]
         for pattern, stack in ((KEY, open_keys), (OWNER, owners)):
@@ -266,6 +292,12 @@ def _of_argparse(message: str, parser: Any) -> str:
     found = re.search(r"ambiguous option: (\S+) could match (.+)", message)
     if found:
         return f"expected an option of {_command(parser)}, got {found[1]!r}; near: {found[2]}"
+    found = SECTION.match(message)
+    if found and found["key"] != "config":
+        what = f"under {found['key']!r}, got {found['value']}"
+        if "Unable to load config" in found["reason"]:
+            return f"expected options {what}; use a mapping, or the path of a config"
+        return f"expected options in valid YAML {what}, which cannot be parsed ({_line(found['reason'])}); correct it"
     found = re.search(
         r"(?:File does not exist: '?(.+?)'?|Unable to load config [\"'](.+)[\"'])$", message.splitlines()[-1]
     )
@@ -273,10 +305,14 @@ def _of_argparse(message: str, parser: Any) -> str:
         return f"expected an existing config, got {(found[1] or found[2])!r}; check the path"
     found = re.search(r"Problems parsing config: (.+)", message, re.DOTALL)
     if found:
-        reason = " ".join(found[1].replace('in "<unicode string>", ', "in ").split())
-        return f"expected configs in valid YAML, got a file that cannot be parsed ({reason}); correct the file"
+        return f"expected configs in valid YAML, got a file that cannot be parsed ({_line(found[1])}); correct the file"
     lines = [line.strip(" -") for line in message.splitlines() if line.strip()]
     return f"expected valid options of {_command(parser)}, got {' '.join(lines[-2:])}; {see}"
+
+
+def _line(reason: str) -> str:
+    """Return an error message of YAML as one line."""
+    return " ".join(reason.replace('in "<unicode string>", ', "in ").lstrip(" -").split())
 
 
 def near_names(name: str, known: Sequence[str], cutoff: float = 0.7) -> list[str]:

@@ -97,7 +97,7 @@ def test_a_room_imports_what_it_may(room):
 
 def test_the_mathematics_knows_no_trainer():
     for path in [*files("sanm"), *files("functional")]:
-        if path.stem not in ("mixin", "callback", "checks", "foreign_batch", "rehearsal"):
+        if path.stem not in ("mixin", "callback", "checks", "foreign_batch", "foreign_network", "rehearsal"):
             assert not any(name.startswith("lightning") for name in imported(path)), path
 
 

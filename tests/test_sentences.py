@@ -68,8 +68,11 @@ class TestParser:
             ("data: {class_path: Toy, init_args: {noise: {knd: pair}}}", "expected an option of Toy, got 'data.noise.knd'; n"),
             ("data: {class_path: Toy, init_args: 3}", "expected options by name in init_args of data, got a value of type int"),
             ("model: [", "expected configs in valid YAML, got a file that cannot be parsed (while parsing"),
+            ('trainer: "{max_epochs: 1"', "expected options in valid YAML under 'trainer', got '{max_epochs: 1', which cannot"),
+            ("trainer: abc", "expected options under 'trainer', got 'abc'; use a mapping, or the path of a config"),
+            ('trainer: "max_epochs: two"', "expected trainer.max_epochs of type int or null, got 'two'; use a value of"),
         ],
-        ids=["section", "trainer", "nested", "group", "number", "not YAML"],
+        ids=["section", "trainer", "nested", "group", "number", "not YAML", "text not YAML", "word", "text of options"],
     )  # fmt: skip
     def test_says_it_of_configs_too(self, monkeypatch, capsys, config, expected):
         Path("mine.yaml").write_text(config)
@@ -147,6 +150,15 @@ class TestHelp:
         assert "torch.nn." not in shown
         assert "OneCycle" in shown, "classes for other options are listed"
         assert shown.count("\n") < 150
+
+    def test_of_a_nested_class_has_the_names_to_type(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["sanm"])
+        with pytest.raises(SystemExit):
+            main(["fit", "--model", "CrossEntropy", "--model.sanm", "SANM", "--model.sanm.quality.help=FeatureQuality"])
+        shown = capsys.readouterr().out
+        assert "Help for --model.sanm.quality.help=" in shown
+        assert "\n  --model.sanm.quality.every EVERY" in shown
+        assert not re.search(r"--(sanm|quality)\.", shown)
 
     @pytest.mark.parametrize("command", ["fit", "audit", "check-data", "noise"])
     def test_of_a_command_lists_public_classes_under_headings(self, monkeypatch, capsys, command):

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from sanm_lightning.callbacks.broadcast import share_buffers, share_state
 from sanm_lightning.callbacks.stages import Stages, locate
 from sanm_lightning.random_streams import named_seed, process_rank, several_processes
 
@@ -68,6 +69,7 @@ class EpochStart(L.Callback):
             if callable(begin := getattr(callback, "begin_epoch", None)):
                 begin(trainer, pl_module)
         pl_module.begin_epoch()
+        share_state(pl_module)
         self.begun = trainer.current_epoch
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -89,22 +91,3 @@ class EpochStart(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the number of the started epoch."""
         self.begun = checkpoint.get("method", {}).get("begun", -1)
-
-
-def share_buffers(module: torch.nn.Module) -> None:
-    """Broadcast the batch statistics of rank 0, which a checkpoint contains. A collective operation.
-
-    DistributedDataParallel broadcasts them before each forward, but not after the last one. Without this call, passes
-    outside of DDP would use different statistics in each process, and resumed runs would differ from uninterrupted
-    ones.
-    """
-    if not several_processes():
-        return
-    kinds: dict[torch.dtype, list[Tensor]] = {}
-    for buffer in module.buffers():
-        kinds.setdefault(buffer.dtype, []).append(buffer)
-    for buffers in kinds.values():  # one message per dtype
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
-        torch.distributed.broadcast(flat, 0)
-        for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))

@@ -7,6 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.compat import fill_average
+
 __all__ = ["Unaveraged", "UnaveragedState"]
 
 
@@ -20,7 +22,8 @@ class Unaveraged(nn.Module):
     def register_state(self, name: str, value: Tensor) -> None:
         """Add a tensor, which is moved and saved as a buffer would be.
 
-        In contrast to a buffer, DistributedDataParallel does not broadcast it: compute the same value in every process.
+        In contrast to a buffer, DistributedDataParallel does not broadcast it: compute the same value in every process. After
+        the start of an epoch, the values are those of rank 0.
 
         Args:
             name: name of the attribute, and of the entry in the state dict.
@@ -63,10 +66,27 @@ class Unaveraged(nn.Module):
 
 
 class UnaveragedState(L.Callback):
-    """Save the current state with averaged weights, see :class:`Unaveraged`."""
+    """Save the current state with averaged weights, see :class:`Unaveraged`, and evaluate the network without an average.
+
+    Before the first update of an average, and between a reset of the network and the next update, Lightning's callbacks hold
+    the weights of the start of the fit, or of the network before its reset. They are replaced by the current ones.
+    """
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy the weights to averages without an update, which are then evaluated."""
+        self._fill_averages(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy the weights to averages without an update, which become the final weights at the end of training."""
+        self._fill_averages(trainer, pl_module)
+
+    def _fill_averages(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        for callback in trainer.callbacks:
+            fill_average(callback, pl_module)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Replace the state of the averaged module, which is that of the start of the fit."""
+        """Replace averages without an update, and the state of the averaged module, which is that of the start of the fit."""
+        self._fill_averages(trainer, pl_module)  # the checkpoint has the tensors of the average
         if "current_model_state" not in checkpoint:  # added by WeightAveraging, which replaces state_dict
             return
         for prefix, part in pl_module.named_modules():

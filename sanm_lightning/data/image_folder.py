@@ -67,7 +67,8 @@ class ImageFiles(SquareImages):
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         bad_files: ``bad_files.csv`` of ``sanm check-data``: files, class folders and rows to leave out, without
-            decoding.
+            decoding. The row of a class folder is ignored, with a line in the log, if the folder has images that are not
+            listed.
         **kwargs: as for `SquareImages` and `NoisyDataModule`.
 
     Raises:
@@ -167,13 +168,14 @@ class ImageFolder(ScannedFiles):
         self._found: tuple[dict[str, list[Path]], PassedOver] | None = None
         self._class_names: list[str] | None = None
         self._own_splits: tuple[str, ...] | None = None
+        self._left_out_classes: set[str] | None = None
 
     @property
     def class_names(self) -> list[str]:
         """The class folders of the training set, sorted."""
         if self._class_names is None:
             names = {name for base in self._folders()["train"] for name in class_folders(base)[0]}
-            self._class_names = sorted(names - self._left_out_classes())
+            self._class_names = sorted(names - self.left_out_classes())
         return list(self._class_names)
 
     @property
@@ -223,11 +225,30 @@ class ImageFolder(ScannedFiles):
 
     def left_out(self, fault: Fault) -> bool:
         """Return whether a class folder is left out: it is listed in ``bad_files``, or that of the training set is."""
-        return super().left_out(fault) or Path(fault.path).name in self._left_out_classes()
+        return super().left_out(fault) or Path(fault.path).name in self.left_out_classes()
 
-    def _left_out_classes(self) -> set[str]:
-        listed, bases = self._listed_bad(), self._folders()["train"] if self._listed_bad() else []
-        return {name for base in bases for name in class_folders(base)[0] if self._relative(base / name) in listed}
+    def left_out_classes(self) -> set[str]:
+        """Return the classes whose training folder is listed in ``bad_files``, and has no images that are not listed."""
+        if self._left_out_classes is None:
+            bases = self._folders()["train"] if self._listed_bad() else []
+            folders = [base / name for base in bases for name in class_folders(base)[0]]
+            listed = [folder for folder in folders if self._relative(folder) in self._listed_bad()]
+            stale = [folder for folder in listed if self._has_other_images(folder)]
+            for folder in stale:
+                self._say(
+                    f"train: {self._relative(folder)} has images that are not listed in {self.bad_files}, and is kept; run "
+                    "sanm check-data again"
+                )
+            self._left_out_classes = {folder.name for folder in listed if folder not in stale}
+        return self._left_out_classes
+
+    def _has_other_images(self, folder: Path) -> bool:
+        """Return whether a folder has images that are not listed in ``bad_files``."""
+        try:
+            files = list_class_folder(folder).files
+        except PermissionError:
+            return False
+        return any(self._relative(file) not in self._listed_bad() for file in files)
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

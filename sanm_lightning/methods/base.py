@@ -89,7 +89,6 @@ class NoisyLabelModule(SANMMixin, Optimization, TrainingPass, EvaluationSteps):
     ) -> None:
         backend = "inductor" if compile_network is True else compile_network or None
         checks.check_arguments(num_classes, network, warmup_epochs, backend)
-        checks.check_unused(sanm)
         checks.check_network_options(network, network_args=network_args, mean=mean, std=std)
         image_size = checks.size_pair(image_size)  # also in the hyper-parameters
         super().__init__(sanm=SANM.off() if sanm is None else sanm)

@@ -43,14 +43,6 @@ def check_arguments(num_classes: Any, network: Any, warmup_epochs: int, backend:
         )
 
 
-def check_unused(sanm: Any) -> None:
-    """Raise ValueError if a SANM has a decoder, which is that of another module."""
-    if getattr(sanm, "decoder", None) is not None:
-        raise ValueError(
-            "expected a SANM that no other module uses, got one with a decoder; create a SANM for each module"
-        )
-
-
 def check_network_options(network: Any, **options: Any) -> None:
     """Raise ValueError if an option of networks that are created by name is set for a network given as a module."""
     given = {} if isinstance(network, str) else {name: value for name, value in options.items() if value is not None}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage, Unaveraged
+from sanm_lightning.callbacks.broadcast import share_state
 from sanm_lightning.functional import nested_probabilities, step_ramp, truncated_accuracy
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_range, require
@@ -143,6 +144,7 @@ class Nested(NoisyLabelModule):
         best = (accuracy - 1e-5 * torch.arange(len(accuracy), device=accuracy.device)).argmax() + 1
         for dropout in self.dropouts:
             dropout.kept.copy_(best)
+        share_state(self)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of the losses of all networks."""

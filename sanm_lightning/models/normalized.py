@@ -154,15 +154,20 @@ def create_network(
         The network.
 
     Raises:
-        ValueError: if timm has no such model (the message lists similar names), the options are invalid, the number of
-            means or standard deviations is not that of the channels (``in_chans``), or pre-trained weights cannot be
-            loaded.
+        ValueError: if timm has no such model (the message lists similar names), the options are invalid or disable the
+            global pooling, the number of means or standard deviations is not that of the channels (``in_chans``), or
+            pre-trained weights cannot be loaded.
         FileNotFoundError: if the weight file does not exist.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(
             f"expected the name of a timm model, got {name!r}" + (f"; choose one of {', '.join(near)}" if near else "")
+        )
+    if options.get("global_pool") in ("", False):
+        raise ValueError(
+            f"expected network_args with a global pooling of timm, which returns logits (B, C), got global_pool "
+            f"{options['global_pool']!r}; omit global_pool, or use avg or another pooling of {name!r}"
         )
     pretrained, channels = bool(options.get("pretrained")), int(options.get("in_chans", 3))
     file = weight_file(name, options) if pretrained else None

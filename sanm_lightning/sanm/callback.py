@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from sanm_lightning.compat import set_up_again
 from sanm_lightning.epoch_means import EpochMeans
@@ -18,7 +18,6 @@ from sanm_lightning.sanm.checks import (
     check_images,
     image_size_of,
     is_reached,
-    require_parameters,
     require_whole_weights,
     warn_of_long_warmup,
 )
@@ -36,17 +35,16 @@ from sanm_lightning.sanm.foreign_checkpoint import (
     add_to_optimizer_states,
     split_from_optimizer_states,
 )
+from sanm_lightning.sanm.foreign_network import find_network
 from sanm_lightning.sanm.inference import inference_context
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.normalization import Normalization
 from sanm_lightning.sanm.rehearsal import require_probabilities
-from sanm_lightning.sanm.saliency import cam
 from sanm_lightning.sanm.views import Views
 from sanm_lightning.state_callback import SampleStateCallback, size_states, write_synced_states
 
 __all__ = ["FeatureTap", "SANMCallback"]
 
-USUAL_NAMES = ("network", "model", "net", "backbone", "encoder", "classifier")
 KEY = "_sanm"
 WARMUP_EPOCHS = 1
 
@@ -150,7 +148,7 @@ class SANMCallback(L.Callback):
             )
         size = self.image_size or getattr(data, "image_size", None) or image_size_of(trainer)
         height, width = (size, size) if isinstance(size, int) else size
-        tap = self.tap = self._find_network(pl_module, (height, width))
+        tap = self.tap = find_network(pl_module, self.sanm, self.network, self.layer, (height, width))
         self._undo.append(tap.remove)
         if tap.num_classes < 2:
             raise MisconfigurationException(
@@ -173,31 +171,6 @@ class SANMCallback(L.Callback):
 
     def _renew_copies(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         set_up_again(trainer, pl_module, {module for part in self._sanms(pl_module) for module in part.modules()})
-
-    def _find_network(self, pl_module: L.LightningModule, image_size: Sequence[int]) -> FeatureExtractor:
-        """Return the feature extractor of the given network, or of the first common name that is a classifier."""
-        owner = type(pl_module).__name__
-        require_parameters(pl_module)
-        children = ", ".join(name for name, _ in pl_module.named_children() if name != KEY) or "none"
-        if self.network is None:
-            usual = [getattr(pl_module, name, None) for name in USUAL_NAMES]
-            candidates = [*(module for module in usual if isinstance(module, nn.Module)), pl_module]
-        else:
-            try:
-                candidates = [pl_module.get_submodule(self.network)]
-            except AttributeError:
-                raise MisconfigurationException(
-                    f"expected a submodule {self.network!r} of {owner} for SANM, got none; choose one of {children}"
-                ) from None
-        need_classifier = self.network is None or (self.sanm.mask and self.sanm.saliency is cam)
-        errors = []
-        for candidate in candidates:
-            try:
-                return FeatureExtractor(candidate, image_size, self.layer, need_classifier, self.sanm.needs_map)
-            except ValueError as error:
-                errors.append(str(error))
-        hint = "" if self.network else f"; set another submodule with network= (available: {children})"
-        raise MisconfigurationException(f"{errors[0]} (in {owner}){hint}")
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add the decoder to the optimizer, before the optimizer state is restored, and warn of a long warm-up."""

@@ -18,6 +18,7 @@ __all__ = [
     "image_size_of",
     "is_reached",
     "require_parameters",
+    "require_unused",
     "require_whole_weights",
     "warn_of_long_warmup",
 ]
@@ -213,4 +214,12 @@ def require_parameters(pl_module: L.LightningModule) -> None:
         raise MisconfigurationException(
             f"expected a network that {type(pl_module).__name__} creates in its constructor, got no parameters when SANM is "
             "set up; create the network in __init__, not in setup() or configure_model()"
+        )
+
+
+def require_unused(sanm: SANM) -> None:
+    """Raise ValueError for a SANM that is built for the network of another module."""
+    if sanm.built:
+        raise ValueError(
+            "expected a SANM that no other module uses, got one that is built for a network; create a SANM for each module"
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.sanm.activation import feature_map, is_pooled_linear
-from sanm_lightning.sanm.inference import inference_context, input_channels
+from sanm_lightning.sanm.inference import inference_context, input_channels, is_out_of_memory
 from sanm_lightning.sanm.last_map import (
     Place,
     channels_of,
@@ -83,7 +83,7 @@ class FeatureExtractor(nn.Module):
                 self._attach(images[0], images[1], layer, need_classifier, need_map)
         except Exception as error:
             self.remove()
-            if isinstance(error, ValueError):
+            if isinstance(error, ValueError) or is_out_of_memory(error):
                 raise
             name, shape = type(network).__name__, tuple(images.shape[1:])
             raise ValueError(
@@ -163,8 +163,9 @@ class FeatureExtractor(nn.Module):
             try:
                 if self._leads_to_logits(images, other):
                     return
-            except Exception:  # no grid of patches, or other shapes in another call of the submodule
-                pass
+            except Exception as error:  # no grid of patches, or other shapes in another call of the submodule
+                if is_out_of_memory(error):
+                    raise
             self._undo.remove(release)
             release()
         self.place = None

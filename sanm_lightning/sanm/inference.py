@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["inference_context", "input_channels"]
+__all__ = ["inference_context", "input_channels", "is_out_of_memory"]
 
 
 def input_channels(network: Any) -> int:
@@ -56,3 +56,12 @@ def inference_context(network: Any, images: Tensor, batch_statistics: bool = Fal
             flag(module, "training", True)
         for norm in norms:
             flag(norm, "track_running_stats", True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that the memory of the CPU or of a device is exhausted."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")
+    )

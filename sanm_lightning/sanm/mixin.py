@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from sanm_lightning.sanm.callback import SANMCallback
+from sanm_lightning.sanm.checks import require_unused
 from sanm_lightning.sanm.foreign_checkpoint import forgive, split_from_state_dict
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.normalization import Normalization
@@ -45,7 +46,7 @@ class SANMMixin:
     All other arguments are passed to the next base class.
 
     Raises:
-        ValueError: if an option of SANM is out of its range.
+        ValueError: if an option of SANM is out of its range, or the SANM is built for the network of another module.
     """
 
     sanm: SANM
@@ -67,6 +68,7 @@ class SANMMixin:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.sanm = sanm if isinstance(sanm, SANM) else SANM.from_options(sanm or {})
+        require_unused(self.sanm)
         self._sanm_options: dict[str, Any] = {
             "network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size, "rehearse": sanm_rehearse,
             "index": sanm_index, "mean": sanm_mean, "std": sanm_std,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sanm_lightning.random_streams import named_generator, named_seed, process_rank
 from sanm_lightning.sanm.activation import Backbone, feature_map, quantize, upsample
+from sanm_lightning.sanm.image_scale import ImageScale
 from sanm_lightning.sanm.labels import regularize_labels
 from sanm_lightning.sanm.masking import (
     RATIO_RANGES,
@@ -38,7 +39,7 @@ from sanm_lightning.sanm.views import Quality, Views
 __all__ = ["SANM", "FrozenNetwork", "Quality", "Views"]
 
 
-class SANM(QualitySource):
+class SANM(QualitySource, ImageScale):
     """Self-supervised Adversarial Noisy Masking, for use with any method for learning with noisy labels.
 
     Source: SANM (Tu et al., CVPR 2023), Algorithm 1. Two calls in a training step::
@@ -150,10 +151,10 @@ class SANM(QualitySource):
         self.seed = torch.initial_seed() if seed is None else seed
         self.label_quality: QualityEstimator = LabelQuality(evidence, history) if estimator is None else estimator
         self.decoder: Decoder | None = None
-        self.normalization: Normalization | None = None
-        """Normalization of the images that :meth:`forward` and :meth:`reconstruction` receive; None for [0, 1]."""
-        self.network_normalization: Normalization | None = None
-        """Normalization in the network, for images in [0, 1] and the scale "normalized"; set by :meth:`build`."""
+        self.built = False
+        """Whether :meth:`build` was called for a network, to which this SANM then belongs."""
+        self.normalization = None  # of the images that `forward` and `reconstruction` receive
+        self.network_normalization = None  # set by `build`
         self.last: dict[str, Tensor] = {}
         """Metrics of the last step, scalars without gradient: quality, masked_fraction, reconstruction_loss."""
         self._steps = 0
@@ -188,7 +189,7 @@ class SANM(QualitySource):
                 shared.
         """
         twin = copy.deepcopy(self, {id(self.saliency): self.saliency})
-        twin.seed, twin.decoder = seed, None
+        twin.seed, twin.decoder, twin.built = seed, None, False
         return twin
 
     @property
@@ -238,6 +239,7 @@ class SANM(QualitySource):
         if self.scale == "normalized" and self.normalization is None:
             self.network_normalization = Normalization.of_network(network)
         self.to(output.logits.device, output.logits.dtype)
+        self.built = True
 
     def masking(self, epoch: int, method_warmup: int = 0) -> bool:
         """Return whether images are masked in ``epoch``, given the method's number of warm-up epochs."""
@@ -347,7 +349,7 @@ class SANM(QualitySource):
                 f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0], images.shape[2:]))
-        target = self._target(images)
+        target = self.reconstruction_target(images)
         loss = reconstruction_loss(painted, target.repeat(copies, 1, 1, 1) if copies > 1 else target)
         self.last["reconstruction_loss"] = loss.detach()
         return self.beta * loss
@@ -361,30 +363,12 @@ class SANM(QualitySource):
         extremes = [activation] if self.regions == "peak" else [activation, -activation]
         boxes = [mask_box(extreme, self.area * ratio, aspect, anchor=self.anchor) for extreme in extremes]
         box, copied = torch.cat(boxes), images if len(boxes) == 1 else images.repeat(len(boxes), 1, 1, 1)
-        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=self._fill), box
-
-    def _fill(self, noise: Tensor) -> Tensor:
-        """Convert the fill U(0, 1) to the scale of the images of a batch."""
-        if self.scale == "unit":
-            return noise if self.normalization is None else self.normalization.normalize(noise)
-        return noise if self.network_normalization is None else self.network_normalization.denormalize(noise)
-
-    def _target(self, images: Tensor) -> Tensor:
-        """Return the images of a batch (B, C, H, W) in the scale of the reconstruction."""
-        if self.scale == "unit":
-            return self.in_unit_range(images)
-        return images if self.network_normalization is None else self.network_normalization.normalize(images)
-
-    def in_unit_range(self, images: Tensor) -> Tensor:
-        """Convert images of a batch (B, C, H, W) to [0, 1], if they are normalized."""
-        return images if self.normalization is None else self.normalization.denormalize(images)
+        return apply_mask(copied, box, fill=self.fill, generator=generator, normalize=self.scaled_fill), box
 
     def rebuild(self, features: Tensor, image_size: Sequence[int]) -> Tensor:
         """Return the decoder's images (B, C, H, W) in [0, 1] from features of masked images of a size, for pictures."""
         assert self.decoder is not None
-        painted: Tensor = self.decoder(feature_map(features, self.decoder.shape[0], image_size))
-        normalized = self.network_normalization or self.normalization if self.scale == "normalized" else None
-        return painted if normalized is None else normalized.denormalize(painted)
+        return self.displayed(self.decoder(feature_map(features, self.decoder.shape[0], image_size)))
 
     def _create_decoder(self, shape: Sequence[int], image_size: Sequence[int], image_channels: int = 3) -> None:
         seed, map_size, size = named_seed("decoder", self.seed), (shape[1], shape[2]), (image_size[0], image_size[1])

@@ -19,6 +19,7 @@ from torchmetrics import Metric
 
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor
 from sanm_lightning.sanm.foreign_batch import images_and_labels, rebuilt
+from sanm_lightning.sanm.inference import is_out_of_memory
 
 __all__ = ["misread_labels", "own_streams", "require_probabilities"]
 
@@ -144,6 +145,8 @@ def misread_labels(
     try:
         soft, each_soft = quietly(one_hot(predicted))[0], quietly(one_hot(every_class))[0]
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return f"{type(error).__name__}: {error}"
     steady = {name for name in plain.keys() & again.keys() if _close(plain[name], again[name])}
     compared = [(name, plain, soft) for name in sorted(steady)]

@@ -21,7 +21,7 @@ from sanm_lightning.sanm.activation import (
     is_pooled_linear,
 )
 from sanm_lightning.sanm.feature_extractor import with_feature_map
-from sanm_lightning.sanm.inference import inference_context, input_channels
+from sanm_lightning.sanm.inference import inference_context, input_channels, is_out_of_memory
 from sanm_lightning.sanm.last_map import depends, nonzero_classifier
 from sanm_lightning.sanm.options import made_from
 
@@ -212,25 +212,26 @@ class ActivationMaps:
             generator: random generator of the images, on the CPU.
 
         Raises:
-            ValueError: if such images do not fit in memory or fail in the network, or the network has no activation map,
-                see :func:`activation_of`.
+            ValueError: if two such images do not fit in memory or fail in the network, or the network has no activation
+                map, see :func:`activation_of`. Exhausted memory in the network is raised as it is.
         """
         like = next(network.parameters(), torch.zeros(())) if isinstance(network, nn.Module) else torch.zeros(())
         try:
-            images = torch.rand(2, input_channels(network), *image_size, generator=generator).to(
-                like.device, like.dtype
-            )
+            images = torch.rand(2, input_channels(network), *image_size, generator=generator)
         except (RuntimeError, MemoryError) as error:
             raise ValueError(
                 f"expected an image_size that fits in memory, got {image_size[0]} x {image_size[1]}; use a smaller one"
             ) from error
+        images = images.to(like.device, like.dtype)
         checked = self.saliency in (cam, energy)
         classifier = network.get_classifier() if checked else None
         # the outputs of an untrained network hardly depend on the image with running statistics
         with inference_context(network, images, batch_statistics=True), nonzero_classifier(classifier):
             try:
                 output = run_network(network, images, gradient=checked)
-            except (RuntimeError, AssertionError, MemoryError) as error:  # networks of timm assert the size
+            except (RuntimeError, AssertionError) as error:  # networks of timm assert the size
+                if is_out_of_memory(error):
+                    raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise ValueError(
                     f"expected an image_size that {type(network).__name__} accepts, got {image_size[0]} x {image_size[1]} "

@@ -211,6 +211,25 @@ class TestBadFiles:
             "test: left out as bad: test/ant (class unknown in training), test/cow (class unknown)" in caplog.messages
         )
 
+    def test_a_listed_folder_with_images_again_is_a_class(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        listed = tmp_path / "bad.csv"
+        listed.write_text("path,reason\ntrain/ant,class without images\ntrain/ant/0.png,the file is empty\n")
+        data = folder(pictures(tmp_path), bad_files=str(listed))
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            data.setup()
+        assert data.class_names == ["ant", "bee", "cat"]
+        assert data.labels.bincount().tolist() == [7, 8, 8]
+        line = f"train: train/ant has images that are not listed in {listed}, and is kept; run sanm check-data again"
+        assert caplog.messages.count(line) == 1
+
+    def test_a_listed_folder_whose_images_are_all_listed_is_left_out(self, tmp_path: Path) -> None:
+        rows = "".join(f"train/ant/{number}.png,the file is empty\n" for number in range(8))
+        (tmp_path / "bad.csv").write_text(f"path,reason\n{rows}train/ant,class without readable images in train\n")
+        data = folder(pictures(tmp_path), bad_files=str(tmp_path / "bad.csv"))
+        assert data.class_names == ["bee", "cat"]
+
     def test_listed_rows_of_a_table_are_left_out(self, tmp_path: Path) -> None:
         pictures(tmp_path)
         rows = "".join(f"train/{name}/{number}.png,{name}\n" for name in ("ant", "bee") for number in range(8))

@@ -40,13 +40,13 @@ def test_the_schedules():
 
 
 def gradients_after(module, **extra):
-    """Gradients before and after CDR's hook, on made-up ones."""
+    """Gradients before and after they are masked, on made-up ones."""
     torch.manual_seed(3)
     for parameter in module.parameters():
         parameter.grad = torch.randn_like(parameter)
     before = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
     module.trainer = trainer(1)
-    module.on_before_optimizer_step(torch.optim.SGD(module.parameters(), 0.1))
+    module.mask_gradients()
     return before, {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
@@ -73,6 +73,29 @@ def test_without_noise_it_is_cross_entropy_bit_for_bit():
     trainer(2).fit(plain, data())
     trainer(2).fit(cdr, data())
     assert same(plain.network, cdr.network)
+
+
+class Observed(CDR):
+    """A subclass with a hook of its own, in which it notes the gradients of every step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.steps = []
+
+    def on_before_optimizer_step(self, optimizer):
+        self.steps.append([weight.grad.clone() for weight in self.competing()])
+
+
+def test_accumulated_gradients_are_masked_before_they_are_clipped_in_a_subclass_with_its_own_hook():
+    plain, own = method(noise_rate=0.75), method(Observed, noise_rate=0.75)
+    for module in (plain, own):
+        trainer(1, accumulate_grad_batches=2, gradient_clip_val=0.01).fit(module, data())
+    assert len(own.steps) == 2  # of four batches
+    for gradients in own.steps:
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        assert int((flat != 0).sum()) == int(0.25 * len(flat))
+        assert float(flat.norm()) > 0.01
+    assert same(plain.network, own.network)
 
 
 def test_decay_of_absolute_values_adds_the_sign():

@@ -133,7 +133,32 @@ def renewing():
 
 
 def close(made, expected) -> bool:
-    return all(torch.allclose(value, expected[name], atol=1e-6) for name, value in made.named_parameters())
+    return close_to(dict(made.named_parameters()), expected)
+
+
+def close_to(weights, expected) -> bool:
+    return all(torch.allclose(value, expected[name], atol=1e-6) for name, value in weights.items())
+
+
+class Evaluated(L.Callback):
+    """Note the parameters of each validation."""
+
+    def __init__(self) -> None:
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        self.weights.append({name: value.detach().clone() for name, value in pl_module.named_parameters()})
+
+
+class UpTo(WeightAveraging):
+    """The mean over the first steps only."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return step_idx is not None and step_idx < self.steps
 
 
 class TestAveragesStartAgainWithTheNetwork:
@@ -159,6 +184,15 @@ class TestAveragesStartAgainWithTheNetwork:
         trainer(4, callbacks=[note, StochasticWeightAveraging(0.01, swa_epoch_start=1)]).fit(made, data())
         kept = note.epochs[1:3]  # this callback leaves out the last epoch
         assert close(made, {name: torch.stack([epoch[name] for epoch in kept]).mean(0) for name in kept[0]})
+
+    def test_without_an_update_since_the_reset_the_network_itself_is_evaluated_saved_and_kept(self, tmp_path):
+        made, note, evaluated = renewing(), Note(), Evaluated()
+        trainer(2, callbacks=[UpTo(4), note, evaluated, AtStep(8, tmp_path / "a.ckpt")]).fit(made, data())
+        mean = {name: torch.stack([step[name] for step in note.steps[:4]]).mean(0) for name in note.steps[0]}
+        assert close_to(evaluated.weights[0], mean)
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+        for weights in (evaluated.weights[1], {name: saved[name] for name in mean}, dict(made.named_parameters())):
+            assert close_to(weights, note.steps[7])
 
     @pytest.mark.parametrize("step", [4, 6])
     def test_a_resumed_run_ends_with_the_same_average(self, step, tmp_path):

@@ -149,11 +149,13 @@ def test_a_second_network_keeps_frozen_parameters_and_finite_buffers():
 
 
 class TestASharedSANM:
-    def test_is_refused_by_a_second_method(self):
-        sanm = SANM(mu=0.5)
+    @pytest.mark.parametrize("reconstruct", [True, False])
+    def test_is_refused_by_a_second_method(self, reconstruct):
+        sanm = SANM(mu=0.5, reconstruct=reconstruct)
         CrossEntropy(**SMALL, sanm=sanm)
         with pytest.raises(
-            ValueError, match="expected a SANM that no other module uses, got one with a decoder; create a"
+            ValueError,
+            match="expected a SANM that no other module uses, got one that is built for a network; create a SANM for each",
         ):
             CrossEntropy(**SMALL, sanm=sanm)
 

@@ -228,6 +228,13 @@ def test_a_module_of_ones_own_under_sanm_is_the_same_in_both_processes(way, laun
     assert float(one["hidden"]) > 0
 
 
+def test_state_that_processes_compute_differently_is_that_of_rank_0_after_the_start_of_an_epoch(launched):
+    for process in launched[1]:
+        state = process["registered state"]
+        assert state["threshold"].tolist() == [1, 1, 1]
+        assert state["found"].tolist() == [True, False]
+
+
 class TestEdges:
     def test_fewer_samples_than_it_takes_are_repeated(self, launched):
         for process in launched[1]:

@@ -302,6 +302,25 @@ class NaNHere(methods.CrossEntropy):
         return loss * float("nan") if batch_idx == 1 and self.global_rank == 1 else loss
 
 
+class Rounded(methods.CrossEntropy):
+    """State that each process computes with an error of its own."""
+
+    def __init__(self, **options) -> None:
+        super().__init__(**options)
+        self.register_state("threshold", torch.zeros(3))
+        self.register_state("found", torch.zeros(2, dtype=torch.bool))
+
+    def begin_epoch(self):
+        self.threshold = torch.full((3,), 1.0 + self.global_rank)
+        self.found = torch.tensor([True, self.global_rank > 0])
+
+
+def state_at_the_start_of_an_epoch() -> dict[str, Any]:
+    module = Rounded(**SMALL, warmup_epochs=0)
+    trainer(1, **DDP).fit(module, data(num_samples=4, num_test_samples=2))
+    return module.registered_state()
+
+
 def edges() -> dict[str, Any]:
     """What becomes of runs at the edge: how many steps were made, and the error's sentence."""
 
@@ -408,6 +427,8 @@ def work(rank: int, port: int, folder: Path, encoder: str, filters: list[Any]) -
             found["own modules"] = own_modules(rank)
             doing = "edges"
             found["edges"] = edges()
+            doing = "registered state"
+            found["registered state"] = state_at_the_start_of_an_epoch()
             doing = "pictures"
             (folder / "pictures").mkdir(exist_ok=True)
             draw_in_two_processes(folder / "pictures", rank)

@@ -134,6 +134,15 @@ class TestCreateNetwork:
         ):
             create_network("preact_resnet18", 4, mean, width=4, in_chans=channels)
 
+    def test_without_global_pooling_is_refused(self) -> None:
+        with pytest.raises(
+            ValueError,
+            match=r"expected network_args with a global pooling of timm, which returns logits \(B, C\), got global_pool ''; "
+            "omit global_pool, or use avg or another pooling of 'test_resnet'",
+        ):
+            create_network("test_resnet", 6, global_pool="")
+        assert create_network("test_resnet", 6, global_pool="max").eval()(torch.rand(1, 3, 32, 32)).shape == (1, 6)
+
     def test_of_a_name_with_a_typing_error_shows_the_nearest(self) -> None:
         with pytest.raises(
             ValueError,

@@ -138,3 +138,10 @@ def test_the_network_layer_and_size_can_be_named() -> None:
     assert hidden(fit(module)) > 0
     assert module.sanm.decoder is not None
     assert module.sanm.decoder.shape == (6, 4, 4)
+
+
+def test_a_sanm_of_another_module_is_refused() -> None:
+    sanm = SANM(mu=0.5, reconstruct=False)
+    fit(Mine(sanm=sanm), epochs=1)
+    with pytest.raises(ValueError, match="expected a SANM that no other module uses, got one that is built for a"):
+        Mine(sanm=sanm)

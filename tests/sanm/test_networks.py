@@ -351,6 +351,29 @@ class TestChoice:
         ):
             SANM().build(create_network(name, CLASSES), (size, size))
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError("bad allocation"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried"),
+        ],
+        ids=["interpreter", "device", "CPU"],
+    )
+    def test_exhausted_memory_is_not_reported_as_a_wrong_image_size(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def exhausted(*_: Any) -> Any:
+            raise error
+
+        network, plain = create_network("small_cnn", CLASSES, width=4), nn.Sequential(nn.Conv2d(3, 4, 3))
+        monkeypatch.setattr(network, "forward_features", exhausted)
+        monkeypatch.setattr(plain[0], "forward", exhausted)
+        for run in (lambda: SANM().build(network, (16, 16)), lambda: FeatureExtractor(plain, (16, 16))):
+            with pytest.raises(type(error)) as raised:
+                run()
+            assert raised.value is error
+
     def test_is_the_last_map_of_more_than_one_position(self) -> None:
         family = TORCHVISION["ResNet"]
         extractor = FeatureExtractor(family.network(), (32, 32))
