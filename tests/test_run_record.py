@@ -90,6 +90,10 @@ class TestResults:
         resumed = results()
         assert resumed.pop("seconds") > 0
         whole.pop("seconds")
+        first, second = whole.pop("timing"), resumed.pop("timing")
+        assert second.keys() == first.keys() and second["epoch"] == [1, 2, 3, 4]
+        assert second["test_accuracy"] == first["test_accuracy"]
+        assert second["training_seconds"] == sorted(second["training_seconds"])
         assert resumed == whole
 
     def test_a_crash_while_writing_leaves_the_old_file(self, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 from sanm_lightning.study.cells import Cell
 from sanm_lightning.study.published import Published
 from sanm_lightning.study.record import Record
+from sanm_lightning.study.seconds import Curve, curve_of
 from sanm_lightning.study.state import State
 
 __all__ = ["Row", "rows_of"]
@@ -33,6 +34,7 @@ class Row:
         split: ``test``, or ``val`` if the finished cells have no test accuracy.
         missing: what is not finished, such as ``1 of 3 not run``; empty if nothing.
         reasons: why the accuracies cannot be compared with the published ones, or with those of methods without known labels.
+        curve: accuracy by training time of the finished cells; None if it was not recorded.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Row:
     split: str
     missing: str
     reasons: tuple[str, ...]
+    curve: Curve | None = None
 
     def mean(self, kind: str) -> float | None:
         """Return the mean accuracy over seeds in percent; None without results.
@@ -79,14 +82,15 @@ def rows_of(record: Record, cells: Sequence[Cell], published: Published | None) 
         published: its published values; None if there are none.
     """
     providers = {cell.after for cell in cells}
+    before = {cell.folder: record.results(cell) for cell in cells if cell.folder in providers}
     grouped: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         if cell.folder not in providers:
             grouped.setdefault(cell.row, []).append(cell)
-    return [_row(record, group, published) for group in grouped.values()]
+    return [_row(record, group, published, before) for group in grouped.values()]
 
 
-def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
+def _row(record: Record, cells: list[Cell], published: Published | None, before: dict[str, dict[str, Any]]) -> Row:
     first = cells[0]
     key = first.method, first.sanm, first.data, first.noise
     known = {} if published is None else published.values.get(key, {})
@@ -118,6 +122,7 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
         split=split,
         missing=_missing([(state.state, state.reason) for state in states]),
         reasons=(*_known_labels(cells), *noted, *(_reasons(cells, finished, split) if known else ())),
+        curve=curve_of([*finished.values()], before.get(first.after, {}) if first.after else None, split),
     )
 
 
