@@ -17,12 +17,9 @@ def device_name(device: torch.device, processes: int) -> str:
         device: device of a process.
         processes: number of processes, which is part of the name if it is above 1.
     """
-    on_cpu = (
-        f"{_processor()}, {torch.get_num_threads()} threads"
-        if device.type == "cpu"
-        else f"{_processor()}, {device.type}"
-    )
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
+    threads = torch.get_num_threads()
+    part = f"{threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {part}"
     return f"{processes} x {name}" if processes > 1 else name
 
 
