@@ -91,6 +91,13 @@ class TestRows:
         assert row.reasons == (reason,)
         assert row.published["best"] == 79.4 and row.difference("best") is None
 
+    def test_a_run_that_stopped_early_is_marked_without_published_values_too(self, study):
+        record, cells, _ = study(None, methods=["elr"], sanm=["base", "sanm"], seeds=[1])
+        finish(record, cells[0], 0.9, epochs=40)
+        finish(record, cells[1], 0.9)
+        stopped, whole = rows_of(record, cells, None)
+        assert stopped.reasons == ("stopped after 40 of 150 epochs",) and whole.reasons == ()
+
     def test_a_published_value_that_is_not_that_of_the_method_is_not_compared(self, study):
         record, cells, published = study(
             "clothing1m", methods=["gce"], data=["clothing1m"], noise=["none"], sanm=["base"]
