@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import lightning as L
 from jsonargparse import Namespace
@@ -289,17 +289,29 @@ def entry_point() -> None:
     """Run the command line; invalid input prints a one-sentence error and exits with status 2.
 
     The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
-    instead.
+    instead. If the reader of the output ends first, as in ``sanm list | head``, the exit status is 1, without an error.
     """
     try:
         status = commands.run(sys.argv[1:])
         if status is None:
             main()
-        elif status:
+        sys.stdout.flush()
+        if status:
             sys.exit(status)
     except REPORTED as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's last flush
+            sys.exit(1)
         said = sentence(error)
         if said is None or os.environ.get("SANM_TRACEBACK"):
             raise
         print(f"sanm: {said}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+def _has_no_reader(stream: TextIO) -> bool:
+    try:
+        stream.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        return True
+    return False

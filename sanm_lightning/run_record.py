@@ -3,11 +3,11 @@
 import json
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torchmetrics.functional.classification import binary_auroc
 
@@ -15,6 +15,7 @@ from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.run_summary import selected_on, summary_lines
+from sanm_lightning.run_timing import Timing, device_name
 from sanm_lightning.safe_files import atomic_write, require_folder
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
@@ -57,7 +58,7 @@ class RunRecord(L.Callback):
     :func:`~sanm_lightning.run_summary.selected_on`), quality_auc (see
     :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
     :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps with at least one masked
-    image). Null where unknown.
+    image), timing (see :meth:`~sanm_lightning.run_timing.Timing.summary`). Null where unknown.
     """
 
     def __init__(self) -> None:
@@ -65,8 +66,7 @@ class RunRecord(L.Callback):
         self.val_accuracies: dict[int, float] = {}
         self.further: dict[str, dict[int, float]] = {}
         """Accuracies of further test sets and top-k accuracies, by logged name, such as ``imagenet/acc``, and epoch."""
-        self._seconds = 0.0
-        self._started = 0.0
+        self.timing = Timing()
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         """Check, before training, that the run directory and the checkpoint directories are writable.
@@ -84,8 +84,8 @@ class RunRecord(L.Callback):
                     require_folder(place)
 
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
-        """Save the labels and log the fraction of wrong labels."""
-        self._started = time.monotonic()
+        """Start the clock, save the labels, and log the fraction of wrong labels."""
+        self.timing.start(device_name(trainer.strategy.root_device, trainer.world_size))
         directory = self._directory(trainer)
         data: Any = getattr(trainer, "datamodule", None)
         rehearsal = trainer.fast_dev_run
@@ -99,9 +99,17 @@ class RunRecord(L.Callback):
                 f"label noise: {data.noise_kind}{requested}, measured rate {measured} of {data.num_samples} labels"
             )
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock of training, on a GPU after the steps that are queued there."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.timing.pause()
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the accuracies of this epoch."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        """Record the accuracies of this epoch and the training time until it."""
+        recorded = trainer.state.fn == "fit" and not trainer.sanity_checking
+        self.timing.proceed(trainer.current_epoch if recorded else None)
+        if not recorded:
             return
         data: Any = getattr(trainer, "datamodule", None)
         for split in {"val", "test", *(getattr(data, "eval_names", None) or [])}:
@@ -132,7 +140,7 @@ class RunRecord(L.Callback):
             "sanm": bool(sanm is not None and sanm.enabled),
             "seed": int(seed) if seed is not None else None,
             "epochs": epochs,
-            "seconds": round(self._seconds + time.monotonic() - self._started, 3),
+            "seconds": round(self.timing.seconds(), 3),
             "noise_kind": getattr(data, "noise_kind", None),
             "noise_rate": getattr(data, "noise_rate", None),
             "measured_noise_rate": getattr(data, "measured_noise_rate", None),
@@ -148,6 +156,7 @@ class RunRecord(L.Callback):
                 (part.masked_steps for part in trainer.callbacks if isinstance(part, SANMCallback)),
                 None,
             ),
+            "timing": self.timing.summary(test_accuracy=self.accuracies, val_accuracy=self.val_accuracies),
         }
 
     def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> tuple[Path, dict[str, Any]]:
@@ -162,17 +171,18 @@ class RunRecord(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return accuracies and seconds so far, so that a resumed run reports the entire training."""
-        running = time.monotonic() - self._started if self._started else 0.0
         return {
             "accuracies": dict(self.accuracies),
             "val_accuracies": dict(self.val_accuracies),
             "further": {name: dict(series) for name, series in self.further.items()},
-            "seconds": self._seconds + running,
+            "seconds": self.timing.seconds(),
+            "timing": self.timing.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore accuracies and seconds."""
-        self.accuracies, self._seconds = dict(state_dict["accuracies"]), state_dict["seconds"]
+        self.accuracies = dict(state_dict["accuracies"])
+        self.timing.load_state_dict(state_dict["seconds"], state_dict.get("timing"))
         self.val_accuracies = dict(state_dict.get("val_accuracies", {}))
         self.further = {name: dict(series) for name, series in state_dict.get("further", {}).items()}
 

@@ -337,11 +337,16 @@ def small_cifar10n() -> str:
     return markdown("| labels | | seed | best | last | minutes, on a busy machine |", rows)
 
 
-def study(name: str) -> str:
-    """Return the table of a study without published values, from ``results/studies/<name>.json``."""
+def study(name: str, accuracy: float | None = None) -> str:
+    """Return the table of a study without published values, from ``results/studies/<name>.json``.
+
+    Args:
+        name: name of the file.
+        accuracy: accuracy in percent for the column of seconds; None without it.
+    """
     record = SavedRecord(ROOT / "results" / "studies" / f"{name}.json")
     _, _, cells = record.read()
-    return markdown_table(rows_of(record, cells, None), None).partition("\n\n")[0]  # without the caption
+    return markdown_table(rows_of(record, cells, None), None, accuracy).partition("\n\n")[0]  # without the caption
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -367,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "million": million,
     "forward-passes": lambda: forward_passes.table(load("forward_passes")["methods"]),
     "smoke": lambda: study("smoke"),
+    "digits-seconds": lambda: study("digits_seconds", 90.0),
 }
 """Functions that return the tables, by name."""
 

@@ -51,7 +51,7 @@ class TestFit:
         assert list(results) == [
             "method", "sanm", "seed", "epochs", "seconds", "noise_kind", "noise_rate", "measured_noise_rate",
             "test_accuracy_best", "test_accuracy_last", "test_accuracy_last10", "val_accuracy_best", "val_accuracy_last",
-            "selected_on", "quality_auc", "stages", "label_issues", "masked_steps",
+            "selected_on", "quality_auc", "stages", "label_issues", "masked_steps", "timing",
         ]  # fmt: skip
         assert results["method"] == "CrossEntropy"
         assert results["sanm"] is True

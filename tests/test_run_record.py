@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -90,7 +91,34 @@ class TestResults:
         resumed = results()
         assert resumed.pop("seconds") > 0
         whole.pop("seconds")
+        first, second = whole.pop("timing"), resumed.pop("timing")
+        assert second.keys() == first.keys() and second["epoch"] == [1, 2, 3, 4]
+        assert second["test_accuracy"] == first["test_accuracy"]
+        assert second["training_seconds"] == sorted(second["training_seconds"])
         assert resumed == whole
+
+    def test_have_the_training_time_until_each_evaluation_without_that_of_the_evaluations(self, monkeypatch):
+        """On a clock that the steps and the evaluations move."""
+        now = [0.0]
+        monkeypatch.setattr("time.monotonic", lambda: now[0])
+
+        class Clock(L.Callback):
+            def on_train_batch_end(self, *_):
+                now[0] += 10
+
+            def on_validation_batch_end(self, *_):
+                now[0] += 1000
+
+        record = RunRecord()
+        trainer(2, callbacks=[record, Clock()], limit_train_batches=3, limit_val_batches=2).fit(method(), data())
+        timing = results()["timing"]
+        assert timing["epoch"] == [1, 2] and timing["training_seconds"] == [30, 60]
+        assert timing["evaluation_seconds"] == results()["seconds"] - 60 == 2000
+        assert len(timing["test_accuracy"]) == 2 and "val_accuracy" not in timing
+        assert timing["test_accuracy"][1] == pytest.approx(results()["test_accuracy_last"], abs=1e-6)
+        earlier = {name: part for name, part in record.state_dict().items() if name != "timing"}
+        record.load_state_dict(earlier)  # of a checkpoint of an earlier version, whose evaluations were not timed
+        assert record.timing.summary() is None and record.state_dict()["timing"]["known"] is False
 
     def test_a_crash_while_writing_leaves_the_old_file(self, tmp_path, monkeypatch):
         write_json(tmp_path / "results.json", {"epochs": 1})

@@ -23,6 +23,7 @@ def table(
     format: Literal["markdown", "csv", "latex", "json"] = "markdown",
     out: str | None = None,
     figure: str | None = None,
+    seconds_to: float | None = None,
 ) -> int:
     """Print or write the table of a study: mean and standard deviation over seeds, best and last, published, difference.
 
@@ -33,16 +34,21 @@ def table(
         format: format of the table; json is the cells, states and results of the study in one file.
         out: output file, which is replaced; default: the table is printed.
         figure: output ``.png`` file, which is replaced, of the gain of SANM over its base by method and noise rate.
+        seconds_to: accuracy in (0, 1] for a column of the training seconds until the mean accuracy over seeds reaches it,
+            which are comparable on one machine only.
 
     Returns:
         Exit status 0.
 
     Raises:
-        ValueError: if the folder has no results, or the figure has another extension or nothing to show.
+        ValueError: if the folder has no results, the figure has another extension or nothing to show, or the accuracy is not
+            in (0, 1].
         OSError: if the folder is not that of a study, or a file cannot be written.
     """
     if figure is not None and Path(figure).suffix != ".png":
         raise ValueError(f"expected a file with extension .png for --figure, got {figure!r}; rename it")
+    if seconds_to is not None and not 0 < seconds_to <= 1:
+        raise ValueError(f"expected an accuracy in (0, 1] for --seconds-to, got {seconds_to:g}; write .9 for 90 %")
     record = open_record(folder)
     _, name, cells = record.read()
     if not any(record.results(cell) for cell in cells):
@@ -52,7 +58,8 @@ def table(
     if format == "json":
         text = json.dumps(record.saved(), indent=1) + "\n"
     else:
-        text = FORMATS[format](rows, published.source if published else None)
+        accuracy = None if seconds_to is None else 100 * seconds_to
+        text = FORMATS[format](rows, published.source if published else None, accuracy)
     drawn = gain_figure(rows) if figure is not None else None
     if out is None:
         print(text, end="" if text.endswith("\n") else "\n")
@@ -72,5 +79,12 @@ def main(words: list[str]) -> int:
         prog="sanm table", description="Table of the results of a study beside the published values."
     )
     parser.add_argument("folder", type=str, help="folder of the study, or a file of its results")
-    parser.add_function_arguments(table, skip={"folder"}, as_group=False)
+    parser.add_argument(
+        "--seconds-to",
+        "--seconds_to",
+        type=float,
+        metavar="ACCURACY",
+        help="add the training seconds to an accuracy in (0, 1]",
+    )
+    parser.add_function_arguments(table, skip={"folder", "seconds_to"}, as_group=False)
     return table(**parser.parse_args(words).as_dict())

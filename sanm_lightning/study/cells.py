@@ -157,7 +157,7 @@ def _cell(grid: Grid, method: str, data: str, noise: str, sanm: str, overlay: st
     return Cell(
         method=_name(method), sanm=_name(sanm), data=_name(data), noise=_name(noise), overlay=_name(overlay), name=grid.name,
         seed=seed, configs=tuple(configs), options=options, after=after, epochs=epochs if isinstance(epochs, int) else None,
-        differences=_differences(recipe, options, overlay), digest=_digest([measured, after]),
+        differences=(*_own(configs, overlay), *_differences(recipe, options, overlay)), digest=_digest([measured, after]),
     )  # fmt: skip
 
 
@@ -178,7 +178,8 @@ def _find(kind: str, name: str) -> str:
         return name
     folder = Path("configs", kind)
     path = folder / f"{name}.yaml"
-    if path.is_file() or (packaged() / path).is_file():
+    inside = ".." not in path.parts and path.is_relative_to(folder)
+    if inside and (path.is_file() or (packaged() / path).is_file()):
         return str(path)
     known = sorted(
         str(other.relative_to(place / folder).with_suffix(""))
@@ -217,6 +218,18 @@ def _flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}" if prefix else key
         found.update(_flat(value, name) if isinstance(value, dict) else {name: value})
     return found
+
+
+def _own(configs: list[str], overlay: str) -> tuple[str, ...]:
+    """Return the configs that differ from those of the package, as phrases; the overlay is a difference of its own."""
+    used = [config for config in configs if overlay == "none" or config is not configs[-1]]
+    return tuple(f"own config {config}" for config in used if not _is_packaged(Path(config)))
+
+
+def _is_packaged(config: Path) -> bool:
+    ours = packaged() / config  # an absolute path stays as it is
+    inside = ours.is_relative_to(packaged() / "configs") and ours.is_file()
+    return inside and (not config.is_file() or config.read_bytes() == ours.read_bytes())
 
 
 def _differences(recipe: dict[str, Any], options: dict[str, Any], overlay: str) -> tuple[str, ...]:

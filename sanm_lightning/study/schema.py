@@ -13,8 +13,12 @@ __all__ = ["Grid", "Study", "read_study"]
 
 NAMES = ("methods", "sanm", "data", "noise", "overlays")
 """Keys of lists of names of configs."""
-RESERVED = ("seed_everything", "ckpt_path", "weights", "config", "trainer.default_root_dir", "trainer.logger")
-"""Options that are set for each cell."""
+RESERVED = ("seed_everything", "ckpt_path", "weights", "config", "trainer.default_root_dir", "trainer.logger", "help")
+"""Beginnings of options that are set for each cell, and the help."""
+PARTS = ("model", "data", "trainer")
+"""Sections of a config, whose options are named one by one."""
+SEEDS = range(2**32)
+"""Seeds that Lightning accepts."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,24 @@ def _check_keys(content: Any, known: tuple[str, ...], path: Path) -> None:
     for key in ("options", "pretraining", "method_options"):
         if not isinstance(content.get(key) or {}, dict):
             raise ValueError(f"expected a mapping for {key} in {str(path)!r}, got {content[key]!r}; write name: value")
+    first = (content.get("pretraining") or {}).values()
+    if not all(isinstance(name, str) for name in first):
+        raise ValueError(
+            f"expected one method for each method of pretraining in {str(path)!r}, got {[*first]!r}; write method: method"
+        )
     options = content.get("method_options") or {}
     for where in (content.get("options") or {}, *(part or {} for part in options.values())):
         if not isinstance(where, dict):
             raise ValueError(f"expected a mapping of options in {str(path)!r}, got {where!r}; write name: value")
-        reserved = next((name for name in where if str(name).startswith(RESERVED)), None)
+        nested = next(
+            (name for name in where if name in PARTS and isinstance(where[name], dict)), None
+        )  # as in a config
+        if nested or not all(isinstance(name, str) for name in where):
+            raise ValueError(
+                f"expected options by their names on the command line in {str(path)!r}, got {where!r}; write "
+                f"{nested or 'trainer'}.NAME: value"
+            )
+        reserved = next((name for name in where if name.startswith(RESERVED)), None)
         if reserved:
             raise ValueError(
                 f"expected options that a study does not set itself in {str(path)!r}, got {reserved!r}; remove it, or use "
@@ -156,6 +173,9 @@ def _grid(content: dict[str, Any], path: Path) -> Grid:
             raise ValueError(f"expected a list of {what} for {key} in {str(path)!r}, got {value!r}; write [A, B]")
         if key in content:
             content[key] = tuple(value)
+    other = next((seed for seed in content.get("seeds", ()) if seed not in SEEDS), None)
+    if other is not None:
+        raise ValueError(f"expected seeds from 0 to {SEEDS[-1]} in {str(path)!r}, got {other}; choose other seeds")
     grid = Grid(**content)
     if not isinstance(grid.name, str) or not re.fullmatch(r"[\w.-]*", grid.name) or grid.name.startswith("."):
         raise ValueError(

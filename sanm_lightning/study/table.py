@@ -8,6 +8,7 @@ from typing import Any
 from sanm_lightning.study.cells import Cell
 from sanm_lightning.study.published import Published
 from sanm_lightning.study.record import Record
+from sanm_lightning.study.seconds import Curve, curve_of
 from sanm_lightning.study.state import State
 
 __all__ = ["Row", "rows_of"]
@@ -32,7 +33,9 @@ class Row:
         hours: total hours of all cells, also of unfinished ones.
         split: ``test``, or ``val`` if the finished cells have no test accuracy.
         missing: what is not finished, such as ``1 of 3 not run``; empty if nothing.
-        reasons: why the accuracies cannot be compared with the published ones, or with those of methods without known labels.
+        reasons: why the accuracies cannot be compared with the published ones, or with other rows (known labels, runs that
+            stopped early).
+        curve: accuracy by training time of the finished cells; None if it was not recorded.
     """
 
     method: str
@@ -49,6 +52,7 @@ class Row:
     split: str
     missing: str
     reasons: tuple[str, ...]
+    curve: Curve | None = None
 
     def mean(self, kind: str) -> float | None:
         """Return the mean accuracy over seeds in percent; None without results.
@@ -79,14 +83,15 @@ def rows_of(record: Record, cells: Sequence[Cell], published: Published | None) 
         published: its published values; None if there are none.
     """
     providers = {cell.after for cell in cells}
+    before = {cell.folder: record.results(cell) for cell in cells if cell.folder in providers}
     grouped: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         if cell.folder not in providers:
             grouped.setdefault(cell.row, []).append(cell)
-    return [_row(record, group, published) for group in grouped.values()]
+    return [_row(record, group, published, before) for group in grouped.values()]
 
 
-def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
+def _row(record: Record, cells: list[Cell], published: Published | None, before: dict[str, dict[str, Any]]) -> Row:
     first = cells[0]
     key = first.method, first.sanm, first.data, first.noise
     known = {} if published is None else published.values.get(key, {})
@@ -117,7 +122,13 @@ def _row(record: Record, cells: list[Cell], published: Published | None) -> Row:
         hours=sum(results.get("seconds", 0.0) for results in found) / 3600,
         split=split,
         missing=_missing([(state.state, state.reason) for state in states]),
-        reasons=(*_known_labels(cells), *noted, *(_reasons(cells, finished, split) if known else ())),
+        reasons=(
+            *_known_labels(cells),
+            *noted,
+            *(_reasons(cells, finished, split) if known else ()),
+            *_stopped(cells, finished),
+        ),
+        curve=curve_of([*finished.values()], before.get(first.after, {}) if first.after else None, split),
     )
 
 
@@ -148,14 +159,21 @@ def _known_labels(cells: list[Cell]) -> tuple[str, ...]:
 
 
 def _reasons(cells: list[Cell], finished: dict[int, dict[str, Any]], split: str) -> tuple[str, ...]:
-    """Return the differences of settings and of results from the published runs, without repetitions."""
+    """Return the differences of settings and of data from the published runs, without repetitions."""
     found = [difference for cell in cells for difference in cell.differences]
     if split == "val":
         found.append("other selection split (accuracy on val, without a test set)")
     if any(results.get("noise_kind") == "file" for results in finished.values()):
         found.append("labels from a noise file")
+    return tuple(dict.fromkeys(found))
+
+
+def _stopped(cells: list[Cell], finished: dict[int, dict[str, Any]]) -> tuple[str, ...]:
+    """Return the numbers of epochs of runs that ended before their last epoch, which have another budget than other rows."""
     planned = {cell.seed: cell.epochs for cell in cells}
-    for seed, results in finished.items():
-        if planned[seed] is not None and results["epochs"] != planned[seed]:
-            found.append(f"stopped after {results['epochs']} of {planned[seed]} epochs")
+    found = [
+        f"stopped after {results['epochs']} of {planned[seed]} epochs"
+        for seed, results in finished.items()
+        if planned[seed] is not None and results["epochs"] != planned[seed]
+    ]
     return tuple(dict.fromkeys(found))

@@ -1,12 +1,15 @@
 """sanm list: what the package contains, read from its configs, classes and results."""
 
 import json
+import os
 import re
+import sys
 
 import pytest
 import yaml
 
 from sanm_lightning import methods
+from sanm_lightning.cli import entry_point
 from sanm_lightning.commands import catalog, run
 from sanm_lightning.config_paths import packaged
 
@@ -70,6 +73,17 @@ def test_prints_aligned_columns_and_methods_by_default(capsys):
     assert lines[0].startswith("method ") and all(line[start - 1] == " " and line[start] != " " for line in lines)
     assert run(["list", "sanm"]) == 0
     assert capsys.readouterr().out.splitlines()[1].startswith("configs/sanm.yaml ")
+
+
+def test_a_reader_that_ends_first_is_no_error(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "argv", ["sanm", "list", "studies"])
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with pytest.raises(SystemExit) as stopped:
+            entry_point()
+    assert stopped.value.code == 1 and capfd.readouterr().err == ""
 
 
 def test_says_that_there_are_none(monkeypatch, capsys, tmp_path):

@@ -15,13 +15,14 @@ import yaml
 from sanm_lightning import commands as further
 from sanm_lightning.cli import main
 from sanm_lightning.parsing import CommandParser
+from sanm_lightning.study.cells import cells_of
 from sanm_lightning.study.schema import read_study
 from tests.docs.pages import ROOT, blocks, commands, is_shell
 from tests.full import FULL
 
 BLOCKS = blocks()
 ELSEWHERE = "docs/own-data.md"
-STUDIES = "docs/studies.md"
+STUDIES = ("docs/studies.md", "docs/cost.md")  # whose YAML is study files
 COST = "docs/cost.md"  # run by tests/test_forward_passes.py
 EARLIER = "configs/cifar10/cross_entropy_small.yaml"  # as it was run: refused, with the present configs
 LISTINGS = ("root/", "path,", "$ sanm ")  # layouts of folders, tables, and a command with its output
@@ -120,7 +121,7 @@ def test_other_programs_are_given_files_and_targets_that_exist():
 
 
 def test_yaml_is_accepted_where_the_page_puts_it(parse_only):
-    found = [block for block in BLOCKS if block.kind == "yaml" and block.page not in (ELSEWHERE, STUDIES)]
+    found = [block for block in BLOCKS if block.kind == "yaml" and block.page not in (ELSEWHERE, *STUDIES)]
     assert found
     for block in found:
         content = yaml.safe_load(block.text)
@@ -132,12 +133,12 @@ def test_yaml_is_accepted_where_the_page_puts_it(parse_only):
 
 
 def test_a_study_of_the_page_is_a_study(tmp_path):
-    found = [block for block in BLOCKS if block.kind == "yaml" and block.page == STUDIES]
-    assert found
+    found = [block for block in BLOCKS if block.kind == "yaml" and block.page in STUDIES]
+    assert {block.page for block in found} == {*STUDIES}
     for block in found:
         path = tmp_path / "page.yaml"
         path.write_text(block.text)
-        assert read_study(path).grids
+        assert cells_of(read_study(path))
 
 
 def of_a_network() -> dict[str, Any]:

@@ -108,6 +108,19 @@ class TestDifferences:
     def test_an_overlay_is_one(self, cells):
         assert cells(overlays=["views/released"], options={})[0].differences == ("overlay views/released",)
 
+    def test_an_own_config_is_one_even_with_the_name_of_a_packaged_config(self, cells, tmp_path):
+        packaged_text = (packaged() / "configs/method/elr.yaml").read_text()
+        own = tmp_path / "elr.yaml"
+        own.write_text(packaged_text.replace("max_epochs:", "max_epochs: 9 #"))
+        (cell,) = cells(methods=[str(own)], sanm=["base"], seeds=[1], options={})
+        assert (cell.method, cell.epochs, cell.differences) == ("elr", 9, (f"own config {own}",))
+        local = Path("configs/method/elr.yaml")  # precedes that of the package
+        local.parent.mkdir(parents=True)
+        for text, differences in ((packaged_text, ()), (own.read_text(), (f"own config {local}",))):
+            local.write_text(text)
+            (cell,) = cells(methods=["elr"], sanm=["base"], seeds=[1], options={})
+            assert cell.differences == differences
+
     def test_the_digest_ignores_the_machine_only(self, cells):
         def digest(**options):
             return cells(options=options)[0].digest
@@ -155,6 +168,15 @@ class TestMistakes:
             ({"published": ["a"]}, r"expected the name of a table for published in .*, got \['a'\]; write one name"),
             ({"name": "../x"}, "expected a name of letters, digits, .* got '../x'; correct it"),
             ({"methods": ["cdr"], "known_rate": ["cdr"], "noise": ["none"]}, "expected noise with a rate for the method 'cdr'"),
+            ({"methods": ["../data/digits"]}, "expected method of a study to be one of configs/method, got '../data/digits';"),
+            ({"options": {3: 4}}, r"expected options by their names on the command line .* got {3: 4}; write trainer.NAME:"),
+            (
+                {"options": {"trainer": {"max_epochs": 3}}},
+                r"expected options by their names .*, got {'trainer': {'max_epochs': 3}}; write trainer\.NAME: value",
+            ),
+            ({"options": {"help": True}}, "expected options that a study does not set itself in .*, got 'help'"),
+            ({"methods": ["c2d"], "pretraining": {"c2d": ["simclr"]}}, r"expected one method for each method of pretraining"),
+            ({"seeds": [1, -1]}, r"expected seeds from 0 to 4294967295 in .*, got -1; choose other seeds"),
         ],
     )  # fmt: skip
     def test_are_answered_in_one_sentence(self, cells, keys, sentence):

@@ -91,6 +91,13 @@ class TestRows:
         assert row.reasons == (reason,)
         assert row.published["best"] == 79.4 and row.difference("best") is None
 
+    def test_a_run_that_stopped_early_is_marked_without_published_values_too(self, study):
+        record, cells, _ = study(None, methods=["elr"], sanm=["base", "sanm"], seeds=[1])
+        finish(record, cells[0], 0.9, epochs=40)
+        finish(record, cells[1], 0.9)
+        stopped, whole = rows_of(record, cells, None)
+        assert stopped.reasons == ("stopped after 40 of 150 epochs",) and whole.reasons == ()
+
     def test_a_published_value_that_is_not_that_of_the_method_is_not_compared(self, study):
         record, cells, published = study(
             "clothing1m", methods=["gce"], data=["clothing1m"], noise=["none"], sanm=["base"]
@@ -148,6 +155,71 @@ ROWS = [
     Row("cross_entropy", "sanm", "cifar10", "sym50", "", 2, {1: 85.0}, {1: 84.0}, {"best": 89.7}, "60", 0.25, "test",
         "1 of 2 failed: 50% a|b", ("60 epochs instead of 300", "5000 training images")),
 ]  # fmt: skip
+
+
+def timed(run: int, *accuracies: float, machine: str = "one", evaluations: float = 1.0) -> dict:
+    """The timing of a run with an evaluation every ``10 * run`` seconds of training."""
+    times = [10.0 * run * number for number in range(1, 1 + len(accuracies))]
+    return {"machines": [machine], "evaluation_seconds": evaluations, "epoch": [*range(1, 1 + len(accuracies))],
+            "training_seconds": times, "test_accuracy": [*accuracies]}  # fmt: skip
+
+
+class TestSecondsTo:
+    def seconds(self, study, *, goal: float = 70.0, timings=(), **keys) -> str:
+        """Return the last field of the first row, the seeds of which have these timings."""
+        record, cells, _ = study(None, **{"methods": ["elr"], "sanm": ["base"], **keys})
+        for cell, timing in zip(cells, timings, strict=True):
+            finish(record, cell, 0.9, timing=timing)
+        self.table = FORMATS["markdown"](rows_of(record, cells, None), None, goal)
+        return self.table.splitlines()[2].split("|")[-2].strip()
+
+    def test_are_those_of_the_first_evaluation_whose_mean_over_seeds_is_as_high(self, study):
+        """Means .50, .70, .65, .90 after 15, 30, 45, 60 s."""
+        timings = timed(1, 0.5, 0.8, 0.6, 0.9), timed(2, 0.5, 0.6, 0.7, 0.9)
+        assert self.seconds(study, timings=timings) == "30.0"
+        assert self.table.splitlines()[0].endswith("| hours | seconds to 70 % |")
+        assert "Seconds to 70 %: training on one, with pre-training and without evaluations, until" in self.table
+
+    def test_are_not_given_where_the_mean_stays_below(self, study):
+        assert self.seconds(study, goal=80.0, timings=(timed(1, 0.5, 0.9), timed(1, 0.9, 0.5))) == "not reached"
+
+    def test_are_those_of_epochs_that_all_seeds_evaluated(self, study):
+        assert self.seconds(study, timings=(timed(1, 0.5, 0.9), timed(1, 0.9))) == "10.0"
+
+    def test_of_an_earlier_version_are_unknown(self, study):
+        assert self.seconds(study, timings=(timed(1, 0.9), None)) == "not recorded"
+
+    def test_contain_the_pre_training_without_its_evaluations(self, study):
+        """36 s of SimCLR, of which 6 s are evaluations, before 10 s."""
+        record, cells, _ = study(None, methods=["c2d"], pretraining={"c2d": "simclr"}, sanm=["base"], seeds=[1])
+        finish(record, cells[0], None, seconds=36.0, timing=timed(1, evaluations=6.0))
+        finish(record, cells[1], 0.9, timing=timed(1, 0.8))
+        (row,) = rows_of(record, cells, None)
+        assert row.curve.seconds_to(70.0) == 40.0
+        finish_again = {"epochs": 1, "seconds": 36.0, "test_accuracy_best": None, "val_accuracy_best": None}
+        (record.folder(cells[0]) / "results.json").write_text(json.dumps(finish_again))
+        assert rows_of(record, cells, None)[0].curve is None
+
+    def test_name_the_machines_if_there_are_several(self, study):
+        timings = timed(1, 0.9), timed(1, 0.9), timed(1, 0.9), timed(1, 0.9, machine="two")
+        assert self.seconds(study, methods=["elr", "gce"], timings=timings) == "10.0 (machine 1)"
+        assert self.table.splitlines()[3].endswith("| 10.0 (machine 1, 2) |")
+        assert "training on 1: one; 2: two, with" in self.table and "not comparable between machines." in self.table
+
+    def test_have_columns_in_csv(self, study):
+        self.seconds(study, timings=(timed(1, 0.5, 0.8), timed(2, 0.5, 0.8)))
+        rows = rows_of(Record("out"), Record("out").read()[2], None)
+        for goal, seconds in ((70.0, "30"), (90.0, "")):
+            (row,) = csv.DictReader(io.StringIO(FORMATS["csv"](rows, None, goal)))
+            assert (row["seconds_to_accuracy"], row["seconds"], row["machines"]) == (f"{goal:g}", seconds, "one")
+
+    def test_of_the_command_are_given_for_an_accuracy_between_0_and_1(self, study, typed):
+        self.seconds(study, timings=(timed(1, 0.9), timed(1, 0.9)))
+        assert "| 10.0 |" in typed("table", "out", "--seconds-to", "0.7")[1]
+        with pytest.raises(
+            ValueError, match=r"expected an accuracy in \(0, 1\] for --seconds-to, got 70; write \.9 for 90 %"
+        ):
+            typed("table", "out", "--seconds-to", "70")
 
 
 class TestFormats:
