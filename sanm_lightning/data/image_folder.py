@@ -144,8 +144,8 @@ class ImageFolder(ScannedFiles):
     Classes are the subfolders of ``root/train``, sorted by name, and are searched recursively. Other files are skipped,
     and their number and names are logged; see `list_class_folder`. A root of class folders, without ``train``, is a
     training set. Without a test and a validation folder, a fraction of the training set is held out
-    (``holdout_fraction``). The labels are those of the folders; the true labels are unknown, unless this data module
-    injects noise.
+    (``holdout_fraction``). Without a training folder, a model trained on the same classes can be evaluated. The labels
+    are those of the folders; the true labels are unknown, unless this data module injects noise.
 
     Args:
         root: folder that contains ``train`` or class folders.
@@ -170,9 +170,11 @@ class ImageFolder(ScannedFiles):
 
     @property
     def class_names(self) -> list[str]:
-        """The class folders of the training set, sorted."""
+        """The class folders of the training set, or of all splits if there is no training set, sorted."""
         if self._class_names is None:
-            names = {name for base in self._folders()["train"] for name in class_folders(base)[0]}
+            folders = self._folders()
+            bases = folders.get("train") or [base for part in folders.values() for base in part]
+            names = {name for base in bases for name in class_folders(base)[0]}
             self._class_names = sorted(names - self._left_out_classes())
         return list(self._class_names)
 
@@ -189,11 +191,12 @@ class ImageFolder(ScannedFiles):
 
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
+        bases = self._folders().get(split) or split_folders(self.root)[0][split]  # raises without a training set
         label_of = {name: label for label, name in enumerate(self.class_names)}
         found = Listing([], [], self.class_names, [], {}, [])
-        if split == "train" and self._found is not None:
+        if split == next(iter(self._folders())) and self._found is not None:
             add_passed_over(found.passed_over, self._found[1])
-        for base in self._folders()[split]:
+        for base in bases:
             names, loose = class_folders(base)
             add_passed_over(found.passed_over, loose)
             for name in names:
@@ -226,7 +229,7 @@ class ImageFolder(ScannedFiles):
         return super().left_out(fault) or Path(fault.path).name in self._left_out_classes()
 
     def _left_out_classes(self) -> set[str]:
-        listed, bases = self._listed_bad(), self._folders()["train"] if self._listed_bad() else []
+        listed, bases = self._listed_bad(), self._folders().get("train", []) if self._listed_bad() else []
         return {name for base in bases for name in class_folders(base)[0] if self._relative(base / name) in listed}
 
     def _relative(self, path: Path) -> str:
@@ -235,6 +238,6 @@ class ImageFolder(ScannedFiles):
     def _folders(self) -> dict[str, list[Path]]:
         """Return the folders of each split; a root of class folders is a training set."""
         if self._found is None:
-            parts, passed_over = split_folders(self.root)
+            parts, passed_over = split_folders(self.root, required=False)
             self._found = {"train" if split == "all" else split: bases for split, bases in parts.items()}, passed_over
         return self._found[0]

@@ -270,9 +270,10 @@ class TestLists:
         assert below.labels.tolist() == [n % 5 for n in range(20) if n % 4 and n % 5 < 3]
 
     def test_a_broken_line_is_named_by_its_number_in_the_file(self, tmp_path: Path) -> None:
-        write(tmp_path / "pairs.txt", *(f"{n}.jpg 0" for n in range(7)), "8.jpg zero")
-        with pytest.raises(ValueError, match=r"got another line 8, '8\.jpg zero'; correct or remove it"):
-            list_files.read_pairs(tmp_path / "pairs.txt", 5)
+        for label in ("zero", "--1"):
+            write(tmp_path / "pairs.txt", *(f"{n}.jpg 0" for n in range(7)), f"8.jpg {label}")
+            with pytest.raises(ValueError, match=rf"got another line 8, '8\.jpg {label}'; correct or remove it"):
+                list_files.read_pairs(tmp_path / "pairs.txt", 5)
 
     def test_a_byte_order_mark_is_no_part_of_a_path(self, tmp_path: Path) -> None:
         write(tmp_path / "keys.txt", "\ufeffa.jpg", "b.jpg")

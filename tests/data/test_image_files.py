@@ -105,6 +105,16 @@ class TestRoot:
         touch(tmp_path, "train/1.png", "bus/1.png")
         found = list_images(tmp_path)
         assert found.class_names == ["bus", "train"] and found.splits == ["all", "all"]
+        touch(tmp_path, "train/night/2.png", "train/.thumbs/x.png")
+        assert list_images(tmp_path).class_names == ["bus", "train"]
+
+    def test_a_loose_image_in_train_makes_no_classes_of_the_splits(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/loose.png", "train/a/1.png", "train/b/1.png", "test/a/1.png", "unlabeled/1.png")
+        found = list_images(tmp_path)
+        assert found.class_names == ["a", "b"] and found.splits == ["train", "train", "test"]
+        assert found.passed_over == {
+            "folder of no split": [Path("unlabeled")], "in no class folder": [Path("train/loose.png")],
+        }  # fmt: skip
 
     @pytest.mark.parametrize(
         ("files", "match"),
