@@ -23,7 +23,9 @@ __all__ = [
     "split_folders",
 ]
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
+}  # fmt: skip
 """Splits by name of a folder or cell, in lower case."""
 
 SPLITS = ("train", "val", "test")
@@ -217,7 +219,7 @@ def split_folders(root: str | Path, required: bool = True) -> tuple[dict[str, li
     """Find the split folders in a root.
 
     A root has splits if it contains a folder ``train``, unless there are other class folders and ``train`` looks like one
-    of them: it contains images and at most one folder.
+    of them: it contains images and at most one folder. Split folders have the names of :data:`SPLIT_NAMES`, in any case.
 
     Args:
         root: folder that contains class folders or split folders.
@@ -233,15 +235,13 @@ def split_folders(root: str | Path, required: bool = True) -> tuple[dict[str, li
     """
     root = Path(root)
     folders, passed_over = class_folders(root)
-    others = [name for name in folders if name not in SPLIT_NAMES]
-    if "train" not in folders and not others and required:
+    others = [name for name in folders if name.lower() not in SPLIT_NAMES]
+    bases = {split: [root / name for name in folders if SPLIT_NAMES.get(name.lower()) == split] for split in SPLITS}
+    if not bases["train"] and not others and required:
         raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got only {', '.join(folders)}; {LAYOUT}")
-    if others and ("train" not in folders or _looks_like_a_class(root / "train")):
+    if others and all(map(_looks_like_a_class, bases["train"])):
         return {"all": [root]}, {}
-    parts: dict[str, list[Path]] = {}
-    for split in SPLITS:
-        if bases := [root / name for name in folders if SPLIT_NAMES.get(name) == split]:
-            parts[split] = bases
+    parts = {split: part for split, part in bases.items() if part}
     return parts, {**passed_over, **({"folder of no split": [root / name for name in others]} if others else {})}
 
 

@@ -129,6 +129,11 @@ class ScannedFiles(ImageFiles):
         self._say(f"{split}: {len(found.files)} images of {len(set(found.labels))} classes{skipped and ', ' + skipped}")
         if skipped:
             self._say(f"{split}: {name_passed_over(found.passed_over, Path(self.root))}")
+        for one, other in same_but_for_case(found.class_names if split == "train" else [])[:1]:
+            rank_zero_warn(
+                f"expected class names that differ in more than case, got {one!r} and {other!r}; rename one of them, unless "
+                "they are two classes"
+            )
         for one, other in same_but_for_case(found.paths)[:1]:
             rank_zero_warn(
                 f"expected file names that differ in more than case, got {one!r} and {other!r}; rename one of them, "
