@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sanm_lightning.data.image_files import count_passed_over, list_images
+from sanm_lightning.data.image_files import count_passed_over, list_images, name_passed_over
 
 __all__ = ["AuditSet", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
 
@@ -77,7 +77,7 @@ def folder_audit_set(root: str | Path) -> AuditSet:
         splits=listing.splits,
         paths=[path.as_posix() for path in listing.paths],
         root=root,
-        notes=[f"{passed_over}."] if passed_over else [],
+        notes=[f"{passed_over}.", f"{name_passed_over(listing.passed_over, root)}."] if passed_over else [],
     )
 
 

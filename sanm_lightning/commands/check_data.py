@@ -113,7 +113,7 @@ def _listed(data: Any, split: str) -> _Split:
         names = source.paths or [f"{split} {row}" for row in range(len(source.labels))]
         return _Split(source.images, names, source.labels.tolist(), data.class_names, [], [])
     found = data.listing(split)
-    pairs = same_but_for_case(found.paths)
+    pairs = [*same_but_for_case(found.class_names if split == "train" else []), *same_but_for_case(found.paths)]
     notes = [f"{one!r} and {other!r} differ in case only" for one, other in pairs[:SHOWN]]
     if found.passed_over:
         notes.append(count_passed_over(found.passed_over))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sanm_lightning.data.decode import ImageFileList, unreadable_reason
-from sanm_lightning.data.image_files import count_passed_over, list_class_folder
+from sanm_lightning.data.image_files import count_passed_over, list_class_folder, name_passed_over
 from sanm_lightning.data.policies import center_crop
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.parsing import CommandParser
@@ -113,6 +113,7 @@ def _list(given: Sequence[str], console: Console) -> tuple[list[Path], list[str]
             folder = list_class_folder(place)
             if folder.passed_over:
                 console.print(f"{place}: {count_passed_over(folder.passed_over)}", markup=False)
+                console.print(f"{place}: {name_passed_over(folder.passed_over, place)}", markup=False)
             for path in folder.files:
                 files[(path.relative_to(place) if len(given) == 1 else path).as_posix()] = path
         elif place.is_file():

@@ -40,9 +40,9 @@ class CSVImages(ScannedFiles):
         file: the CSV file, UTF-8, separated by commas, or a ``.tsv`` file, separated by tabs.
         path_column: name of the column of paths.
         label_column: name of the column of labels, text or numbers.
-        split_column: name of the column with the splits ``train``, ``val`` (or ``valid``, ``validation``) and ``test``,
-            case-insensitive. Default: all rows are training rows. Without test and validation rows, a fraction of the
-            training rows is held out (``holdout_fraction``).
+        split_column: name of the column with the splits ``train`` (or ``training``), ``val`` (or ``valid``,
+            ``validation``) and ``test`` (or ``testing``), case-insensitive. Default: all rows are training rows. Without
+            test and validation rows, a fraction of the training rows is held out (``holdout_fraction``).
         root: folder that paths are relative to. Default: the folder of the file. With a root, absolute paths and paths
             that leave it raise an error.
         image_size: side of the square images in pixels.

@@ -81,7 +81,13 @@ class EpochPools(Splits):
             return torch.arange(self.num_samples)
         generator = named_generator("pool", self.seed, epoch, peer)
         if self.balanced:
-            return balanced_pool(self.labels, self.num_classes, self.samples_per_epoch, generator)
+            pool = balanced_pool(self.labels, self.num_classes, self.samples_per_epoch, generator)
+            if self.samples_per_epoch is None:
+                self._say(
+                    f"balanced: an epoch has {len(pool)} of {self.num_samples} training samples, as many of each class as the "
+                    "smallest one has; set samples_per_epoch to repeat these"
+                )
+            return pool
         return random_pool(self.num_samples, self.samples_per_epoch or self.num_samples, generator)
 
     def pass_pool(self) -> Tensor:

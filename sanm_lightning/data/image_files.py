@@ -23,7 +23,9 @@ __all__ = [
     "split_folders",
 ]
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test",
+}  # fmt: skip
 """Splits by name of a folder or cell, in lower case."""
 
 SPLITS = ("train", "val", "test")
@@ -213,38 +215,41 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
     return names, loose
 
 
-def split_folders(root: str | Path) -> tuple[dict[str, list[Path]], PassedOver]:
+def split_folders(root: str | Path, required: bool = True) -> tuple[dict[str, list[Path]], PassedOver]:
     """Find the split folders in a root.
 
-    A root has splits if it contains a folder ``train``, unless this folder contains images and there are other class
-    folders.
+    A root has splits if it contains a folder ``train``, unless there are other class folders and ``train`` looks like one
+    of them: it contains images and at most one folder. Split folders have the names of :data:`SPLIT_NAMES`, in any case.
 
     Args:
         root: folder that contains class folders or split folders.
+        required: whether to raise an error if there are other split folders but no ``train``.
 
     Returns:
         The folders of ``train``, ``val`` and ``test`` that exist, or the root itself as ``all``; and the other entries
         of a root with splits, by reason.
 
     Raises:
-        FileNotFoundError: if the root does not exist, or has other split folders but no ``train``.
+        FileNotFoundError: if the root does not exist, or the required folder ``train``.
         ValueError: if the root contains no folders.
     """
     root = Path(root)
     folders, passed_over = class_folders(root)
-    others = [name for name in folders if name not in SPLIT_NAMES]
-    if "train" not in folders and not others:
+    others = [name for name in folders if name.lower() not in SPLIT_NAMES]
+    bases = {split: [root / name for name in folders if SPLIT_NAMES.get(name.lower()) == split] for split in SPLITS}
+    if not bases["train"] and not others and required:
         raise FileNotFoundError(f"expected a folder 'train' in {str(root)!r}, got only {', '.join(folders)}; {LAYOUT}")
-    endings = _endings()
-    if "train" not in folders or (
-        others and any(_reason(entry, endings) is None for entry in _entries(root / "train"))
-    ):
+    if others and all(map(_looks_like_a_class, bases["train"])):
         return {"all": [root]}, {}
-    parts: dict[str, list[Path]] = {}
-    for split in SPLITS:
-        if bases := [root / name for name in folders if SPLIT_NAMES.get(name) == split]:
-            parts[split] = bases
+    parts = {split: part for split, part in bases.items() if part}
     return parts, {**passed_over, **({"folder of no split": [root / name for name in others]} if others else {})}
+
+
+def _looks_like_a_class(folder: Path) -> bool:
+    """Return whether a folder contains images and at most one folder; more folders are classes beside loose images."""
+    endings = _endings()
+    kinds = [_reason(entry, endings) for entry in _entries(folder) if not entry.name.startswith(".")]
+    return None in kinds and kinds.count("folder") <= 1
 
 
 def list_images(root: str | Path) -> ImageListing:

@@ -130,6 +130,11 @@ class ScannedFiles(ImageFiles):
         self._say(f"{split}: {len(found.files)} images of {len(set(found.labels))} classes{skipped and ', ' + skipped}")
         if skipped:
             self._say(f"{split}: {name_passed_over(found.passed_over, Path(self.root))}")
+        for one, other in same_but_for_case(found.class_names if split == "train" else [])[:1]:
+            rank_zero_warn(
+                f"expected class names that differ in more than case, got {one!r} and {other!r}; rename one of them, unless "
+                "they are two classes"
+            )
         for one, other in same_but_for_case(found.paths)[:1]:
             rank_zero_warn(
                 f"expected file names that differ in more than case, got {one!r} and {other!r}; rename one of them, "
@@ -145,8 +150,8 @@ class ImageFolder(ScannedFiles):
     Classes are the subfolders of ``root/train``, sorted by name, and are searched recursively. Other files are skipped,
     and their number and names are logged; see `list_class_folder`. A root of class folders, without ``train``, is a
     training set. Without a test and a validation folder, a fraction of the training set is held out
-    (``holdout_fraction``). The labels are those of the folders; the true labels are unknown, unless this data module
-    injects noise.
+    (``holdout_fraction``). Without a training folder, a model trained on the same classes can be evaluated. The labels
+    are those of the folders; the true labels are unknown, unless this data module injects noise.
 
     Args:
         root: folder that contains ``train`` or class folders.
@@ -172,9 +177,11 @@ class ImageFolder(ScannedFiles):
 
     @property
     def class_names(self) -> list[str]:
-        """The class folders of the training set, sorted."""
+        """The class folders of the training set, or of all splits if there is no training set, sorted."""
         if self._class_names is None:
-            names = {name for base in self._folders()["train"] for name in class_folders(base)[0]}
+            folders = self._folders()
+            bases = folders.get("train") or [base for part in folders.values() for base in part]
+            names = {name for base in bases for name in class_folders(base)[0]}
             self._class_names = sorted(names - self.left_out_classes())
         return list(self._class_names)
 
@@ -191,11 +198,12 @@ class ImageFolder(ScannedFiles):
 
     def listing(self, split: str) -> Listing:
         """List the files of ``train``, ``val`` or ``test`` with all faults, without decoding."""
+        bases = self._folders().get(split) or split_folders(self.root)[0][split]  # raises without a training set
         label_of = {name: label for label, name in enumerate(self.class_names)}
         found = Listing([], [], self.class_names, [], {}, [])
-        if split == "train" and self._found is not None:
+        if split == next(iter(self._folders())) and self._found is not None:
             add_passed_over(found.passed_over, self._found[1])
-        for base in self._folders()[split]:
+        for base in bases:
             names, loose = class_folders(base)
             add_passed_over(found.passed_over, loose)
             for name in names:
@@ -230,7 +238,7 @@ class ImageFolder(ScannedFiles):
     def left_out_classes(self) -> set[str]:
         """Return the classes whose training folder is listed in ``bad_files``, and has no images that are not listed."""
         if self._left_out_classes is None:
-            bases = self._folders()["train"] if self._listed_bad() else []
+            bases = self._folders().get("train", []) if self._listed_bad() else []
             folders = [base / name for base in bases for name in class_folders(base)[0]]
             listed = [folder for folder in folders if self._relative(folder) in self._listed_bad()]
             stale = [folder for folder in listed if self._has_other_images(folder)]
@@ -256,6 +264,6 @@ class ImageFolder(ScannedFiles):
     def _folders(self) -> dict[str, list[Path]]:
         """Return the folders of each split; a root of class folders is a training set."""
         if self._found is None:
-            parts, passed_over = split_folders(self.root)
+            parts, passed_over = split_folders(self.root, required=False)
             self._found = {"train" if split == "all" else split: bases for split, bases in parts.items()}, passed_over
         return self._found[0]

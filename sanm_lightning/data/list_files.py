@@ -86,7 +86,9 @@ def read_pairs(path: Path, num_classes: int, below: bool = False, header: bytes 
         if number == 0 and header is not None and part[0].startswith(header):
             part[0] = b""
         pairs = [line.rsplit(None, 1) for line in part]
-        broken = [i for i, pair in enumerate(pairs) if pair and not (len(pair) == 2 and pair[1].lstrip(b"-").isdigit())]
+        broken = [
+            i for i, pair in enumerate(pairs) if pair and not (len(pair) == 2 and pair[1].removeprefix(b"-").isdigit())
+        ]
         if broken:
             raise ValueError(
                 f"expected lines 'path label' in {str(path)!r}, got another line {number * LINES_AT_ONCE + broken[0] + 1}, "

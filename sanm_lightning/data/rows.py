@@ -125,9 +125,22 @@ def _blocks(number: int, request: RowRequest, decoded: Tensor, place: Tensor) ->
             views: list[Tensor] = []
             for position, row in enumerate(rows.tolist(), first):
                 with seeded(named_seed("transform", *request.name, position, number)):
-                    views.append(_checked(policy(decoded[row]), policy, views))
+                    views.append(_checked(_transformed(policy, decoded[row]), policy, views))
             made.append(torch.stack(views))
     return made
+
+
+def _transformed(policy: Policy, image: Tensor) -> Any:
+    """Apply a transform to one image; its errors name it, because those of transforms of batches do not."""
+    try:
+        return policy(image)
+    except Exception as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"expected a transform of one image, uint8 (C, H, W), got {type(policy).__name__}, which raises "
+            f"{type(error).__name__} ({reason}) for {tuple(image.shape)}; use another one, or a policy of batches with a "
+            "parameter 'generator'"
+        ) from error
 
 
 def _checked(view: Any, transform: Policy, others: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
@@ -85,6 +86,8 @@ class ServedBatches(L.LightningDataModule):
             lambda peer: self.epoch_pool(plan.draw_epoch, peer), self._fixed_order,
         )  # fmt: skip
         chosen: Tensor | None = module.epoch_batches(plan)
+        if epoch == 0 and self.policies:
+            self._say_unused_policies(type(module).__name__)
         if chosen is not None and chosen.numel() and int(chosen.max()) >= self.num_samples:
             raise ValueError(
                 f"expected positions in [0, {self.num_samples}) in the batches of an epoch, got {int(chosen.max())}"
@@ -95,6 +98,16 @@ class ServedBatches(L.LightningDataModule):
         module = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
         views = getattr(module, "views", None)
         return tuple(views()) if callable(views) and hasattr(module, "epoch_batches") else ("weak",)
+
+    def _say_unused_policies(self, method: str) -> None:
+        """Log the given policies that no view of the first epoch uses, such as misspelled ones."""
+        used = list(
+            dict.fromkeys(name for view in self._views() for name in ((view,) if isinstance(view, str) else view))
+        )
+        if unused := [name for name in self.policies if name not in used]:
+            rank_zero_info(
+                f"views of {method} in epoch 0: {', '.join(used)}; policies without a view: {', '.join(unused)}"
+            )
 
     def _policy(self, name: str) -> Callable[..., Any]:
         if name not in self.policies and name not in POLICIES:

@@ -43,6 +43,13 @@ class WrappedSet:
         if not len(dataset):
             raise ValueError(f"expected one or more rows in the {what} set, got none; check the data set")
         self.image_key, self.label_key = self._keys(image_key, label_key)
+        with seeded(0):
+            first = self.image(0)
+        if not isinstance(first, (Image.Image, np.ndarray, Tensor)):
+            raise ValueError(
+                f"expected a PIL image, an array or a tensor in row 0 of the {what} set, got {type(first).__name__}; convert "
+                "the images, or use CSVImages or ImageFolder for paths of files"
+            )
         if not self._stays_the_same():
             raise ValueError(
                 f"expected images without random transforms in the {what} set, got different images of one row; remove "
@@ -130,7 +137,8 @@ class WrappedSet:
         reads = []
         for seed in range(READS):
             with seeded(seed):
-                reads.append(np.asarray(self.image(0)))
+                image = self.image(0)
+                reads.append(_array(image) if isinstance(image, Tensor) else np.asarray(image))
         return all(np.array_equal(reads[0], other) for other in reads[1:])
 
 
@@ -173,9 +181,7 @@ class _ImageFormError(ValueError):
 def _from_array(image: Any, where: str) -> Image.Image:
     """Convert an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W), to a PIL image, exactly."""
     if isinstance(image, Tensor):
-        pixels = image.detach().cpu()
-        pixels = pixels.float() if pixels.is_floating_point() else pixels
-        image = (pixels.permute(1, 2, 0) if pixels.ndim == 3 else pixels).numpy()
+        image = _array(image.permute(1, 2, 0) if image.ndim == 3 else image)
         order = "(C, H, W)"
     else:
         order = "(H, W, C)"
@@ -194,6 +200,12 @@ def _from_array(image: Any, where: str) -> Image.Image:
         raise _ImageFormError(
             f"expected 8 or 16 bits per pixel in {where}, got {image.dtype} of shape {image.shape}; convert to uint8"
         ) from error
+
+
+def _array(pixels: Tensor) -> np.ndarray[Any, Any]:
+    """Convert a tensor to an array; floating-point values to 32 bits, because NumPy has no bfloat16."""
+    array: np.ndarray[Any, Any] = (pixels.float() if pixels.is_floating_point() else pixels).detach().cpu().numpy()
+    return array
 
 
 def _exact_bytes(image: np.ndarray[Any, Any], where: str) -> np.ndarray[Any, Any]:

@@ -271,7 +271,9 @@ class TestPlantedFaults:
         assert "Classes without images: 'yellow'" in notes
         assert "'Green' (test only)" in notes
         assert "'green' (train only)" in notes
-        assert "1 file skipped (1 extension .txt unknown to Pillow)." in notes
+        assert (
+            "1 file skipped (1 extension .txt unknown to Pillow)." in notes and "skipped train/red/notes.txt." in notes
+        )
         assert "2 unreadable, such as " in notes
         assert "'=red+1' (1)" in notes  # fewer than five
         renamed = [row for path, row in rows.items() if path.startswith("test/Green/")]

@@ -70,7 +70,7 @@ def test_images_alone(trained, images, tmp_path, capsys):
         == 0
     )
     said = capsys.readouterr().out
-    assert "1 file skipped (1 extension .txt unknown to Pillow)" in said
+    assert "1 file skipped (1 extension .txt unknown to Pillow)" in said and "skipped notes.txt" in said
     assert "unreadable: broken.png (cannot identify image file)" in said
     assert "3 images predicted, 1 unreadable (column error): pred.csv" in said
     header, rows = read("pred.csv")

@@ -87,6 +87,15 @@ class TestTables:
         said = sentence(table(tmp_path, rows, split_column="split"))
         assert "labels of the test rows" in said and "got 1 others (first: 'cow' of 'c.png'); correct" in said
 
+    def test_two_classes_of_one_name_in_another_case(self, tmp_path: Path) -> None:
+        images(tmp_path, "a.png", "b.png", "c.png")
+        data = table(tmp_path, "path,label\na.png,Cat\nb.png,cat\nc.png,dog\n")
+        with pytest.warns(
+            UserWarning, match="expected class names that differ in more than case, got 'Cat' and 'cat'; ren"
+        ):
+            data.setup()
+        assert data.class_names == ["Cat", "cat", "dog"]
+
     def test_two_files_of_one_name_in_another_case(self, tmp_path: Path) -> None:
         images(tmp_path, "a.png", "A.png")
         with pytest.warns(

@@ -91,6 +91,16 @@ class TestDataModule:
         assert Rare(seed=3, balanced=True).epoch_pool(0).shape == (12,)
         assert Toy(seed=3, samples_per_epoch=20).epoch_pool(0).unique().shape == (20,)
 
+    def test_a_size_given_by_the_smallest_class_is_logged_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        data = Rare(seed=3, balanced=True)
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            for epoch in (0, 1):
+                data.epoch_pool(epoch)
+        assert [record.message for record in caplog.records] == [
+            "balanced: an epoch has 12 of 48 training samples, as many of each class as the smallest one has; set "
+            "samples_per_epoch to repeat these"
+        ]
+
     def test_steps_and_samples_of_an_epoch_are_those_of_the_pool(self) -> None:
         data, steps = Rare(seed=3, balanced=True, samples_per_epoch=24, batch_size=8), Steps()
         module = SSR(**SMALL, k=3, warmup_epochs=1, lambda_fc=0)

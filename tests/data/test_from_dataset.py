@@ -127,6 +127,7 @@ class TestImages:
                 r"or multiples of 1/255 in \[0, 1\], in row 0 of the training set, got floating-",
             ),
             (torch.rand(3, SIDE, SIDE), r"got floating-point values in \[.*\]; remove normalization and conversions"),
+            (torch.rand(3, SIDE, SIDE).bfloat16(), r"got floating-point values in \[.*\]; remove normalization"),
             (
                 np.zeros((3, SIDE, SIDE), np.uint8),
                 r"\(H, W, C\) of 1 to 4 channels in row 0 .*, got shape \(3, 8, 8\); co",
@@ -290,6 +291,10 @@ class TestSplits:
             (
                 list(PIXELS),
                 r"expected rows \(image, label\), or with named columns, in the training set, got ndarray; wrap",
+            ),
+            (
+                [("a.png", 0), ("b.png", 1)],
+                "expected a PIL image, an array or a tensor in row 0 of the training set, got str; convert the images, or use",
             ),
         ],
     )

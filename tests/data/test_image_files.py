@@ -105,6 +105,22 @@ class TestRoot:
         touch(tmp_path, "train/1.png", "bus/1.png")
         found = list_images(tmp_path)
         assert found.class_names == ["bus", "train"] and found.splits == ["all", "all"]
+        touch(tmp_path, "train/night/2.png", "train/.thumbs/x.png")
+        assert list_images(tmp_path).class_names == ["bus", "train"]
+
+    @pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "Testing"), ("train", "validation")])
+    def test_names_of_splits_are_no_classes(self, tmp_path: Path, train: str, test: str) -> None:
+        found = list_images(touch(tmp_path, f"{train}/a/1.png", f"{train}/b/1.png", f"{test}/b/1.png"))
+        assert found.class_names == ["a", "b"]
+        assert found.splits == ["train", "train", "val" if test == "validation" else "test"]
+
+    def test_a_loose_image_in_train_makes_no_classes_of_the_splits(self, tmp_path: Path) -> None:
+        touch(tmp_path, "train/loose.png", "train/a/1.png", "train/b/1.png", "test/a/1.png", "unlabeled/1.png")
+        found = list_images(tmp_path)
+        assert found.class_names == ["a", "b"] and found.splits == ["train", "train", "test"]
+        assert found.passed_over == {
+            "folder of no split": [Path("unlabeled")], "in no class folder": [Path("train/loose.png")],
+        }  # fmt: skip
 
     @pytest.mark.parametrize(
         ("files", "match"),

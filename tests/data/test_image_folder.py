@@ -202,6 +202,19 @@ class TestImageFolder:
         index = torch.arange(4)
         assert torch.equal(one.batch("train", index).images, other.batch("train", index).images)
 
+    def test_a_test_set_alone_has_the_classes_of_its_folders_and_cannot_be_trained_on(self, tmp_path: Path) -> None:
+        for name in ("b", "a"):
+            (tmp_path / "test" / name).mkdir(parents=True)
+            flat("RGB", (1, 2, 3)).save(tmp_path / "test" / name / "0.png")
+        (tmp_path / "notes.txt").touch()
+        data = ImageFolder(str(tmp_path), image_size=SIDE, seed=0)
+        data.setup("test")
+        assert data.class_names == ["a", "b"] and data.test_names == ["test"]
+        assert data.sample_paths("test") == ["test/a/0.png", "test/b/0.png"]
+        assert data.listing("test").passed_over == {"extension .txt unknown to Pillow": [tmp_path / "notes.txt"]}
+        with pytest.raises(FileNotFoundError, match=r"expected a folder 'train' in .*, got only test; use the layout"):
+            data.setup("fit")
+
     def test_says_what_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(
             FileNotFoundError, match=r"expected a folder of class folders in .*nowhere', got no such folder"

@@ -216,6 +216,20 @@ class TestTransforms:
         with pytest.raises(ValueError, match=f"expected a uint8 tensor .*{got}"):
             run(Asking(("odd",)), Toy(seed=3, resident_bytes=0, policies={"odd": transform}))
 
+    def test_its_errors_name_it(self) -> None:
+        mix = T.MixUp(num_classes=4)  # of a batch and its labels
+        with pytest.raises(
+            ValueError, match=r"of one image, uint8 \(C, H, W\), got MixUp, which raises ValueError \(.+\) for"
+        ):
+            run(Asking(("mix",)), Toy(seed=3, policies={"mix": mix}))
+
+    def test_one_without_a_view_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        policies = {"week": Drawing(), "own": Drawing()}
+        with caplog.at_level("INFO", "lightning.pytorch"):
+            run(Asking(("weak", ("own", "weak"))), Toy(seed=3, policies=policies), epochs=2)
+        said = [record.message for record in caplog.records if "policies" in record.message]
+        assert said == ["views of Asking in epoch 0: weak, own; policies without a view: week"]
+
     def test_it_is_named_on_the_command_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["sanm"])
         words = ["fit", "--model", "CrossEntropy", "--model.network", "small_cnn", "--data", "Toy", "--data.policies"]
