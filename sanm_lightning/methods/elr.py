@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.functional import clamped_probs, early_learning_regularization
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import require_index
@@ -47,8 +46,7 @@ class ELR(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         out = self.learn(batch, self.one_hot(batch.labels))
         assert out.clean_logits is not None
         now = clamped_probs(out.clean_logits.detach())

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.functional import (
     clamped_probs,
@@ -17,7 +16,6 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import EMATargets
 
@@ -89,8 +87,8 @@ class ELRPlus(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of both networks' losses."""
-        batch = NoisyBatch.from_any(batch)
-        index, labels = require_index(batch, type(self).__name__), self.one_hot(batch.labels)
+        batch, index = self.indexed(batch)
+        labels = self.one_hot(batch.labels)
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
         ramp = sigmoid_ramp(self.global_step, self.coef_steps)
         total = torch.zeros((), device=labels.device)

@@ -129,6 +129,10 @@ class MethodHooks(Unaveraged, L.LightningModule):
         """Number of the current epoch in its stage, from 0."""
         return self.current_epoch - locate(self.stages(), self.current_epoch)[2]
 
+    def elapsed_epochs(self, batch_idx: int) -> float:
+        """Return the epochs since the start of the stage, with the elapsed fraction of the current one."""
+        return self.stage_epoch + batch_idx / max(1, int(self.trainer.num_training_batches))
+
     @property
     def total_epochs(self) -> int | None:
         """``max_epochs`` of the trainer; None if there is no trainer or no limit."""

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch
+from sanm_lightning.batch import EpochPlan
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.callbacks.stages import locate
 from sanm_lightning.functional import (
@@ -25,7 +25,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.per_sample import Candidates
 from sanm_lightning.random_streams import named_generator
 
@@ -165,8 +165,7 @@ class INCV(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of both networks' losses."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         if self.stage.name != "main":
             blocks = enumerate(batch.chunk(2))
             losses = [self.learn(part, self.one_hot(part.labels), number).cross_entropy() for number, part in blocks]

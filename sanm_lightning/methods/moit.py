@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch, View
+from sanm_lightning.batch import View
 from sanm_lightning.functional import MixedViews, interpolated_contrast, view_positives
-from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.feature_queue import FeatureQueue
 from sanm_lightning.methods.selected_contrast import SelectedContrast
 
@@ -59,8 +58,7 @@ class MOIT(SelectedContrast):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
+        batch, _ = self.indexed(batch)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         targets, quality = self.one_hot(batch.labels), None

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import soft_cross_entropy, step_fractions
-from sanm_lightning.methods.checks import require_index, require_noise_rate
+from sanm_lightning.methods.checks import require_noise_rate
 from sanm_lightning.methods.nested import Nested
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
@@ -83,8 +82,7 @@ class NestedCoTeaching(Nested):
         """Return the sum of the losses of both networks."""
         if self.stage.name == "warmup":
             return super().training_step(batch, batch_idx)
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         self.prepare_step()
         halves = batch.chunk(2) if len(index) > 1 else [batch, batch]
         losses = []

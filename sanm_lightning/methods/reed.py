@@ -23,7 +23,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import balanced_batches, permuted_batches
-from sanm_lightning.methods.checks import check_range, require_divisible, require_index
+from sanm_lightning.methods.checks import check_range, require_divisible
 from sanm_lightning.methods.encoder import load_encoder
 from sanm_lightning.models import pooled_features
 from sanm_lightning.per_sample import NeighborGraph
@@ -134,8 +134,7 @@ class REED(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         return self.classify(batch) if self.stage.name == "warmup" else self.mixmatch(batch, index, batch_idx)
 
     def classify(self, batch: NoisyBatch) -> Tensor:

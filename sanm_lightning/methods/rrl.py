@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sanm_lightning.batch import NoisyBatch, View
+from sanm_lightning.batch import View
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import (
     class_means,
@@ -21,7 +21,7 @@ from sanm_lightning.functional import (
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, clamped_neighbors, require, require_index
+from sanm_lightning.methods.checks import check_range, clamped_neighbors, require
 from sanm_lightning.models import Projection, pooled_features, pooled_width
 from sanm_lightning.per_sample import LabelStore
 
@@ -149,8 +149,8 @@ class RRL(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index, store = require_index(batch, type(self).__name__), self.corrected
+        batch, index = self.indexed(batch)
+        store = self.corrected
         labels, confident = store.labels[index], store.selected[index]  # given, and all, before the last stage
         quality = store.quality[index] if self.stage.name == "correct" else None
         targets = self.one_hot(labels)

@@ -18,7 +18,7 @@ from sanm_lightning.functional import (
     view_positives,
     zero_term,
 )
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.methods.feature_queue import FeatureQueue
 from sanm_lightning.methods.selected_contrast import SelectedContrast
@@ -119,8 +119,7 @@ class SelCL(SelectedContrast):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
+        batch, _ = self.indexed(batch)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         if self.stage.name == "warmup":

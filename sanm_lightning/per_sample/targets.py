@@ -163,6 +163,10 @@ class Refurbished(NoiseRateStore):
         super().__init__(noise_rate)
         self.add_state("replaced", dtype=torch.bool)
 
+    def restart(self) -> None:
+        """Lower the noise rate to the fraction of labels that were not replaced, for a run that starts from these labels."""
+        self.noise_rate = min(self.noise_rate, 1 - float(self.replaced.float().mean()))
+
     def record(self, index: Tensor, given: Tensor, labels: Tensor, replaced: Tensor, quality: Tensor) -> None:
         """Record the labels of a step and their quality, (B,) each; the quality of given labels that were replaced is 0."""
         self.write("labels", index, labels)
