@@ -2,10 +2,13 @@
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.functional.contrastive import (
+    Compared,
     MixedViews,
     instance_contrast,
     interpolated_contrast,
     pair_similarity,
+    partnered_contrast,
+    prototype_contrast,
     queue_contrast,
     selected_pairs,
     view_positives,
@@ -47,6 +50,7 @@ from sanm_lightning.functional.losses import (
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.functional.neighbors import (
+    SmoothedLabels,
     balanced_votes,
     class_means,
     corrected_votes,
@@ -54,6 +58,8 @@ from sanm_lightning.functional.neighbors import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    smoothed_labels,
+    voted_selection,
     weighted_neighbors,
 )
 from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
@@ -115,11 +121,13 @@ from sanm_lightning.functional.targets import (
 
 __all__ = [
     "BetaMixture",
+    "Compared",
     "LookaheadStep",
     "Mixed",
     "MixedViews",
     "Mixture",
     "Refurbishing",
+    "SmoothedLabels",
     "backward_correction",
     "balanced_votes",
     "beta_mixture_posterior",
@@ -185,7 +193,9 @@ __all__ = [
     "nt_xent",
     "pair_similarity",
     "pair_threshold",
+    "partnered_contrast",
     "prior_kl",
+    "prototype_contrast",
     "queue_contrast",
     "random_halves",
     "refurbish",
@@ -206,6 +216,7 @@ __all__ = [
     "similar_samples",
     "small_loss",
     "small_loss_among",
+    "smoothed_labels",
     "soft_cross_entropy",
     "step_fractions",
     "step_ramp",
@@ -217,6 +228,7 @@ __all__ = [
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
     "view_positives",
+    "voted_selection",
     "weight_ramp",
     "weighted_neighbors",
     "zero_term",

@@ -122,7 +122,7 @@ def zero_term(parameters: Iterable[Tensor]) -> Tensor:
     return 0.0 * torch.stack([parameter.sum() for parameter in parameters if parameter.requires_grad]).sum()
 
 
-def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Return a term with the value of a loss, whose gradient is that of the loss with a norm of at most ``max_norm``.
 
     It takes a backward pass of the loss, and keeps the graph.
@@ -130,11 +130,13 @@ def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: 
     Args:
         loss: a scalar.
         parameters: parameters with respect to which the gradient is clipped.
-        max_norm: largest norm, positive.
+        max_norm: largest norm, positive; None returns the loss.
 
     Returns:
-        A scalar; its gradient is not differentiable again.
+        A scalar; with ``max_norm``, its gradient is not differentiable again.
     """
+    if max_norm is None:
+        return loss
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     found = [(parameter, grad) for parameter, grad in zip(wanted, gradients, strict=True) if grad is not None]

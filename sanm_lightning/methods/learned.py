@@ -55,6 +55,18 @@ class Learned(NamedTuple):
             )
         return self.clean_logits.detach()
 
+    def unmasked_maps(self) -> Tensor:
+        """Return :attr:`unmasked` (B, D, h, w).
+
+        Raises:
+            ValueError: if the pass did not compute them.
+        """
+        if self.unmasked is None:
+            raise ValueError(
+                "expected a pass with features of unmasked images, got one without; call learn() with unmasked=True"
+            )
+        return self.unmasked
+
     def classification(self, weight: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over views, weighted by ``weight`` (B,), a scalar; 0 if all weights are 0."""
         losses = soft_cross_entropy(self.logits, self.targets)
