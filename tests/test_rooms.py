@@ -60,6 +60,7 @@ HELPERS = {
     "momentum_contrast",
     "optimization",
     "passes",
+    "probe_set",
     "reset",
     "schedules",
     "selected_contrast",
