@@ -21,6 +21,8 @@ from sanm_lightning.functional.correction import (
     label_posterior,
 )
 from sanm_lightning.functional.cross_validation import (
+    CrossValidated,
+    cross_validated,
     cross_validated_noise_rate,
     discarded_fraction,
     held_out,
@@ -45,6 +47,7 @@ from sanm_lightning.functional.losses import (
     prior_kl,
     reverse_kl,
     soft_cross_entropy,
+    squared_error,
     truncated_generalized_cross_entropy,
     zero_term,
 )
@@ -122,6 +125,7 @@ from sanm_lightning.functional.targets import (
 __all__ = [
     "BetaMixture",
     "Compared",
+    "CrossValidated",
     "LookaheadStep",
     "Mixed",
     "MixedViews",
@@ -146,6 +150,7 @@ __all__ = [
     "corrected_votes",
     "critical_fraction",
     "critical_threshold",
+    "cross_validated",
     "cross_validated_noise_rate",
     "density_peaks",
     "directional_derivative",
@@ -218,6 +223,7 @@ __all__ = [
     "small_loss_among",
     "smoothed_labels",
     "soft_cross_entropy",
+    "squared_error",
     "step_fractions",
     "step_ramp",
     "step_thirds",

@@ -22,6 +22,7 @@ __all__ = [
     "prior_kl",
     "reverse_kl",
     "soft_cross_entropy",
+    "squared_error",
     "truncated_generalized_cross_entropy",
     "zero_term",
 ]
@@ -178,6 +179,11 @@ def prior_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
     return divergence
 
 
+def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the squared error of each prediction, averaged over classes, logits (B, C), targets (B, C) -> (B,), >= 0."""
+    return (logits.float().softmax(1) - targets).square().mean(1)
+
+
 def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
     """Return the losses of DivideMix's Eq. 8 and 9: cross-entropy of labeled rows, squared error of the others.
 
@@ -191,8 +197,8 @@ def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Te
     Returns:
         Two scalars: the mean cross-entropy, and the squared error, averaged over rows and classes. 0 without rows.
     """
-    squared_error = (logits.float().softmax(1) - targets).square().mean(1)
-    return masked_mean(soft_cross_entropy(logits, targets), labelled), masked_mean(squared_error, ~labelled)
+    supervised = masked_mean(soft_cross_entropy(logits, targets), labelled)
+    return supervised, masked_mean(squared_error(logits, targets), ~labelled)
 
 
 def clamped_probs(logits: Tensor) -> Tensor:

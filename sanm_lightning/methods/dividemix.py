@@ -26,8 +26,7 @@ from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
 from sanm_lightning.methods.checks import require_divisible
 from sanm_lightning.per_sample import History
-from sanm_lightning.random_streams import named_generator
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import infer
 
 __all__ = ["DivideMix", "Division"]
 
@@ -231,7 +230,7 @@ class DivideMix(NoisyLabelModule):
                     f"clipped to the range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are "
                     "labeled)"
                 )
-            generator = named_generator("draw", self.sanm.seed, plan.draw_epoch, number)
+            generator = self.epoch_stream(plan, "draw", number)
             for part in (pool[labelled], pool[~labelled]):
                 blocks.append(permuted_batches(plan, part, half, generator))
         return torch.cat(blocks, 1)
@@ -244,8 +243,7 @@ class DivideMix(NoisyLabelModule):
         if self.stage.name == "warmup":
             return torch.stack([self.warm_up(batch, number) for number in self.learning()]).sum()
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
-        ramp = self.current_epoch - self.warmup_epochs + batch_idx / max(1, int(self.trainer.num_training_batches))
-        lambda_u = self.lambda_u * linear_ramp(ramp, self.ramp_epochs)
+        lambda_u = self.lambda_u * linear_ramp(self.elapsed_epochs(batch_idx), self.ramp_epochs)
         learning = self.learning()
         blocks = batch.chunk(len(learning))
         losses = [self.mixmatch(block, number, mix, lambda_u) for block, number in zip(blocks, learning, strict=True)]
@@ -296,13 +294,11 @@ class DivideMix(NoisyLabelModule):
         network, other = self.networks[number], self.networks[1 - number]
         own, others, maps = [], [], []
         for view in views:
-            with inference_context(network, view, batch_statistics=True):
-                halves = [view] if self.guess_together else [view[:half], view[half:]]
-                parts = [network.forward_features(part) for part in halves]
-                own.append(torch.cat([network.forward_head(part).float().softmax(1) for part in parts]))
-                maps.append(torch.cat(parts))
-            with inference_context(other, view):
-                others.append(other(view[half:]).float().softmax(1))
+            halves = [view] if self.guess_together else [view[:half], view[half:]]
+            parts = [infer(network, part, batch_statistics=True) for part in halves]
+            own.append(torch.cat([logits.softmax(1) for _, logits in parts]))
+            maps.append(torch.cat([part for part, _ in parts]))
+            others.append(infer(other, view[half:])[1].softmax(1))
         mean, guessed = torch.stack(own).mean(0), torch.stack([p[half:] for p in own] + others).mean(0)
         refined = co_refine(labels[:half], clean[:half], mean[:half])
         return sharpen(torch.cat([refined, guessed]), self.temperature), maps

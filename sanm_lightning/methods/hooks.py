@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sanm_lightning.batch import EpochPlan, View
-from sanm_lightning.callbacks import Stage, Unaveraged
-from sanm_lightning.callbacks.stages import locate
+from sanm_lightning.callbacks import Stage, Unaveraged, locate
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.module import SANM
 

@@ -12,7 +12,6 @@ from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_range
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.random_streams import named_generator
 
 __all__ = ["MetaCleaner"]
 
@@ -81,13 +80,11 @@ class MetaCleaner(NoisyLabelModule):
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Select sets of samples with the same given label."""
         pool, labels = plan.pool(0), self.given_labels.cpu()
-        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
+        size = plan.step_size(pool)
         each = self.images_per_set(size)
         sets = plan.steps * (size // each)
         members = members_by_class(pool, labels[pool], self.num_classes)
-        drawn = class_sets(
-            *members, plan.world_size * sets, each, named_generator("draw", self.sanm.seed, plan.draw_epoch)
-        )
+        drawn = class_sets(*members, plan.world_size * sets, each, self.epoch_stream(plan, "draw"))
         return drawn[plan.rank :: plan.world_size].reshape(plan.steps, -1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

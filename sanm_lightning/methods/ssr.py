@@ -22,7 +22,6 @@ from sanm_lightning.methods.batches import balanced_batches, permuted_batches
 from sanm_lightning.methods.checks import nonempty_selection
 from sanm_lightning.models import pooled_features, pooled_width
 from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.random_streams import named_generator
 
 __all__ = ["SSR"]
 
@@ -162,13 +161,11 @@ class SSR(NoisyLabelModule):
         labels, selected = self.selection.labels.cpu(), self.selection.selected.cpu()
         pool = plan.pool(0)
         chosen = pool[selected[pool]] if bool(selected[pool].any()) else pool
-        drawing = named_generator("draw", self.sanm.seed, plan.draw_epoch, plan.rank)
-        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, drawing)
+        size, own = plan.step_size(pool), self.epoch_stream(plan, "draw", plan.rank)
+        drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, own)
         if self.lambda_fc == 0:
             return drawn
-        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.draw_epoch))
-        return torch.cat([drawn, rounds], 1)
+        return torch.cat([drawn, permuted_batches(plan, pool, size, self.epoch_stream(plan, "turn"))], 1)
 
     # Each step
 

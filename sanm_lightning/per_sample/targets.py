@@ -148,6 +148,21 @@ class Candidates(NoiseRateStore):
         super().__init__(noise_rate, dist_reduce_fx=None)
         self.add_state("status", dtype=torch.int64, dist_reduce_fx=None)
 
+    def divide(self, index: Tensor, selected: Tensor, discarded: Tensor, judged: Tensor, quality: Tensor) -> None:
+        """Select and discard samples after a round.
+
+        Args:
+            index: positions of the samples, shape (M,), the same in all processes.
+            selected: samples that are selected from now on, shape (M,), bool; others are kept as they are.
+            discarded: samples that are discarded, shape (M,), bool, unless they are in ``selected``.
+            judged: samples with a new quality of their given label, shape (M,), bool.
+            quality: the new qualities, in order, in [0, 1]; selected samples have 1.
+        """
+        status = torch.where(discarded, self.DISCARDED, self.status[index])
+        status = torch.where(selected, self.SELECTED, status)
+        given_quality = self.given_quality[index].index_put((judged,), quality)
+        self.update(index, status=status, given_quality=torch.where(status == self.SELECTED, 1.0, given_quality))
+
 
 class Refurbished(NoiseRateStore):
     """Labels that were replaced, and the noise rate of the current run (SELFIE, Song et al., ICML 2019).
