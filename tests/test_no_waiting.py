@@ -89,8 +89,8 @@ def on_gpu(monkeypatch):
             for name, value in list(part._buffers.items()):
                 if value is not None:
                     part._buffers[name] = torch.empty(value.shape, device="cuda", dtype=value.dtype)
-            for name, value in part.registered_state().items() if isinstance(part, Unaveraged) else ():
-                setattr(part, name, torch.empty(value.shape, device="cuda", dtype=value.dtype))
+            if isinstance(part, Unaveraged):
+                part.map_state(lambda value: torch.empty(value.shape, device="cuda", dtype=value.dtype))
             names = part._states if isinstance(part, SampleState) else ()
             for name in (*names, *(["quality"] if isinstance(part, LabelQuality) else [])):
                 table = getattr(part, name)

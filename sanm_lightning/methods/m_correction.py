@@ -49,6 +49,8 @@ class MCorrection(NoisyLabelModule):
 
     needs_data_module = True
     estimates_quality = True
+    mixture: BetaMixture
+    """Mixture of the losses, fitted at the start of the epoch."""
 
     def __init__(
         self,
@@ -71,13 +73,7 @@ class MCorrection(NoisyLabelModule):
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
         self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
         self.judged = LabelStore(dist_reduce_fx=None)
-        for name, value in fit_beta_mixture(torch.zeros(0))._asdict().items():
-            self.register_state(f"mixture_{name}", value)
-
-    @property
-    def mixture(self) -> BetaMixture:
-        """The mixture of the current epoch."""
-        return BetaMixture(*(getattr(self, f"mixture_{name}") for name in BetaMixture._fields))
+        self.register_state("mixture", fit_beta_mixture(torch.zeros(0)))
 
     def stages(self) -> list[Stage]:
         """Return the stages of mixup, of guided mixup if there is one, and of bootstrapping."""
@@ -86,11 +82,11 @@ class MCorrection(NoisyLabelModule):
 
     def begin_epoch(self) -> None:
         """Fit the mixture to the losses of the epoch's samples, after the first stage."""
-        if self.stage.name != "warmup":
-            found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
-            for name, value in fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)._asdict().items():
-                setattr(self, f"mixture_{name}", value)
-            self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, found["loss"]))
+        if self.stage.name == "warmup":
+            return
+        found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
+        self.mixture = fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)
+        self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, found["loss"]))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -101,10 +97,11 @@ class MCorrection(NoisyLabelModule):
             return self.learn(batch, labels, mix=mix).cross_entropy()
         maps, logits = infer(self.network, batch.images)
         quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(logits, labels)).clamp(1e-4, 1 - 1e-4)
-        temperature, guided = None, partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1))
+        guided = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1))
         if self.stage.name == "guided":
             mix = partial(guided, lam=mix(logits[:0], logits[:0]).lam)  # the weight of the targets is that of mixup
             return self.learn(batch, labels, quality=quality, features=maps, mix=mix).cross_entropy()
+        temperature = None
         if self.bootstrap == "soft_to_hard":
             mix, temperature = guided, temperature_ramp(self.stage_epoch, self.temperature_epochs)
         targets = bootstrapped(labels, logits, quality, temperature)

@@ -130,10 +130,7 @@ class RRL(NoisyLabelModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         batch, index = self.indexed(batch)
-        labels, confident = (
-            self.corrected.labels[index],
-            self.corrected.selected[index],
-        )  # given and all, in earlier stages
+        labels, confident = self.corrected.labels[index], self.corrected.selected[index]  # at first, given and all
         quality = self.corrected.quality[index] if self.stage.name == "correct" else None
         targets = self.one_hot(labels)
         out = self.learn(batch._replace(labels=labels), targets, quality=quality, unmasked=True)

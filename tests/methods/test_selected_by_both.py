@@ -203,7 +203,7 @@ class TestMCorrection:
 
     def test_with_no_label_wrong_it_is_mixup_up_to_the_clipping(self):
         module, given = self.module(regularization=0.0), batch()
-        module.mixture_table = torch.zeros(100, dtype=torch.float64)
+        module.mixture = module.mixture._replace(table=torch.zeros(100, dtype=torch.float64))
         found = module.training_step(given, 0)
         mixed = mixup(given.images, F.one_hot(given.labels, C).float(), module.stream("mixup"), 32.0, larger_half=False)
         torch.testing.assert_close(
