@@ -53,7 +53,6 @@ class ActiveBias(NoisyLabelModule):
         if self.stage.name == "weighted":
             weight = uncertainty_weights(self.probability.var(index), self.probability.count[index], self.smoothing)
         out = self.learn(batch, labels)
-        assert out.clean_logits is not None
-        probability = (out.clean_logits.detach().float().softmax(1) * labels).sum(1)
+        probability = (out.unmasked_logits().float().softmax(1) * labels).sum(1)
         self.probability.update(index, probability)
         return out.cross_entropy(weight)

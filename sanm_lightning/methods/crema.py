@@ -9,20 +9,9 @@ from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import clean_probability, sequence_credibility
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import check_range
-from sanm_lightning.per_sample import History, LabelStore
+from sanm_lightning.per_sample import History, WeightedLabels
 
 __all__ = ["CREMA", "WeightedLabels"]
-
-
-class WeightedLabels(LabelStore):
-    """Current labels with their weights in the loss; the same in all processes."""
-
-    weight: Tensor
-    """(N,) float32 in [0, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__(dist_reduce_fx=None)
-        self.add_state("weight", default=1.0, dist_reduce_fx=None)
 
 
 class CREMA(NoisyLabelModule):

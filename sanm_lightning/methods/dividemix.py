@@ -24,7 +24,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import require_divisible
+from sanm_lightning.methods.checks import check_choice, check_range, require, require_divisible
 from sanm_lightning.per_sample import History
 from sanm_lightning.sanm.inference import infer
 
@@ -157,20 +157,13 @@ class DivideMix(NoisyLabelModule):
         guess_together: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("lambda_u >= 0", lambda_u, lambda_u >= 0),
-            ("p_threshold in [0, 1]", p_threshold, 0 <= p_threshold <= 1),
-            ("temperature > 0", temperature, temperature > 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-            ("mixture_iterations >= 1", mixture_iterations, mixture_iterations >= 1),
-            ("loss_history >= 1", loss_history, loss_history >= 1),
-            ("at least one of target_views", target_views, len(target_views) > 0),
-            ("sanm_views 'all' or 'first'", sanm_views, sanm_views in ("all", "first")),
-            ("unlabelled_quality 'given' or 'guess'", unlabelled_quality, unlabelled_quality in ("given", "guess")),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        check_range(">= 0", lambda_u=lambda_u, alpha=alpha, ramp_epochs=ramp_epochs)
+        check_range("in [0, 1]", p_threshold=p_threshold)
+        check_range("> 0", temperature=temperature)
+        check_range(">= 1", loss_history=loss_history, mixture_iterations=mixture_iterations)
+        require(len(target_views) > 0, "at least one of target_views", target_views, "use the default")
+        check_choice(("all", "first"), sanm_views=sanm_views)
+        check_choice(("given", "guess"), unlabelled_quality=unlabelled_quality)
         super().__init__(num_classes, **kwargs)
         self.lambda_u, self.p_threshold, self.temperature, self.alpha = lambda_u, p_threshold, temperature, alpha
         self.ramp_epochs, self.mixture_iterations = ramp_epochs, mixture_iterations

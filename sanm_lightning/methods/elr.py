@@ -48,8 +48,7 @@ class ELR(NoisyLabelModule):
         """Return the loss of one batch."""
         batch, index = self.indexed(batch)
         out = self.learn(batch, self.one_hot(batch.labels))
-        assert out.clean_logits is not None
-        now = clamped_probs(out.clean_logits.detach())
+        now = clamped_probs(out.unmasked_logits())
         mean = self.targets.update(index, now / now.sum(1, keepdim=True))
         term = early_learning_regularization(clamped_probs(out.logits), out.per_view(mean))
         return out.cross_entropy() + self.weight * term

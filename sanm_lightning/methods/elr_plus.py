@@ -16,6 +16,7 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import EMATargets
 
@@ -25,12 +26,10 @@ __all__ = ["ELRPlus"]
 class ELRPlus(NoisyLabelModule):
     """Two networks trained on mixed images, each with targets from the averaged teacher of the other network.
 
-    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial
-        weights,
+    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial weights,
     average parameters only (their batch norm statistics are those of their inputs), and process unmixed images.
 
-    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set,
-        where
+    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set, where
     the code uses a separate split and separate noise for each.
 
     Predictions: the mean of both networks' logits, without the teachers.
@@ -69,15 +68,9 @@ class ELRPlus(NoisyLabelModule):
         target_product: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("weight >= 0", weight, weight >= 0),
-            ("coef_steps >= 0", coef_steps, coef_steps >= 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("gamma in [0, 1)", gamma, 0 <= gamma < 1),
-            ("ema_ramp_steps > 0 or null", ema_ramp_steps, ema_ramp_steps is None or ema_ramp_steps > 0),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        check_range(">= 0", weight=weight, coef_steps=coef_steps, alpha=alpha)
+        check_range("in [0, 1)", gamma=gamma)
+        check_range("> 0 or null", ema_ramp_steps=ema_ramp_steps)
         super().__init__(num_classes, **kwargs)
         self.weight, self.coef_steps, self.alpha = weight, coef_steps, alpha
         self.target_product = num_classes == 100 if target_product is None else target_product

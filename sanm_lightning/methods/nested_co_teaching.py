@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import soft_cross_entropy, step_fractions
-from sanm_lightning.methods.checks import require_noise_rate
+from sanm_lightning.methods.checks import check_range, require_noise_rate
 from sanm_lightning.methods.nested import Nested
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
@@ -59,16 +59,11 @@ class NestedCoTeaching(Nested):
         warmup_epochs: int = 100,
         **kwargs: Any,
     ) -> None:
-        if finetune_lr <= 0 or not 0 <= finetune_drop <= 1:
-            raise ValueError(
-                f"expected finetune_lr > 0 and finetune_drop in [0, 1], got {finetune_lr} and {finetune_drop}; use .001 and .5"
-            )
+        noise_rate = require_noise_rate(noise_rate)
+        check_range("> 0", finetune_lr=finetune_lr)
+        check_range("in [0, 1]", finetune_drop=finetune_drop)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
-        self.noise_rate, self.finetune_lr, self.finetune_drop = (
-            require_noise_rate(noise_rate),
-            finetune_lr,
-            finetune_drop,
-        )
+        self.noise_rate, self.finetune_lr, self.finetune_drop = noise_rate, finetune_lr, finetune_drop
         self.ranked = LabelStore()
 
     def stages(self) -> list[Stage]:

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from sanm_lightning.per_sample.state import Reduction, SampleState
 
-__all__ = ["Candidates", "EMATargets", "LabelStore", "LearnableTargets", "NoiseRateStore", "Refurbished"]
+__all__ = [
+    "Candidates",
+    "EMATargets",
+    "LabelStore",
+    "LearnableTargets",
+    "NoiseRateStore",
+    "Refurbished",
+    "WeightedLabels",
+]
 
 
 class EMATargets(SampleState):
@@ -188,6 +196,17 @@ class Refurbished(NoiseRateStore):
         self.write("replaced", index, replaced)
         self.write("quality", index, quality)
         self.write("given_quality", index, torch.where(labels == given, quality, 0.0))
+
+
+class WeightedLabels(LabelStore):
+    """Current labels with their weights in the loss (CREMA, Zhang et al., ECCV Workshops 2022); the same in all processes."""
+
+    weight: Tensor
+    """(N,) float32 in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__(dist_reduce_fx=None)
+        self.add_state("weight", default=1.0, dist_reduce_fx=None)
 
 
 class LearnableTargets(SampleState):
