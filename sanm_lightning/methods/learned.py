@@ -78,7 +78,7 @@ class Learned(NamedTuple):
 
 
 class TrainingPass(MethodHooks):
-    """Mixin with :meth:`learn`, the forward pass of a method's ``training_step``, and what else such a step needs."""
+    """Mixin for ``training_step``: conversion of batches, random streams, and the forward pass, :meth:`learn`."""
 
     def indexed(self, batch: Any) -> tuple[NoisyBatch, Tensor]:
         """Convert a batch, and return the positions (B,) of its samples in the training set as well.
