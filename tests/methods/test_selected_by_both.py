@@ -150,9 +150,7 @@ class TestMCorrection:
     def module(self, epoch=1, **options) -> MCorrection:
         torch.manual_seed(0)
         module = ready(MCorrection(**{**SMALL, "warmup_epochs": 1, **options}), epoch)
-        found = fit_beta_mixture(losses_of_two_groups() * 2)
-        for name, value in found._asdict().items():
-            setattr(module, f"mixture_{name}", value)
+        module.mixture = fit_beta_mixture(losses_of_two_groups() * 2)
         return module
 
     def posterior(self, module, given) -> list[float]:
