@@ -131,6 +131,10 @@ class EpochPlan(NamedTuple):
         """Epoch number of the random streams that sample: ``epoch``, or 0 with ``fixed_order``."""
         return 0 if self.fixed_order else self.epoch
 
+    def step_size(self, pool: Tensor) -> int:
+        """Return the samples per step and process from a pool (M,): ``batch_size``, or its share of a smaller pool."""
+        return min(self.batch_size, -(-len(pool) // self.world_size))
+
 
 def _floating(images: Tensor) -> Tensor:
     """Convert uint8 to [0, 1], in the default dtype, which the trainer sets to its precision."""

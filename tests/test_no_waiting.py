@@ -89,8 +89,8 @@ def on_gpu(monkeypatch):
             for name, value in list(part._buffers.items()):
                 if value is not None:
                     part._buffers[name] = torch.empty(value.shape, device="cuda", dtype=value.dtype)
-            for name, value in part.registered_state().items() if isinstance(part, Unaveraged) else ():
-                setattr(part, name, torch.empty(value.shape, device="cuda", dtype=value.dtype))
+            if isinstance(part, Unaveraged):
+                part.map_state(lambda value: torch.empty(value.shape, device="cuda", dtype=value.dtype))
             names = part._states if isinstance(part, SampleState) else ()
             for name in (*names, *(["quality"] if isinstance(part, LabelQuality) else [])):
                 table = getattr(part, name)
@@ -164,7 +164,7 @@ def test_a_step_of_another_method_asks_the_device_nothing(name, on_gpu, monkeypa
     monkeypatch.setattr(NestedDropout, "draw", lambda self, generator: None)  # draws on the CPU
     if name.startswith("Nested"):  # Grad-CAM is a backward pass
         monkeypatch.setattr(torch.autograd, "grad", lambda logit, features: (torch.zeros_like(features),))
-    for mixing in ("mixup", "m_correction", "selected_contrast", "reed"):
+    for mixing in ("mixup", "m_correction", "fine_tuned", "reed"):
         monkeypatch.setattr(importlib.import_module(f"sanm_lightning.methods.{mixing}"), "mixup", mixed_without_draws)
     monkeypatch.setattr(
         "sanm_lightning.methods.rrl.mixup_among", lambda *rows, among, **draws: mixed_without_draws(*rows, **draws)

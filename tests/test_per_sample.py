@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sanm_lightning.per_sample import (
+    Candidates,
     EMATargets,
     EpochMean,
     History,
@@ -430,6 +431,19 @@ class TestLabelStore:
         other.load_state_dict(saved_and_loaded(store.state_dict()))  # type: ignore[arg-type]
         assert other.filled
         assert other.selected.tolist() == [True, False]
+
+
+class TestCandidates:
+    def test_a_round_selects_before_it_discards_and_leaves_the_others(self):
+        store = Candidates(0.0)
+        store.reset(7)
+        store.update(status=torch.tensor([1, 2, 0, 0, 0, 0, 0]), given_quality=torch.tensor([1.0, 0.2, 1, 1, 1, 1, 1]))
+        selected = torch.tensor([False, False, True, True, False, False])
+        discarded = torch.tensor([False, False, False, True, True, False])
+        judged = torch.tensor([False, False, True, True, True, True])
+        store.divide(torch.arange(6), selected, discarded, judged, torch.tensor([0.3, 0.4, 0.5, 0.6]))
+        assert store.status.tolist() == [1, 2, 1, 1, 2, 0, 0]
+        assert store.given_quality.tolist() == pytest.approx([1.0, 0.2, 1.0, 1.0, 0.5, 0.6, 1.0])
 
 
 class TestNeighborGraph:

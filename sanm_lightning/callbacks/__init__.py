@@ -6,7 +6,7 @@ from sanm_lightning.callbacks.exact_resume import ExactResume
 from sanm_lightning.callbacks.finders import Finders
 from sanm_lightning.callbacks.finite_loss import FiniteLoss
 from sanm_lightning.callbacks.optimizer_steps import OptimizerSteps
-from sanm_lightning.callbacks.stages import Stage, Stages
+from sanm_lightning.callbacks.stages import Stage, Stages, locate, repeated_stages
 from sanm_lightning.callbacks.unaveraged import Unaveraged, UnaveragedState
 
 __all__ = [
@@ -20,4 +20,6 @@ __all__ = [
     "Stages",
     "Unaveraged",
     "UnaveragedState",
+    "locate",
+    "repeated_stages",
 ]

@@ -1,8 +1,8 @@
 """Training stages, such as warm-up, with separate length, learning rate, and reset or frozen parameters."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from sanm_lightning.callbacks.optimizer_steps import register_step_hooks
 from sanm_lightning.compat import batch_number
 from sanm_lightning.random_streams import named_seed
 
-__all__ = ["Stage", "Stages", "locate", "reset_parameters", "stage_epochs"]
+__all__ = ["Stage", "Stages", "locate", "repeated_stages", "reset_parameters", "stage_epochs"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,20 @@ def locate(stages: Iterable[Stage], epoch: int) -> tuple[int, Stage, int]:
         first += stage.epochs
     assert last is not None
     return last
+
+
+def repeated_stages(stages: Sequence[Stage], runs: int) -> list[Stage]:
+    """Return the stages of several runs, each with new networks; the last stage lasts until the end of training.
+
+    Args:
+        stages: the stages of the first run. Those of run n > 1 have names that end in ``_n``.
+        runs: number of runs, >= 1.
+    """
+    found = list(stages)
+    for run in range(2, runs + 1):
+        first, *others = (replace(stage, name=f"{stage.name}_{run}") for stage in stages)
+        found += [replace(first, reset="network"), *others]
+    return [*found[:-1], replace(found[-1], epochs=None)]
 
 
 def stage_epochs(stages: Iterable[Stage], epochs: int) -> dict[str, int]:

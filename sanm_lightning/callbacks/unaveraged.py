@@ -19,27 +19,39 @@ class Unaveraged(nn.Module):
     as a threshold or a queue, is not a statistic of the weights, and its average has no meaning.
     """
 
-    def register_state(self, name: str, value: Tensor) -> None:
-        """Add a tensor, which is moved and saved as a buffer would be.
+    def register_state(self, name: str, value: Any) -> None:
+        """Add a tensor, or a named tuple of tensors, which is moved and saved as buffers would be.
 
         In contrast to a buffer, DistributedDataParallel does not broadcast it: compute the same value in every process. After
         the start of an epoch, the values are those of rank 0.
 
         Args:
-            name: name of the attribute, and of the entry in the state dict.
+            name: name of the attribute, and of the entry in the state dict; the entries of a named tuple are ``name_field``.
             value: initial value, of any shape; a loaded value has the same shape.
         """
         self.__dict__.setdefault("_state_names", []).append(name)
         setattr(self, name, value)
 
     def registered_state(self) -> dict[str, Tensor]:
-        """Return the registered tensors of this module, without those of its submodules, by name."""
-        return {name: getattr(self, name) for name in self.__dict__.get("_state_names", [])}
+        """Return the registered tensors of this module, without those of its submodules, by name in the state dict."""
+        found: dict[str, Tensor] = {}
+        for name in self.__dict__.get("_state_names", []):
+            value: Any = getattr(self, name)
+            if isinstance(value, Tensor):
+                found[name] = value
+            else:
+                found.update({f"{name}_{field}": part for field, part in value._asdict().items()})
+        return found
+
+    def map_state(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Replace every registered tensor of this module by a function of it."""
+        for name in self.__dict__.get("_state_names", []):
+            value: Any = getattr(self, name)
+            setattr(self, name, fn(value) if isinstance(value, Tensor) else value._make(map(fn, value)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for name, value in self.registered_state().items():
-            setattr(self, name, fn(value))
+        self.map_state(fn)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

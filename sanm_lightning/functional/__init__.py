@@ -2,10 +2,13 @@
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.functional.contrastive import (
+    Compared,
     MixedViews,
     instance_contrast,
     interpolated_contrast,
     pair_similarity,
+    partnered_contrast,
+    prototype_contrast,
     queue_contrast,
     selected_pairs,
     view_positives,
@@ -18,6 +21,8 @@ from sanm_lightning.functional.correction import (
     label_posterior,
 )
 from sanm_lightning.functional.cross_validation import (
+    CrossValidated,
+    cross_validated,
     cross_validated_noise_rate,
     discarded_fraction,
     held_out,
@@ -42,11 +47,13 @@ from sanm_lightning.functional.losses import (
     prior_kl,
     reverse_kl,
     soft_cross_entropy,
+    squared_error,
     truncated_generalized_cross_entropy,
     zero_term,
 )
 from sanm_lightning.functional.mixture import Mixture, clean_probability, fit_mixture, mixture_posterior
 from sanm_lightning.functional.neighbors import (
+    SmoothedLabels,
     balanced_votes,
     class_means,
     corrected_votes,
@@ -54,6 +61,8 @@ from sanm_lightning.functional.neighbors import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    smoothed_labels,
+    voted_selection,
     weighted_neighbors,
 )
 from sanm_lightning.functional.nested import nested_probabilities, truncated_accuracy
@@ -115,11 +124,14 @@ from sanm_lightning.functional.targets import (
 
 __all__ = [
     "BetaMixture",
+    "Compared",
+    "CrossValidated",
     "LookaheadStep",
     "Mixed",
     "MixedViews",
     "Mixture",
     "Refurbishing",
+    "SmoothedLabels",
     "backward_correction",
     "balanced_votes",
     "beta_mixture_posterior",
@@ -138,6 +150,7 @@ __all__ = [
     "corrected_votes",
     "critical_fraction",
     "critical_threshold",
+    "cross_validated",
     "cross_validated_noise_rate",
     "density_peaks",
     "directional_derivative",
@@ -185,7 +198,9 @@ __all__ = [
     "nt_xent",
     "pair_similarity",
     "pair_threshold",
+    "partnered_contrast",
     "prior_kl",
+    "prototype_contrast",
     "queue_contrast",
     "random_halves",
     "refurbish",
@@ -206,7 +221,9 @@ __all__ = [
     "similar_samples",
     "small_loss",
     "small_loss_among",
+    "smoothed_labels",
     "soft_cross_entropy",
+    "squared_error",
     "step_fractions",
     "step_ramp",
     "step_thirds",
@@ -217,6 +234,7 @@ __all__ = [
     "truncated_generalized_cross_entropy",
     "uncertainty_weights",
     "view_positives",
+    "voted_selection",
     "weight_ramp",
     "weighted_neighbors",
     "zero_term",

@@ -6,13 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.functional.losses import masked_mean, soft_cross_entropy
 from sanm_lightning.functional.targets import Mixed
 
 __all__ = [
+    "Compared",
     "MixedViews",
     "instance_contrast",
     "interpolated_contrast",
     "pair_similarity",
+    "partnered_contrast",
+    "prototype_contrast",
     "queue_contrast",
     "selected_pairs",
     "view_positives",
@@ -36,6 +40,21 @@ class MixedViews(NamedTuple):
         return cls(torch.cat(embeddings), torch.cat(lam), torch.cat([view.partners for view in mixed]))
 
 
+class Compared(NamedTuple):
+    """Rows that mixed views are compared with, and the weights of the positive pairs."""
+
+    embeddings: Tensor
+    """(M, P), normalized; the first rows are those of the same views."""
+    probs: Tensor
+    """(M, C), predicted class probabilities."""
+    major: Tensor
+    """(V, M), weights of the positive pairs of the larger part of each view, see :func:`view_positives`."""
+    minor: Tensor
+    """(V, M), likewise of the smaller part."""
+    valid: Tensor | None = None
+    """(M,) bool: whether a row is used; None uses all rows."""
+
+
 def instance_contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """Return the cross-entropy of finding the other view of each image among both views of all images.
 
@@ -52,6 +71,27 @@ def instance_contrast(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     rows = torch.arange(len(one), device=one.device)
     same = (one @ one.T).masked_fill(rows[:, None] == rows, float("-inf"))
     return F.cross_entropy(torch.cat([one @ other.T, same], 1).float() / temperature, rows, reduction="none")
+
+
+def prototype_contrast(
+    embeddings: Tensor, prototypes: Tensor, targets: Tensor, temperature: float, among: Tensor
+) -> Tensor:
+    """Return the cross-entropy of the similarity of embeddings to class prototypes.
+
+    Source: RRL (Li et al., ICCV 2021), prototypical contrast.
+    Departure: the mean over no row is 0, where that of the authors' code is NaN.
+
+    Args:
+        embeddings: normalized embeddings, shape (V, P).
+        prototypes: normalized class means, shape (C, P).
+        targets: class probabilities, shape (V, C).
+        temperature: temperature, positive.
+        among: rows that are averaged, shape (V,), bool.
+
+    Returns:
+        A scalar, >= 0; 0 without rows.
+    """
+    return masked_mean(soft_cross_entropy(embeddings @ prototypes.T / temperature, targets), among)
 
 
 def queue_contrast(queries: Tensor, keys: Tensor, negatives: Tensor, valid: Tensor, temperature: float) -> Tensor:
@@ -130,6 +170,26 @@ def interpolated_contrast(
     log_probs = logits - logits.masked_fill(~kept, float("-inf")).logsumexp(1, keepdim=True)
     parts = [(weight * log_probs).sum(1) / weight.sum(1).clamp(min=1) for weight in (major, minor)]
     return -lam * parts[0] - (1 - lam) * parts[1]
+
+
+def partnered_contrast(views: MixedViews, compared: Compared, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the mean :func:`interpolated_contrast` of two mixed views, in which samples without a partner count as 0.
+
+    Source: the code of Sel-CL (Li et al., CVPR 2022).
+
+    Args:
+        views: two mixed views of B samples.
+        compared: rows that they are compared with.
+        temperature: temperature, positive.
+
+    Returns:
+        A scalar; and which samples have a partner, a positive pair beside the other view of the sample, shape (B,), bool.
+    """
+    losses = interpolated_contrast(
+        views.embeddings, compared.embeddings, views.lam, compared.major, compared.minor, temperature, compared.valid
+    )
+    partnered = compared.major[: len(views.lam) // 2].sum(1) > 1
+    return (losses * partnered.repeat(2)).mean(), partnered
 
 
 def pair_similarity(

@@ -1,11 +1,14 @@
 """Noise rates from the accuracy of cross-validation on noisy labels."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "CrossValidated",
+    "cross_validated",
     "cross_validated_noise_rate",
     "discarded_fraction",
     "held_out",
@@ -35,6 +38,33 @@ def held_out(values: Tensor, half: Tensor) -> Tensor:
         Shape (N,).
     """
     return torch.where(half == 1, values[0], values[1])
+
+
+class CrossValidated(NamedTuple):
+    """Outcome of a twofold cross-validation for each sample."""
+
+    agreed: Tensor
+    """(N,) bool: whether the held-out prediction of a candidate is its label."""
+    losses: Tensor
+    """(N,): held-out losses."""
+    accuracy: float
+    """Fraction of the candidates that agree, in [0, 1]; 0 without candidates."""
+
+
+def cross_validated(predictions: Tensor, losses: Tensor, labels: Tensor, half: Tensor) -> CrossValidated:
+    """Compare the label of each candidate with the prediction of the network that was not trained on its half.
+
+    Source: Chen et al., ICML 2019, Algorithm 1.
+
+    Args:
+        predictions: predicted classes of networks 0 and 1, which were trained on half 0 and 1, shape (2, N), int64.
+        losses: losses of the labels under the networks, shape (2, N).
+        labels: given labels, shape (N,).
+        half: half of each candidate, shape (N,), 0 or 1; -1 for other samples.
+    """
+    agreed = (half >= 0) & (held_out(predictions, half) == labels)
+    accuracy = float(agreed.sum() / (half >= 0).sum().clamp(min=1))
+    return CrossValidated(agreed, held_out(losses, half), accuracy)
 
 
 def largest_losses(losses: Tensor, agreed: Tensor, half: Tensor, fraction: float) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "prior_kl",
     "reverse_kl",
     "soft_cross_entropy",
+    "squared_error",
     "truncated_generalized_cross_entropy",
     "zero_term",
 ]
@@ -122,7 +123,7 @@ def zero_term(parameters: Iterable[Tensor]) -> Tensor:
     return 0.0 * torch.stack([parameter.sum() for parameter in parameters if parameter.requires_grad]).sum()
 
 
-def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Return a term with the value of a loss, whose gradient is that of the loss with a norm of at most ``max_norm``.
 
     It takes a backward pass of the loss, and keeps the graph.
@@ -130,11 +131,13 @@ def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: 
     Args:
         loss: a scalar.
         parameters: parameters with respect to which the gradient is clipped.
-        max_norm: largest norm, positive.
+        max_norm: largest norm, positive; None returns the loss.
 
     Returns:
-        A scalar; its gradient is not differentiable again.
+        A scalar; with ``max_norm``, its gradient is not differentiable again.
     """
+    if max_norm is None:
+        return loss
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     found = [(parameter, grad) for parameter, grad in zip(wanted, gradients, strict=True) if grad is not None]
@@ -176,6 +179,11 @@ def prior_kl(logits: Tensor, prior: Tensor | None = None) -> Tensor:
     return divergence
 
 
+def squared_error(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the squared error of each prediction, averaged over classes, logits (B, C), targets (B, C) -> (B,), >= 0."""
+    return (logits.float().softmax(1) - targets).square().mean(1)
+
+
 def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Tensor, Tensor]:
     """Return the losses of DivideMix's Eq. 8 and 9: cross-entropy of labeled rows, squared error of the others.
 
@@ -189,8 +197,8 @@ def mixmatch_loss(logits: Tensor, targets: Tensor, labelled: Tensor) -> tuple[Te
     Returns:
         Two scalars: the mean cross-entropy, and the squared error, averaged over rows and classes. 0 without rows.
     """
-    squared_error = (logits.float().softmax(1) - targets).square().mean(1)
-    return masked_mean(soft_cross_entropy(logits, targets), labelled), masked_mean(squared_error, ~labelled)
+    supervised = masked_mean(soft_cross_entropy(logits, targets), labelled)
+    return supervised, masked_mean(squared_error(logits, targets), ~labelled)
 
 
 def clamped_probs(logits: Tensor) -> Tensor:

@@ -1,10 +1,16 @@
-"""Exact nearest neighbors by cosine similarity, in chunks, and votes of neighbors."""
+"""Exact nearest neighbors by cosine similarity, in chunks, and labels by the labels of neighbors."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sanm_lightning.functional.selection import class_quota
+from sanm_lightning.functional.targets import keep_given
+
 __all__ = [
+    "SmoothedLabels",
     "balanced_votes",
     "class_means",
     "corrected_votes",
@@ -12,6 +18,8 @@ __all__ = [
     "nearest_neighbors",
     "neighbor_mean",
     "similar_samples",
+    "smoothed_labels",
+    "voted_selection",
     "weighted_neighbors",
 ]
 
@@ -127,6 +135,74 @@ def corrected_votes(labels: Tensor, neighbors: Tensor, num_classes: int, weights
     """
     first = neighbor_mean(F.one_hot(labels, num_classes).float(), neighbors, weights)
     return neighbor_mean(F.one_hot(first.argmax(1), num_classes).float(), neighbors, weights)
+
+
+def voted_selection(
+    labels: Tensor, neighbors: Tensor, weights: Tensor | None, num_classes: int, quantile: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Select the same number of samples per class by the fraction of the second votes for their labels.
+
+    Source: MOIT (Ortego et al., CVPR 2021), Section 3.2; Sel-CL (Li et al., CVPR 2022), Section 3.2.
+
+    Args:
+        labels: given labels, shape (N,).
+        neighbors: positions, shape (N, k).
+        weights: as for :func:`corrected_votes`.
+        num_classes: C, number of classes.
+        quantile: as for :func:`class_quota`, of the number of samples whose label has the most votes.
+
+    Returns:
+        Fraction of the votes for each label, shape (N,), in [0.01, 0.99], 0.01 for features that are NaN; and whether each
+        sample is selected, shape (N,), bool.
+    """
+    votes = corrected_votes(labels, neighbors, num_classes, weights)
+    share = votes.gather(1, labels[:, None])[:, 0].nan_to_num(0.01).clamp(0.01, 0.99)
+    return share, class_quota(-share, labels, votes.argmax(1) == labels, num_classes, quantile)
+
+
+class SmoothedLabels(NamedTuple):
+    """Soft labels of RRL that are smoothed over neighbors, and what follows from them; each with one row per sample."""
+
+    targets: Tensor
+    """(N, C): class probabilities, the one-hot row of the given label where it is kept."""
+    labels: Tensor
+    """(N,) int64: most probable classes."""
+    selected: Tensor
+    """(N,) bool: whether the largest probability is above the threshold."""
+    quality: Tensor
+    """(N,) in [0, 1]: probability of ``labels``, before given labels are kept."""
+    given_quality: Tensor
+    """(N,) in [0, 1]: probability of the given labels, before they are kept."""
+
+
+def smoothed_labels(
+    before: Tensor | None,
+    probs: Tensor,
+    given: Tensor,
+    neighbors: Tensor,
+    weights: Tensor | None,
+    low_threshold: float,
+    high_threshold: float,
+) -> SmoothedLabels:
+    """Return the mean of predictions and of the neighbors' soft labels, and the given label where it is probable enough.
+
+    Source: RRL (Li et al., ICCV 2021), and the authors' code.
+
+    Args:
+        before: soft labels of the last epoch, shape (N, C); None starts from the predictions, with given labels kept.
+        probs: predicted class probabilities, shape (N, C).
+        given: given labels, shape (N,).
+        neighbors: positions, shape (N, k).
+        weights: as for :func:`neighbor_mean`.
+        low_threshold: probability of the given label above which it is kept, in [0, 1].
+        high_threshold: probability above which a sample is selected, in [0, 1].
+    """
+    before = keep_given(probs, given, low_threshold) if before is None else before
+    smoothed = (neighbor_mean(before, neighbors, weights) + probs) / 2
+    targets = keep_given(smoothed, given, low_threshold)
+    confidence, labels = targets.max(1)
+    quality, given_quality = (smoothed.gather(1, part[:, None])[:, 0].clamp(0, 1) for part in (labels, given))
+    return SmoothedLabels(targets, labels, confidence > high_threshold, quality, given_quality)
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int, selected: Tensor | None = None) -> Tensor:

@@ -4,11 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import uncertainty_weights
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import RunningVariance
 
 __all__ = ["ActiveBias"]
@@ -49,13 +47,12 @@ class ActiveBias(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index, labels = require_index(batch, type(self).__name__), self.one_hot(batch.labels)
+        batch, index = self.indexed(batch)
+        labels = self.one_hot(batch.labels)
         weight = None
         if self.stage.name == "weighted":
             weight = uncertainty_weights(self.probability.var(index), self.probability.count[index], self.smoothing)
         out = self.learn(batch, labels)
-        assert out.clean_logits is not None
-        probability = (out.clean_logits.detach().float().softmax(1) * labels).sum(1)
+        probability = (out.unmasked_logits().float().softmax(1) * labels).sum(1)
         self.probability.update(index, probability)
         return out.cross_entropy(weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 from sanm_lightning.batch import EpochPlan
 from sanm_lightning.functional import class_balanced_draw, members_by_class, repeated_draw
 
-__all__ = ["balanced_batches", "permuted_batches"]
+__all__ = ["balanced_batches", "permuted_batches", "selected_batches"]
 
 
 def balanced_batches(
@@ -43,3 +43,20 @@ def permuted_batches(plan: EpochPlan, members: Tensor, size: int, generator: tor
     """
     order = repeated_draw(members, plan.world_size * plan.steps * size, generator)
     return order[plan.rank :: plan.world_size].view(plan.steps, size)
+
+
+def selected_batches(plan: EpochPlan, selected: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample the batches of this process from repeated random permutations of the selected samples of the epoch's pool.
+
+    Args:
+        plan: numbers of steps and processes, batch size, and the pool.
+        selected: whether each sample of the training set is selected, shape (N,), bool. All samples of the pool are used if
+            none of them is.
+        generator: as for :func:`permuted_batches`.
+
+    Returns:
+        Positions, shape (S, B).
+    """
+    pool = plan.pool(0)
+    chosen = pool[selected.cpu()[pool]]
+    return permuted_batches(plan, chosen if len(chosen) else pool, plan.step_size(pool), generator)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sanm_lightning.functional import critical_fraction, critical_threshold
-from sanm_lightning.methods.checks import require_noise_rate
+from sanm_lightning.methods.checks import check_choice, check_range, require_noise_rate
 from sanm_lightning.methods.cross_entropy import CrossEntropy
 
 __all__ = ["CDR"]
@@ -24,8 +24,7 @@ class CriticalGradients(L.Callback):
 class CDR(CrossEntropy):
     """Cross-entropy with gradient updates of the critical weights only: those with the largest |weight * gradient|.
 
-    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. The weights of all convolutions and
-        linear
+    Source: Xia et al., "Robust early-learning", ICLR 2021, and the authors' code. The weights of all convolutions and linear
     layers are ranked together; the gradient of the critical ones is multiplied by their fraction, that of the others
     set to 0. All weights decay, and momentum still updates previously critical weights. Batch norm and biases use their
     full gradient. CDR is active from the first epoch on.
@@ -66,12 +65,9 @@ class CDR(CrossEntropy):
         **kwargs: Any,
     ) -> None:
         noise_rate = require_noise_rate(noise_rate)
-        if schedule not in ("constant", "gradual") or num_gradual < 0:
-            raise ValueError(
-                f"expected schedule 'constant' or 'gradual' and num_gradual >= 0, got {schedule!r} and {num_gradual}"
-            )
-        if decay not in ("l1", "l2") or l1_decay < 0:
-            raise ValueError(f"expected decay 'l1' or 'l2' and l1_decay >= 0, got {decay!r} and {l1_decay}")
+        check_choice(("constant", "gradual"), schedule=schedule)
+        check_choice(("l1", "l2"), decay=decay)
+        check_range(">= 0", num_gradual=num_gradual, l1_decay=l1_decay)
         super().__init__(num_classes, **kwargs)
         self.noise_rate, self.schedule, self.num_gradual = noise_rate, schedule, num_gradual
         self.decay, self.l1_decay = decay, l1_decay

@@ -14,6 +14,7 @@ from sanm_lightning.batch import NoisyBatch
 __all__ = [
     "check_arguments",
     "check_callbacks",
+    "check_choice",
     "check_num_classes",
     "check_range",
     "clamped_neighbors",
@@ -96,6 +97,18 @@ def check_range(expected: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         good = null if value is None else in_range(value)
         require(good, f"{name} {expected}", value, "use the default")
+
+
+def check_choice(choices: tuple[Any, ...], **arguments: Any) -> None:
+    """Raise ValueError for the first argument that is none of the choices.
+
+    Args:
+        choices: two or more values.
+        **arguments: values by the names of the arguments.
+    """
+    expected = " or ".join(map(repr, choices))
+    for name, value in arguments.items():
+        require(value in choices, f"{name} {expected}", value, "choose one of them")
 
 
 def clamped_neighbors(k: int, num_samples: int, method: str) -> int:

@@ -9,7 +9,7 @@ from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.functional import forget_rate as forget_rate_at
 from sanm_lightning.functional import small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_noise_rate
+from sanm_lightning.methods.checks import check_range, require_noise_rate
 
 __all__ = ["CoTeaching"]
 
@@ -64,8 +64,8 @@ class CoTeaching(NoisyLabelModule):
     ) -> None:
         noise_rate = forget_rate if noise_rate is None else noise_rate
         noise_rate = require_noise_rate(noise_rate)
-        if num_gradual < 0 or exponent <= 0:
-            raise ValueError(f"expected num_gradual >= 0 and exponent > 0, got {num_gradual} and {exponent}")
+        check_range(">= 0", num_gradual=num_gradual)
+        check_range("> 0", exponent=exponent)
         super().__init__(num_classes, network=network, warmup_epochs=warmup_epochs, **kwargs)
         self.noise_rate, self.num_gradual, self.exponent = noise_rate, num_gradual, exponent
         self.released_scale = released_scale

@@ -5,25 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import clean_probability, sequence_credibility
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require_index
-from sanm_lightning.per_sample import History, LabelStore
+from sanm_lightning.methods.checks import check_range
+from sanm_lightning.per_sample import History, WeightedLabels
 
 __all__ = ["CREMA", "WeightedLabels"]
-
-
-class WeightedLabels(LabelStore):
-    """Current labels with their weights in the loss; the same in all processes."""
-
-    weight: Tensor
-    """(N,) float32 in [0, 1]."""
-
-    def __init__(self) -> None:
-        super().__init__(dist_reduce_fx=None)
-        self.add_state("weight", default=1.0, dist_reduce_fx=None)
 
 
 class CREMA(NoisyLabelModule):
@@ -105,8 +93,7 @@ class CREMA(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         if self.stage.name == "warmup":
             return self.learn(batch, self.one_hot(batch.labels)).cross_entropy()
         labels = self.judged.labels[index]

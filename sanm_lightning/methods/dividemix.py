@@ -24,10 +24,9 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import require_divisible
+from sanm_lightning.methods.checks import check_choice, check_range, require, require_divisible
 from sanm_lightning.per_sample import History
-from sanm_lightning.random_streams import named_generator
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import infer
 
 __all__ = ["DivideMix", "Division"]
 
@@ -158,20 +157,13 @@ class DivideMix(NoisyLabelModule):
         guess_together: bool = False,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("lambda_u >= 0", lambda_u, lambda_u >= 0),
-            ("p_threshold in [0, 1]", p_threshold, 0 <= p_threshold <= 1),
-            ("temperature > 0", temperature, temperature > 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("ramp_epochs >= 0", ramp_epochs, ramp_epochs >= 0),
-            ("mixture_iterations >= 1", mixture_iterations, mixture_iterations >= 1),
-            ("loss_history >= 1", loss_history, loss_history >= 1),
-            ("at least one of target_views", target_views, len(target_views) > 0),
-            ("sanm_views 'all' or 'first'", sanm_views, sanm_views in ("all", "first")),
-            ("unlabelled_quality 'given' or 'guess'", unlabelled_quality, unlabelled_quality in ("given", "guess")),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        check_range(">= 0", lambda_u=lambda_u, alpha=alpha, ramp_epochs=ramp_epochs)
+        check_range("in [0, 1]", p_threshold=p_threshold)
+        check_range("> 0", temperature=temperature)
+        check_range(">= 1", loss_history=loss_history, mixture_iterations=mixture_iterations)
+        require(len(target_views) > 0, "at least one of target_views", target_views, "use the default")
+        check_choice(("all", "first"), sanm_views=sanm_views)
+        check_choice(("given", "guess"), unlabelled_quality=unlabelled_quality)
         super().__init__(num_classes, **kwargs)
         self.lambda_u, self.p_threshold, self.temperature, self.alpha = lambda_u, p_threshold, temperature, alpha
         self.ramp_epochs, self.mixture_iterations = ramp_epochs, mixture_iterations
@@ -231,7 +223,7 @@ class DivideMix(NoisyLabelModule):
                     f"clipped to the range of the probabilities ({int(labelled.sum())} of {len(labelled)} samples are "
                     "labeled)"
                 )
-            generator = named_generator("draw", self.sanm.seed, plan.draw_epoch, number)
+            generator = self.epoch_stream(plan, "draw", number)
             for part in (pool[labelled], pool[~labelled]):
                 blocks.append(permuted_batches(plan, part, half, generator))
         return torch.cat(blocks, 1)
@@ -244,8 +236,7 @@ class DivideMix(NoisyLabelModule):
         if self.stage.name == "warmup":
             return torch.stack([self.warm_up(batch, number) for number in self.learning()]).sum()
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
-        ramp = self.current_epoch - self.warmup_epochs + batch_idx / max(1, int(self.trainer.num_training_batches))
-        lambda_u = self.lambda_u * linear_ramp(ramp, self.ramp_epochs)
+        lambda_u = self.lambda_u * linear_ramp(self.elapsed_epochs(batch_idx), self.ramp_epochs)
         learning = self.learning()
         blocks = batch.chunk(len(learning))
         losses = [self.mixmatch(block, number, mix, lambda_u) for block, number in zip(blocks, learning, strict=True)]
@@ -296,13 +287,11 @@ class DivideMix(NoisyLabelModule):
         network, other = self.networks[number], self.networks[1 - number]
         own, others, maps = [], [], []
         for view in views:
-            with inference_context(network, view, batch_statistics=True):
-                halves = [view] if self.guess_together else [view[:half], view[half:]]
-                parts = [network.forward_features(part) for part in halves]
-                own.append(torch.cat([network.forward_head(part).float().softmax(1) for part in parts]))
-                maps.append(torch.cat(parts))
-            with inference_context(other, view):
-                others.append(other(view[half:]).float().softmax(1))
+            halves = [view] if self.guess_together else [view[:half], view[half:]]
+            parts = [infer(network, part, batch_statistics=True) for part in halves]
+            own.append(torch.cat([logits.softmax(1) for _, logits in parts]))
+            maps.append(torch.cat([part for part, _ in parts]))
+            others.append(infer(other, view[half:])[1].softmax(1))
         mean, guessed = torch.stack(own).mean(0), torch.stack([p[half:] for p in own] + others).mean(0)
         refined = co_refine(labels[:half], clean[:half], mean[:half])
         return sharpen(torch.cat([refined, guessed]), self.temperature), maps

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.functional import clamped_probs, early_learning_regularization
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.checks import require_index
@@ -47,11 +46,9 @@ class ELR(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         out = self.learn(batch, self.one_hot(batch.labels))
-        assert out.clean_logits is not None
-        now = clamped_probs(out.clean_logits.detach())
+        now = clamped_probs(out.unmasked_logits())
         mean = self.targets.update(index, now / now.sum(1, keepdim=True))
         term = early_learning_regularization(clamped_probs(out.logits), out.per_view(mean))
         return out.cross_entropy() + self.weight * term

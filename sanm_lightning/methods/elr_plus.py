@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks.stages import reset_parameters
 from sanm_lightning.functional import (
     clamped_probs,
@@ -17,7 +16,7 @@ from sanm_lightning.functional import (
     soft_cross_entropy,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.methods.ema import EMA
 from sanm_lightning.per_sample import EMATargets
 
@@ -27,12 +26,10 @@ __all__ = ["ELRPlus"]
 class ELRPlus(NoisyLabelModule):
     """Two networks trained on mixed images, each with targets from the averaged teacher of the other network.
 
-    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial
-        weights,
+    Source: Liu et al., NeurIPS 2020, Appendix C, and the authors' code. As there, teachers have separate initial weights,
     average parameters only (their batch norm statistics are those of their inputs), and process unmixed images.
 
-    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set,
-        where
+    Departures: both networks are trained in every step, where the code alternates epochs. They share one data set, where
     the code uses a separate split and separate noise for each.
 
     Predictions: the mean of both networks' logits, without the teachers.
@@ -71,15 +68,9 @@ class ELRPlus(NoisyLabelModule):
         target_product: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("weight >= 0", weight, weight >= 0),
-            ("coef_steps >= 0", coef_steps, coef_steps >= 0),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("gamma in [0, 1)", gamma, 0 <= gamma < 1),
-            ("ema_ramp_steps > 0 or null", ema_ramp_steps, ema_ramp_steps is None or ema_ramp_steps > 0),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        check_range(">= 0", weight=weight, coef_steps=coef_steps, alpha=alpha)
+        check_range("in [0, 1)", gamma=gamma)
+        check_range("> 0 or null", ema_ramp_steps=ema_ramp_steps)
         super().__init__(num_classes, **kwargs)
         self.weight, self.coef_steps, self.alpha = weight, coef_steps, alpha
         self.target_product = num_classes == 100 if target_product is None else target_product
@@ -89,8 +80,8 @@ class ELRPlus(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of both networks' losses."""
-        batch = NoisyBatch.from_any(batch)
-        index, labels = require_index(batch, type(self).__name__), self.one_hot(batch.labels)
+        batch, index = self.indexed(batch)
+        labels = self.one_hot(batch.labels)
         mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
         ramp = sigmoid_ramp(self.global_step, self.coef_steps)
         total = torch.zeros((), device=labels.device)

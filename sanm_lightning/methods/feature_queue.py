@@ -8,7 +8,10 @@ from torch import Tensor
 from sanm_lightning.callbacks import Unaveraged
 from sanm_lightning.random_streams import several_processes
 
-__all__ = ["FeatureQueue"]
+__all__ = ["FeatureQueue", "Payload"]
+
+Payload = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of the further values of a row, by name."""
 
 
 class FeatureQueue(Unaveraged):
@@ -27,9 +30,7 @@ class FeatureQueue(Unaveraged):
     valid: Tensor
     """(K,) bool: whether a row is filled."""
 
-    def __init__(
-        self, size: int, dim: int, payload: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
-    ) -> None:
+    def __init__(self, size: int, dim: int, payload: Payload | None = None) -> None:
         super().__init__()
         self.payload = payload or {}
         self.register_state("features", torch.zeros(size, dim))

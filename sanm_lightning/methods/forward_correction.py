@@ -15,7 +15,7 @@ from sanm_lightning.functional import (
     label_posterior,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require
+from sanm_lightning.methods.checks import check_choice, require
 from sanm_lightning.per_sample import LabelStore
 
 __all__ = ["ForwardCorrection", "check_transition"]
@@ -63,9 +63,7 @@ class ForwardCorrection(NoisyLabelModule):
         warmup_epochs: int = 10,
         **kwargs: Any,
     ) -> None:
-        require(
-            direction in ("forward", "backward"), "direction 'forward' or 'backward'", direction, "choose one of them"
-        )
+        check_choice(("forward", "backward"), direction=direction)
         good = percentile is None or 0 < percentile <= 100
         require(good, "percentile in (0, 100] or null", percentile, "use 97 or null")
         known = None if transition is None else check_transition(transition, num_classes)

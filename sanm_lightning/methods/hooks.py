@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sanm_lightning.batch import EpochPlan, View
-from sanm_lightning.callbacks import Stage, Unaveraged
-from sanm_lightning.callbacks.stages import locate
+from sanm_lightning.callbacks import Stage, Unaveraged, locate
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.module import SANM
 
@@ -128,6 +127,10 @@ class MethodHooks(Unaveraged, L.LightningModule):
     def stage_epoch(self) -> int:
         """Number of the current epoch in its stage, from 0."""
         return self.current_epoch - locate(self.stages(), self.current_epoch)[2]
+
+    def elapsed_epochs(self, batch_idx: int) -> float:
+        """Return the epochs since the start of the stage, with the elapsed fraction of the current one."""
+        return self.stage_epoch + batch_idx / max(1, int(self.trainer.num_training_batches))
 
     @property
     def total_epochs(self) -> int | None:

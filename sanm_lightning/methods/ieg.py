@@ -1,12 +1,12 @@
 """IEG (Zhang et al., CVPR 2020): weights and labels of the samples from a look-ahead step, judged on a few known labels."""
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch, View
+from sanm_lightning.batch import NoisyBatch, View
 from sanm_lightning.functional import (
     forward_kl,
     guessed_labels,
@@ -18,17 +18,14 @@ from sanm_lightning.functional import (
     sgd_step,
     soft_cross_entropy,
 )
-from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import check_range, refuse_compiled, require_index
+from sanm_lightning.methods.checks import check_range, refuse_compiled
 from sanm_lightning.methods.ema import EMA, ramped_decay
-from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.random_streams import named_generator
+from sanm_lightning.methods.probe_set import WithProbeSet
 
 __all__ = ["IEG"]
 
 
-class IEG(NoisyLabelModule):
+class IEG(WithProbeSet):
     """Semi-supervised training with sample weights and label choices that reduce the loss on a few samples of known labels.
 
     Source: Zhang et al., CVPR 2020 ("Distilling effective supervision from severe label noise"), and the authors' code. The
@@ -47,8 +44,7 @@ class IEG(NoisyLabelModule):
 
     Args:
         num_classes: C, number of classes.
-        probe: ``.csv`` or ``.npz`` file with the known labels: columns ``index`` (position in the original training set) or
-            ``path``, and ``label``. Required.
+        probe: file with the known labels, see :class:`~sanm_lightning.methods.probe_set.WithProbeSet`. Required.
         meta_lr: learning rate of the look-ahead step, > 0; published: 0.1.
         meta_momentum: factor of the optimizer's momentum in the look-ahead step, >= 0; published: 0.9.
         trust: weight of the given label against the guessed one in the look-ahead step, in (0, 1]; published: 0.9.
@@ -69,9 +65,6 @@ class IEG(NoisyLabelModule):
         FileNotFoundError: if the probe file does not exist.
     """
 
-    needs_data_module = True
-    estimates_quality = True
-
     def __init__(
         self,
         num_classes: int,
@@ -88,69 +81,31 @@ class IEG(NoisyLabelModule):
         second_order: bool = False,
         **kwargs: Any,
     ) -> None:
-        if not probe:
-            raise ValueError(
-                f"expected probe, a file with known labels of some training samples, got {probe!r}; write a .csv file with "
-                "the columns index (or path) and label"
-            )
         check_range("> 0", meta_lr=meta_lr, temperature=temperature, mixup_beta=mixup_beta)
         check_range(">= 0", meta_momentum=meta_momentum)
         check_range(">= 0", guess_weight=guess_weight, consistency_weight=consistency_weight)
         check_range("in (0, 1]", trust=trust)
         check_range("in [0, 1]", decay=decay)
         refuse_compiled("IEG", kwargs.get("compile_network"))
-        super().__init__(num_classes, **kwargs)
-        self.probe, self.meta_lr, self.meta_momentum, self.trust = probe, meta_lr, meta_momentum, trust
+        super().__init__(num_classes, probe, **kwargs)
+        self.meta_lr, self.meta_momentum, self.trust = meta_lr, meta_momentum, trust
         self.guess_weight, self.consistency_weight, self.temperature = guess_weight, consistency_weight, temperature
         self.mixup_beta, self.strong_view, self.second_order = mixup_beta, strong_view, second_order
         self.average = EMA(self.network, partial(ramped_decay, decay))
         self.average.restart()  # the first update copies the network
-        self.samples = LabelStore()
 
     @property
     def prediction_networks(self) -> list[Any]:
         """The averaged network."""
         return [self.average.module]
 
-    @cached_property
-    def probe_positions(self) -> Tensor:
-        """(P,), positions of the probe samples in the training set; read here in trials of Lightning's finders only."""
-        return self.known_labels(self.probe)[0]
-
-    def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
-        """Read the probe set, and require training samples beside it."""
-        self.probe_positions, known = self.known_labels(self.probe)
-        if len(self.probe_positions) >= num_samples:
-            raise ValueError(
-                f"expected training samples beside the probe set of IEG, got {num_samples}, all of which are in "
-                f"{self.probe!r}; remove some rows, or use a larger training set"
-            )
-        correct = (known == self.given_labels.cpu()[self.probe_positions]).float()
-        self.samples.update(self.probe_positions, labels=known, given_quality=correct)
-
     def views(self) -> tuple[View, ...]:
         """Return a weak view, and a strong view of the samples that are not in the probe set."""
         return ("weak", (self.strong_view, "none"))
 
-    def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
-        """Select the samples of each step, each followed by as many probe samples, both in repeated random permutations."""
-        pool, probe, seed = plan.pool(0), self.probe_positions, self.sanm.seed
-        pool = pool[~torch.isin(pool, probe)]
-        if not len(pool):
-            raise ValueError(
-                f"expected samples beside the probe set in the pool of an epoch, got none in epoch {plan.epoch}; raise "
-                "data.samples_per_epoch"
-            )
-        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        drawn = permuted_batches(plan, pool, size, named_generator("draw", seed, plan.draw_epoch))
-        beside = permuted_batches(plan, probe, size, named_generator("probe set", seed, plan.draw_epoch))
-        return torch.cat([drawn, beside], 1)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        given, probe = NoisyBatch.from_any(batch).chunk(2)
-        index = require_index(given, type(self).__name__)
-        probe = probe._replace(labels=self.samples.labels[probe.index])  # the known ones
+        given, index, probe = self.given_and_probe(batch)
         labels, (weak, strong) = self.one_hot(given.labels), given.views
         logits, strong_logits = self.network(weak).float(), self.network(strong).float()
         guesses = guessed_labels([logits, strong_logits], self.temperature)

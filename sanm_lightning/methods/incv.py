@@ -4,28 +4,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch
-from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate
-from sanm_lightning.functional import (
-    clean_probability,
+from sanm_lightning.batch import EpochPlan
+from sanm_lightning.callbacks import Stage, locate
+from sanm_lightning.functional import clean_probability, linear_ramp, small_loss, soft_cross_entropy, step_fractions
+from sanm_lightning.functional.cross_validation import (
+    cross_validated,
     cross_validated_noise_rate,
     discarded_fraction,
-    held_out,
     largest_losses,
-    linear_ramp,
     random_halves,
     remaining_noise_rate,
-    small_loss,
-    soft_cross_entropy,
-    step_fractions,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import permuted_batches
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range, nonempty_selection
 from sanm_lightning.per_sample import Candidates
 from sanm_lightning.random_streams import named_generator
 
@@ -35,33 +30,27 @@ __all__ = ["INCV", "Candidates"]
 class INCV(NoisyLabelModule):
     """Select the samples whose held-out prediction is their label, in rounds of twofold cross-validation; then co-teach.
 
-    Source: Chen et al., ICML 2019, Algorithms 1 and 2, and the authors' code. Each network is trained on the selected samples
-    and on one half of the candidates. In the main stage, with new networks, later steps also have candidates, and keep as
-    many samples of the union as without them.
+    Source: Chen et al., ICML 2019, Algorithms 1 and 2, and the authors' code. In the main stage, with new networks, later steps
+    also have candidates, and keep as many samples of the union as without them.
 
-    Departures. Both halves are trained at the same time, by two networks, where the code trains them one after another with
-    the same initial weights. Steps of a round have a full batch per network, and an epoch has as many steps as the loader:
-    25 epochs are about 50 of the code on half of the data. The noise rate is estimated on both halves, by solving the
-    equation of the paper; the code searches on a grid, on one half, up to a rate of 1. The last weights are used, where the
-    code keeps the ones of the best accuracy on the held-out labels in the first rounds. Nothing is discarded if the fraction
-    is 0; in the code, it is then all of a half. Samples are ranked in the training pass, in training mode. The prediction is
-    the mean of both networks' logits; the code evaluates each.
+    Departures. Two networks are trained on both halves at the same time (code: one after another, with the same initial
+    weights). Steps of a round have a full batch per network, so 25 epochs are about 50 of the code on half of the data. The
+    noise rate solves the equation of the paper on both halves (code: a grid up to 1, on one half). The last weights are used,
+    where the code keeps the best ones by the held-out labels in the first rounds. Nothing is discarded if the fraction is 0
+    (code: all of a half). Samples are ranked in the training pass, in training mode. The mean logits predict (code: each).
 
-    Under SANM, masks are drawn in the main stage, with an estimator that is handed in from the second round on. Label
-    quality is 1 for selected samples, and for the others the mixture on the losses of the last round in which they were held
-    out.
+    Under SANM, masks are drawn in the main stage, with an estimator that is handed in from the second round on. Label quality
+    is 1 for selected samples, and that of the mixture on their last held-out losses for the others.
 
     Args:
         num_classes: C, number of classes.
         rounds: number of cross-validations; published: 4.
-        noise_rate: fraction of wrong labels, in [0, 1); None estimates it from the first cross-validation, as published.
-            The estimate is that of symmetric noise.
+        noise_rate: fraction of wrong labels, in [0, 1); None estimates that of symmetric noise in the first round.
         symmetric: whether the candidates of largest loss are discarded, and labels are wrong in all C - 1 ways; False is the
             published setting for noise between pairs of classes.
         num_gradual: epochs of the main stage over which the excluded fraction increases from 0; published: 10.
         candidates_after: last epoch of the main stage without candidates, from 0; None is 40 of 200 epochs, or 80 with
-            ``symmetric: false`` or a noise rate above 0.6, as published. None depends on ``max_epochs``: give a number if a
-            run is to be extended.
+            ``symmetric: false`` or a noise rate above 0.6, as published; set it if a run is to be extended.
         warmup_epochs: length of each round.
 
     All other arguments are those of :class:`NoisyLabelModule`. The learning rate is multiplied by .5, .25 and .1 after 40, 60
@@ -114,18 +103,13 @@ class INCV(NoisyLabelModule):
         """Select and discard candidates by the predictions of the network that was not trained on them."""
         number = locate(self.stages(), self.current_epoch)[0] - 1
         found = self.predict_train("loss", "predictions", "labels", network=None, pool_only=True)
-        index, store = found["index"], self.selection
-        half = self.halves(number)[index]
-        candidate, losses = half >= 0, held_out(found["loss"], half)
-        agreed = candidate & (held_out(found["predictions"], half) == found["labels"])
+        store, half = self.selection, self.halves(number)[found["index"]]
+        agreed, losses, accuracy = cross_validated(found["predictions"], found["loss"], found["labels"], half)
         if not store.filled and self.noise_rate is None:
-            accuracy = float(agreed.sum() / candidate.sum().clamp(min=1))
             store.noise_rate = cross_validated_noise_rate(accuracy, self.num_classes)
-        status = torch.where(agreed, store.SELECTED, store.status[index])
-        if self.symmetric:
-            status[largest_losses(losses, agreed, half, discarded_fraction(store.noise_rate))] = store.DISCARDED
-        quality = store.given_quality[index].index_put((candidate,), clean_probability(losses[candidate]))
-        store.update(index, status=status, given_quality=torch.where(status == store.SELECTED, 1.0, quality))
+        fraction = discarded_fraction(store.noise_rate) if self.symmetric else 0.0
+        discarded = largest_losses(losses, agreed, half, fraction)
+        store.divide(found["index"], agreed, discarded, half >= 0, clean_probability(losses[half >= 0]))
         rank_zero_info(
             f"INCV: {int((store.status == store.SELECTED).sum())} of {len(store)} samples are selected after round "
             f"{number + 1}, noise rate {store.noise_rate:.3f}"
@@ -137,23 +121,19 @@ class INCV(NoisyLabelModule):
         self.selected_rows = size = plan.batch_size
         pool = plan.pool(0)
         status = self.selection.status.cpu()[pool]
-        selected, candidates = pool[status == Candidates.SELECTED], pool[status == Candidates.CANDIDATE]
+        selected = status == Candidates.SELECTED
         if stage.name != "main":
             half = self.halves(number).cpu()[pool]
-            parts = [pool[(status == Candidates.SELECTED) | (half == side)] for side in (0, 1)]
+            parts = [pool[selected | (half == side)] for side in (0, 1)]
             sets = [(part if len(part) else pool, size) for part in parts]
         else:
-            if not len(selected):
-                rank_zero_warn(
-                    f"expected selected samples in the main stage of INCV, got an empty set in epoch {plan.epoch}; training on "
-                    "all samples; raise warmup_epochs"
-                )
-                selected, candidates = pool, pool[:0]
+            selected = nonempty_selection(selected, plan.epoch, type(self).__name__)
+            candidates = pool[~selected & (status == Candidates.CANDIDATE)]
             late = plan.epoch - first > self.last_epoch_without_candidates
-            joined = min(len(candidates) * size // len(selected), size // 2) if late else 0
-            sets = [(selected, size), *([(candidates, joined)] if joined else [])]
-        draw = partial(named_generator, "draw", self.sanm.seed, plan.draw_epoch)
-        return torch.cat([permuted_batches(plan, *part, draw(block)) for block, part in enumerate(sets)], 1)
+            joined = min(len(candidates) * size // int(selected.sum()), size // 2) if late else 0
+            sets = [(pool[selected], size), *([(candidates, joined)] if joined else [])]
+        drawn = [permuted_batches(plan, *part, self.epoch_stream(plan, "draw", n)) for n, part in enumerate(sets)]
+        return torch.cat(drawn, 1)
 
     @property
     def last_epoch_without_candidates(self) -> int:
@@ -165,8 +145,7 @@ class INCV(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the sum of both networks' losses."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         if self.stage.name != "main":
             blocks = enumerate(batch.chunk(2))
             losses = [self.learn(part, self.one_hot(part.labels), number).cross_entropy() for number, part in blocks]

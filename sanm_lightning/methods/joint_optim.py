@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import entropy, prior_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require, require_index
+from sanm_lightning.methods.checks import check_range, require
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["JointOptim"]
@@ -90,8 +89,7 @@ class JointOptim(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         quality = self.learned.given_quality[index] if self.learned.filled else None
         out = self.learn(batch, self.learned.targets[index], quality=quality)
         if self.stage.name == "retrain":

@@ -1,14 +1,15 @@
 """The forward pass of a training step, with SANM, and its output for the loss."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
+from sanm_lightning.batch import EpochPlan, NoisyBatch
 from sanm_lightning.compat import batch_number
 from sanm_lightning.functional import Mixed, masked_mean, soft_cross_entropy
+from sanm_lightning.methods.checks import require_index
 from sanm_lightning.methods.hooks import MethodHooks
 from sanm_lightning.random_streams import named_generator, process_rank
 from sanm_lightning.sanm.inference import inference_context
@@ -54,6 +55,18 @@ class Learned(NamedTuple):
             )
         return self.clean_logits.detach()
 
+    def unmasked_maps(self) -> Tensor:
+        """Return :attr:`unmasked` (B, D, h, w).
+
+        Raises:
+            ValueError: if the pass did not compute them.
+        """
+        if self.unmasked is None:
+            raise ValueError(
+                "expected a pass with features of unmasked images, got one without; call learn() with unmasked=True"
+            )
+        return self.unmasked
+
     def classification(self, weight: Tensor | None = None) -> Tensor:
         """Return the mean cross-entropy over views, weighted by ``weight`` (B,), a scalar; 0 if all weights are 0."""
         losses = soft_cross_entropy(self.logits, self.targets)
@@ -65,7 +78,16 @@ class Learned(NamedTuple):
 
 
 class TrainingPass(MethodHooks):
-    """Mixin with :meth:`learn`, the forward pass of a method's ``training_step``."""
+    """Mixin for ``training_step``: conversion of batches, random streams, and the forward pass, :meth:`learn`."""
+
+    def indexed(self, batch: Any) -> tuple[NoisyBatch, Tensor]:
+        """Convert a batch, and return the positions (B,) of its samples in the training set as well.
+
+        Raises:
+            ValueError: if the batch has no images, no labels or no index.
+        """
+        read = NoisyBatch.from_any(batch)
+        return read, require_index(read, type(self).__name__)
 
     def stream(self, kind: str, *parts: int, device: torch.device | str = "cpu") -> torch.Generator:
         """Return a generator for the current step, a function of seed, process, epoch and step for exact resume."""
@@ -73,6 +95,10 @@ class TrainingPass(MethodHooks):
         return named_generator(
             kind, self.sanms[0].seed, process_rank(), self.current_epoch, step, *parts, device=device
         )
+
+    def epoch_stream(self, plan: EpochPlan, kind: str, *parts: int) -> torch.Generator:
+        """Return a generator for the samples of an epoch, a function of seed and epoch; ``parts`` may add the process."""
+        return named_generator(kind, self.sanms[0].seed, plan.draw_epoch, *parts)
 
     def learn(
         self,

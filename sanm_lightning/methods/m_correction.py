@@ -8,21 +8,12 @@ from torch import Tensor
 
 from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.functional import (
-    BetaMixture,
-    beta_mixture_posterior,
-    bootstrapped,
-    fit_beta_mixture,
-    guided_mixup,
-    mixup,
-    prior_kl,
-    soft_cross_entropy,
-    temperature_ramp,
-)
+from sanm_lightning.functional import bootstrapped, guided_mixup, mixup, prior_kl, soft_cross_entropy, temperature_ramp
+from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require
+from sanm_lightning.methods.checks import check_choice, check_range
 from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import infer
 
 __all__ = ["MCorrection"]
 
@@ -33,17 +24,15 @@ class MCorrection(NoisyLabelModule):
     Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
     Beta mixture is fitted to the losses of all samples; the prediction is that for the unmixed image.
 
-    Departures: one pass in evaluation mode gives prediction and loss, where the code uses two passes and updates batch norm in
-    one of them. Without two components, as before the network has learned anything, no label counts as wrong, where the code
-    may count all as wrong.
+    Departures: one pass in evaluation mode gives prediction and loss, where the code uses two, of which one updates batch norm.
+    Without two components, no label counts as wrong, where the code may count all as wrong.
 
     Under SANM, masked views are mixed; label quality is the posterior probability that the given label is correct.
 
     Args:
         num_classes: C, number of classes.
-        bootstrap: ``"hard"`` (M-DYR-H): mixup, and the predicted class; recommended up to 80 % symmetric noise.
-            ``"soft_to_hard"`` (MD-DYR-SH): images are mixed in proportion to their label quality, and the predicted
-            probabilities are sharpened, after a stage with the given labels; recommended for 90 %.
+        bootstrap: ``"hard"`` (M-DYR-H): mixup, and the predicted class. ``"soft_to_hard"`` (MD-DYR-SH): images are mixed in
+            proportion to their label quality, and predictions are sharpened, after a stage with the given labels.
         alpha: parameter of mixup's Beta distribution, >= 0; published: 32.
         regularization: weight of the divergence of the mean prediction from the uniform prior, >= 0; published: 1.
         guided_epochs: with ``soft_to_hard``, length of the second stage; published: 5.
@@ -60,6 +49,8 @@ class MCorrection(NoisyLabelModule):
 
     needs_data_module = True
     estimates_quality = True
+    mixture: BetaMixture
+    """Mixture of the losses, fitted at the start of the epoch."""
 
     def __init__(
         self,
@@ -74,9 +65,7 @@ class MCorrection(NoisyLabelModule):
         warmup_epochs: int = 105,
         **kwargs: Any,
     ) -> None:
-        require(
-            bootstrap in ("hard", "soft_to_hard"), "bootstrap 'hard' or 'soft_to_hard'", bootstrap, "choose one of them"
-        )
+        check_choice(("hard", "soft_to_hard"), bootstrap=bootstrap)
         check_range(">= 0", alpha=alpha, regularization=regularization, guided_epochs=guided_epochs)
         check_range(">= 1", temperature_epochs=temperature_epochs, mixture_iterations=mixture_iterations)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
@@ -84,13 +73,7 @@ class MCorrection(NoisyLabelModule):
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
         self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
         self.judged = LabelStore(dist_reduce_fx=None)
-        for name, value in fit_beta_mixture(torch.zeros(0))._asdict().items():
-            self.register_state(f"mixture_{name}", value)
-
-    @property
-    def mixture(self) -> BetaMixture:
-        """The mixture of the current epoch."""
-        return BetaMixture(*(getattr(self, f"mixture_{name}") for name in BetaMixture._fields))
+        self.register_state("mixture", fit_beta_mixture(torch.zeros(0)))
 
     def stages(self) -> list[Stage]:
         """Return the stages of mixup, of guided mixup if there is one, and of bootstrapping."""
@@ -102,8 +85,7 @@ class MCorrection(NoisyLabelModule):
         if self.stage.name == "warmup":
             return
         found = self.predict_train("loss", view=self.tracking_view, pool_only=True)
-        for name, value in fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)._asdict().items():
-            setattr(self, f"mixture_{name}", value)
+        self.mixture = fit_beta_mixture(found["loss"], max_iter=self.mixture_iterations)
         self.judged.update(found["index"], given_quality=1 - beta_mixture_posterior(self.mixture, found["loss"]))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -113,16 +95,15 @@ class MCorrection(NoisyLabelModule):
         mix: Any = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha, larger_half=False)
         if self.stage.name == "warmup":
             return self.learn(batch, labels, mix=mix).cross_entropy()
-        with inference_context(self.network, batch.images):
-            maps = self.network.forward_features(batch.images)
-            logits = self.network.forward_head(maps).float()
-        losses = soft_cross_entropy(logits, labels)
-        quality = 1 - beta_mixture_posterior(self.mixture, losses).clamp(1e-4, 1 - 1e-4)
-        guided, hard = self.stage.name == "guided", self.bootstrap == "hard"
-        if not hard:
-            lam = mix(logits[:0], logits[:0]).lam if guided else 0.5
-            mix = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1), lam=lam)
-        temperature = None if hard else temperature_ramp(self.stage_epoch, self.temperature_epochs)
-        targets = labels if guided else bootstrapped(labels, logits, quality, temperature)
+        maps, logits = infer(self.network, batch.images)
+        quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(logits, labels)).clamp(1e-4, 1 - 1e-4)
+        guided = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1))
+        if self.stage.name == "guided":
+            mix = partial(guided, lam=mix(logits[:0], logits[:0]).lam)  # the weight of the targets is that of mixup
+            return self.learn(batch, labels, quality=quality, features=maps, mix=mix).cross_entropy()
+        temperature = None
+        if self.bootstrap == "soft_to_hard":
+            mix, temperature = guided, temperature_ramp(self.stage_epoch, self.temperature_epochs)
+        targets = bootstrapped(labels, logits, quality, temperature)
         out = self.learn(batch, targets, quality=quality, features=maps, mix=mix)
-        return out.cross_entropy() if guided else out.cross_entropy() + self.regularization * prior_kl(out.logits)
+        return out.cross_entropy() + self.regularization * prior_kl(out.logits)

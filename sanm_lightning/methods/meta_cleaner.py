@@ -6,13 +6,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from sanm_lightning.batch import EpochPlan, NoisyBatch
+from sanm_lightning.batch import EpochPlan
 from sanm_lightning.functional import class_sets, members_by_class, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.models.pooled import pooled_width
 from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.random_streams import named_generator
 
 __all__ = ["MetaCleaner"]
 
@@ -81,19 +80,17 @@ class MetaCleaner(NoisyLabelModule):
     def epoch_batches(self, plan: EpochPlan) -> Tensor | None:
         """Select sets of samples with the same given label."""
         pool, labels = plan.pool(0), self.given_labels.cpu()
-        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
+        size = plan.step_size(pool)
         each = self.images_per_set(size)
         sets = plan.steps * (size // each)
         members = members_by_class(pool, labels[pool], self.num_classes)
-        drawn = class_sets(
-            *members, plan.world_size * sets, each, named_generator("draw", self.sanm.seed, plan.draw_epoch)
-        )
+        drawn = class_sets(*members, plan.world_size * sets, each, self.epoch_stream(plan, "draw"))
         return drawn[plan.rank :: plan.world_size].reshape(plan.steps, -1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        each, index = self.images_per_set(len(batch.labels)), require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
+        each = self.images_per_set(len(batch.labels))
         out = self.learn(batch, self.one_hot(batch.labels), quality=self.judged.given_quality[index])
         features = self.network.forward_head(out.features, pre_logits=True)
         sets = features.float().view(-1, each, features.shape[1])  # (S, K, D)

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch, View
+from sanm_lightning.batch import View
 from sanm_lightning.functional import MixedViews, interpolated_contrast, view_positives
-from sanm_lightning.methods.checks import require_index
-from sanm_lightning.methods.feature_queue import FeatureQueue
+from sanm_lightning.methods.feature_queue import Payload
 from sanm_lightning.methods.selected_contrast import SelectedContrast
+from sanm_lightning.sanm.inference import infer
 
 __all__ = ["MOIT"]
 
@@ -49,9 +49,10 @@ class MOIT(SelectedContrast):
 
     def __init__(self, num_classes: int, warmup_epochs: int = 130, **kwargs: Any) -> None:
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
-        self.memory: FeatureQueue | None = None
-        if self.memory_rows:
-            self.memory = FeatureQueue(self.memory_rows, self.projection.out_features, {"labels": ((), torch.int64)})
+
+    def memory_payload(self) -> Payload:
+        """Return the labels."""
+        return {"labels": ((), torch.int64)}
 
     def views(self) -> tuple[View, ...]:
         """Add the unaugmented image in the second stage."""
@@ -59,22 +60,20 @@ class MOIT(SelectedContrast):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
+        batch, _ = self.indexed(batch)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         targets, quality = self.one_hot(batch.labels), None
         if self.stage.name == "select":
             selected, quality = self.detected.selected[batch.index], self.detected.quality[batch.index]
-            targets = torch.where(selected[:, None], targets, self.predicted(batch.views[2]))
+            targets = torch.where(selected[:, None], targets, infer(self.network, batch.views[2])[1].softmax(1))
         loss, views = self.classified_views(batch, targets, quality)
         assert views is not None
         return loss + self.contrast(views, batch.labels)
 
     def contrast(self, views: MixedViews, labels: Tensor) -> Tensor:
         """Return the contrast of the views with each other, plus that with the queue, to which they are added; a scalar."""
-        found, size = views.embeddings, len(views.lam)
-        queue: Any = self.memory if self.current_epoch >= self.memory_after else None
+        found, size, queue = views.embeddings, len(views.lam), self.queue
         queued = None if queue is None else (labels[:, None] == queue.labels) & queue.valid
         major, minor = view_positives(labels[:, None] == labels, views.partners, queued)
         near = (major[:, :size], minor[:, :size])

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import soft_cross_entropy, step_fractions
-from sanm_lightning.methods.checks import require_index, require_noise_rate
+from sanm_lightning.methods.checks import check_range, require_noise_rate
 from sanm_lightning.methods.nested import Nested
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.sanm.inference import inference_context
@@ -60,16 +59,11 @@ class NestedCoTeaching(Nested):
         warmup_epochs: int = 100,
         **kwargs: Any,
     ) -> None:
-        if finetune_lr <= 0 or not 0 <= finetune_drop <= 1:
-            raise ValueError(
-                f"expected finetune_lr > 0 and finetune_drop in [0, 1], got {finetune_lr} and {finetune_drop}; use .001 and .5"
-            )
+        noise_rate = require_noise_rate(noise_rate)
+        check_range("> 0", finetune_lr=finetune_lr)
+        check_range("in [0, 1]", finetune_drop=finetune_drop)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
-        self.noise_rate, self.finetune_lr, self.finetune_drop = (
-            require_noise_rate(noise_rate),
-            finetune_lr,
-            finetune_drop,
-        )
+        self.noise_rate, self.finetune_lr, self.finetune_drop = noise_rate, finetune_lr, finetune_drop
         self.ranked = LabelStore()
 
     def stages(self) -> list[Stage]:
@@ -83,8 +77,7 @@ class NestedCoTeaching(Nested):
         """Return the sum of the losses of both networks."""
         if self.stage.name == "warmup":
             return super().training_step(batch, batch_idx)
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         self.prepare_step()
         halves = batch.chunk(2) if len(index) > 1 else [batch, batch]
         losses = []

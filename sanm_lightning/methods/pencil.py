@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import entropy, label_step, reverse_kl, step_thirds
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.per_sample import LabelStore, LearnableTargets
 
 __all__ = ["PENCIL"]
@@ -84,8 +83,8 @@ class PENCIL(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch; in the second stage, take a gradient step on its label distributions."""
-        batch = NoisyBatch.from_any(batch)
-        index, given = require_index(batch, type(self).__name__), self.one_hot(batch.labels)
+        batch, index = self.indexed(batch)
+        given = self.one_hot(batch.labels)
         if self.stage.name == "warmup":
             out = self.learn(batch, given)
             loss = out.classification()

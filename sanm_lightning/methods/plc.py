@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import label_ratio
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import require_index
 from sanm_lightning.per_sample import History, LabelStore
 
 __all__ = ["PLC"]
@@ -96,8 +94,7 @@ class PLC(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         labels = self.corrected.labels[index]
         quality = None if self.stage.name == "warmup" else self.corrected.quality[index]
         out = self.learn(batch._replace(labels=labels), self.one_hot(labels), quality=quality)

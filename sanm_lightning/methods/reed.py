@@ -12,23 +12,22 @@ from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import (
     clean_probability,
     linear_ramp,
-    masked_mean,
     mixmatch_loss,
     mixup,
     sharpen,
     soft_cross_entropy,
+    squared_error,
     threshold_split,
     weighted_neighbors,
     zero_term,
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import balanced_batches, permuted_batches
-from sanm_lightning.methods.checks import check_range, require_divisible, require_index
+from sanm_lightning.methods.checks import check_range, require_divisible
 from sanm_lightning.methods.encoder import load_encoder
 from sanm_lightning.models import pooled_features
 from sanm_lightning.per_sample import NeighborGraph
-from sanm_lightning.random_streams import named_generator
-from sanm_lightning.sanm.inference import inference_context
+from sanm_lightning.sanm.inference import infer, inference_context
 
 __all__ = ["REED"]
 
@@ -104,8 +103,6 @@ class REED(NoisyLabelModule):
         """Require at least 2 training samples."""
         require_divisible(num_samples, type(self).__name__)
 
-    # Between the stages: divide
-
     def begin_stage(self) -> None:
         """Divide the samples by their losses, and find their neighbors."""
         found = self.predict_train("loss", "logits", "features", pool_only=True)
@@ -124,18 +121,13 @@ class REED(NoisyLabelModule):
         half, pool = max(1, plan.batch_size // 2), plan.pool(0)
         selected = self.graph.selected.cpu()[pool]
         labelled, unlabelled = (part if len(part) else pool for part in (pool[selected], pool[~selected]))
-        own = named_generator("draw", self.sanm.seed, plan.draw_epoch, plan.rank)
-        labels = self.given_labels.cpu()[labelled]
+        labels, own = self.given_labels.cpu()[labelled], self.epoch_stream(plan, "draw", plan.rank)
         drawn = balanced_batches(plan, labelled, labels, self.num_classes, half, own)
-        shared = named_generator("refined", self.sanm.seed, plan.draw_epoch)
-        return torch.cat([drawn, permuted_batches(plan, unlabelled, half, shared)], 1)
-
-    # Each step
+        return torch.cat([drawn, permuted_batches(plan, unlabelled, half, self.epoch_stream(plan, "refined"))], 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index = require_index(batch, type(self).__name__)
+        batch, index = self.indexed(batch)
         return self.classify(batch) if self.stage.name == "warmup" else self.mixmatch(batch, index, batch_idx)
 
     def classify(self, batch: NoisyBatch) -> Tensor:
@@ -150,25 +142,15 @@ class REED(NoisyLabelModule):
         """Return the loss of half a batch with labels and half a batch without."""
         half = len(index) // 2
         first = torch.arange(2 * half, device=index.device) < half
-        mean, maps = self.guess(list(batch.views))
+        maps, logits = zip(*(infer(self.network, view, batch_statistics=True) for view in batch.views), strict=True)
+        mean = torch.stack([part.softmax(1) for part in logits]).mean(0)
         targets = torch.where(first[:, None], self.one_hot(batch.labels), sharpen(mean, self.temperature))
         near, quality = self.graph.neighbor_mean(index), self.graph.given_quality[index]
-        out = self.learn(
-            batch.with_images(torch.cat(batch.views)), targets.repeat(2, 1), quality=quality.repeat(2),
-            features=torch.cat(maps), mix=partial(mixup, generator=self.stream("mixup"), alpha=self.alpha),
-        )  # fmt: skip
+        mix = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha)
+        views = batch.with_images(torch.cat(batch.views))
+        out = self.learn(views, targets.repeat(2, 1), quality=quality.repeat(2), features=torch.cat(maps), mix=mix)
         self.graph.write("probs", index, mean)
         supervised, unsupervised = mixmatch_loss(out.logits, out.targets, out.per_view(first.repeat(2)))
-        errors = (out.logits.float().softmax(1) - out.mixed.mix(out.per_view(near.repeat(2, 1)))).square().mean(1)
-        epoch = self.stage_epoch + batch_idx / max(1, int(self.trainer.num_training_batches))
-        lambda_u = self.lambda_u * linear_ramp(epoch, self.ramp_epochs)
-        return supervised + lambda_u * unsupervised + self.graph_weight * masked_mean(errors) + out.reconstruction
-
-    def guess(self, views: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Return the mean prediction over views, (B, C), and the feature maps of each view, with batch statistics."""
-        probs, maps = [], []
-        for view in views:
-            with inference_context(self.network, view, batch_statistics=True):
-                maps.append(self.network.forward_features(view))
-                probs.append(self.network.forward_head(maps[-1]).float().softmax(1))
-        return torch.stack(probs).mean(0), maps
+        graph = squared_error(out.logits, out.mixed.mix(out.per_view(near.repeat(2, 1)))).mean()
+        lambda_u = self.lambda_u * linear_ramp(self.elapsed_epochs(batch_idx), self.ramp_epochs)
+        return supervised + lambda_u * unsupervised + self.graph_weight * graph + out.reconstruction

@@ -3,26 +3,16 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from sanm_lightning.batch import NoisyBatch, View
+from sanm_lightning.batch import View
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.functional import (
-    class_means,
-    instance_contrast,
-    keep_given,
-    masked_mean,
-    mixup_among,
-    neighbor_mean,
-    soft_cross_entropy,
-    weight_ramp,
-    weighted_neighbors,
-    zero_term,
-)
+from sanm_lightning.functional import instance_contrast, mixup_among, prototype_contrast, weight_ramp, zero_term
+from sanm_lightning.functional.neighbors import class_means, smoothed_labels, weighted_neighbors
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, clamped_neighbors, require, require_index
-from sanm_lightning.models import Projection, pooled_features, pooled_width
+from sanm_lightning.methods.checks import check_choice, check_range, clamped_neighbors
+from sanm_lightning.models import Expansion, Projection, pooled_features
 from sanm_lightning.per_sample import LabelStore
 
 __all__ = ["RRL"]
@@ -34,13 +24,12 @@ class RRL(NoisyLabelModule):
     Source: Li et al., ICCV 2021, Eq. 1 to 9, and the authors' code. Defaults are those of CIFAR-10 with symmetric noise; those
     published for other data sets are in ``configs/setting/rrl``.
 
-    Departures: the first stage has whole epochs, where the code takes 100 steps on CIFAR. Of the samples that are not
-    confident, the mixed images still pass through the network, with weight 0, where the code leaves them out; batch norm sees
-    them. Means over no sample are 0, where those of the code are NaN. The second views are those of ``view``; the code's are
-    a form of AugMix with one of three chains.
+    Departures: the first stage has whole epochs (code: 100 steps on CIFAR). Mixed images of samples that are not confident pass
+    through the network, with weight 0, where the code leaves them out; batch norm sees them. Means over no sample are 0 (code:
+    NaN). The second views are those of ``view`` (code: a form of AugMix with one of three chains).
 
-    Under SANM, masked weak views replace the weak views in the cross-entropy. Label quality is the soft label's probability of
-    the class that is learned, before it is set to the given label.
+    Under SANM, masked weak views replace the weak views in the cross-entropy; label quality is the probability of the current
+    label in the soft label, before given labels are kept.
 
     Args:
         num_classes: C, number of classes.
@@ -94,14 +83,14 @@ class RRL(NoisyLabelModule):
         check_range(">= 0", w_instance=w_instance, w_prototype=w_prototype, w_reconstruction=w_reconstruction)
         check_range(">= 1", projection=projection)
         check_range("> 0", temperature=temperature)
-        require(mix_views in (1, 2), "mix_views 1 or 2", mix_views, "use the default")
+        check_choice((1, 2), mix_views=mix_views)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.low_threshold, self.high_threshold, self.temperature = low_threshold, high_threshold, temperature
         self.k, self.given_epochs, self.ramp_epochs = k, given_epochs, ramp_epochs
         self.alpha, self.mix_views, self.view = alpha, mix_views, view
         self.w_instance, self.w_prototype, self.w_reconstruction = w_instance, w_prototype, w_reconstruction
         self.projection = Projection(self.network, projection)
-        self.expansion = nn.Linear(projection, pooled_width(self.network)) if w_reconstruction > 0 else None
+        self.expansion = Expansion(self.projection) if w_reconstruction > 0 else None
         self.corrected = LabelStore(num_classes, dist_reduce_fx=None)
         self.register_state("prototypes", torch.zeros(num_classes, projection))
 
@@ -118,8 +107,6 @@ class RRL(NoisyLabelModule):
         """Warn if there are fewer other samples than neighbors."""
         clamped_neighbors(self.k, num_samples, "RRL")
 
-    # Once per epoch: correct the labels, compute the prototypes
-
     @torch.no_grad()
     def begin_epoch(self) -> None:
         """Correct the labels in the last stage, and compute the prototypes."""
@@ -135,28 +122,19 @@ class RRL(NoisyLabelModule):
     def correct(self, index: Tensor, embeddings: Tensor, probs: Tensor, given: Tensor) -> None:
         """Smooth the soft labels of samples ``index`` over their neighbors; a new pool starts from the predictions."""
         new = self.stage_epoch == 0 or len(index) < len(self.corrected)
-        before = keep_given(probs, given, self.low_threshold) if new else self.corrected.targets[index]
-        smoothed = (neighbor_mean(before, *weighted_neighbors(embeddings, self.k, self.temperature)) + probs) / 2
-        targets = keep_given(smoothed, given, self.low_threshold)
-        confidence, labels = targets.max(1)
-        quality, given_quality = (smoothed.gather(1, part[:, None])[:, 0].clamp(0, 1) for part in (labels, given))
-        self.corrected.update(
-            index, targets=targets, labels=labels, selected=confidence > self.high_threshold,
-            quality=quality, given_quality=given_quality,
-        )  # fmt: skip
-
-    # Each step
+        before = None if new else self.corrected.targets[index]
+        near = weighted_neighbors(embeddings, self.k, self.temperature)
+        found = smoothed_labels(before, probs, given, *near, self.low_threshold, self.high_threshold)
+        self.corrected.update(index, **found._asdict())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index, store = require_index(batch, type(self).__name__), self.corrected
-        labels, confident = store.labels[index], store.selected[index]  # given, and all, before the last stage
-        quality = store.quality[index] if self.stage.name == "correct" else None
+        batch, index = self.indexed(batch)
+        labels, confident = self.corrected.labels[index], self.corrected.selected[index]  # at first, given and all
+        quality = self.corrected.quality[index] if self.stage.name == "correct" else None
         targets = self.one_hot(labels)
         out = self.learn(batch._replace(labels=labels), targets, quality=quality, unmasked=True)
-        assert out.unmasked is not None
-        loss, weak = out.cross_entropy(confident), pooled_features(self.network, out.unmasked)
+        loss, weak = out.cross_entropy(confident), pooled_features(self.network, out.unmasked_maps())
         if self.stage.name == "warmup":
             return loss + self.reconstruction(weak)
         strong = pooled_features(self.network, self.network.forward_features(batch.views[1]))
@@ -173,12 +151,10 @@ class RRL(NoisyLabelModule):
             torch.cat(views), targets, among=confident, generator=self.stream("mixup"), alpha=self.alpha
         )
         embeddings = self.projection.of_maps(self.network, self.network.forward_features(mixed.images))
-        losses = soft_cross_entropy(embeddings @ self.prototypes.T / self.temperature, mixed.targets)
-        return masked_mean(losses, confident)
+        return prototype_contrast(embeddings, self.prototypes, mixed.targets, self.temperature, confident)
 
     def reconstruction(self, features: Tensor) -> Tensor:
         """Return the weighted squared error of features (B, D) that are reconstructed from their projection, a scalar."""
         if self.expansion is None:
             return zero_term(self.projection.parameters())
-        projected = F.linear(features, self.projection.weight, self.projection.bias)
-        return self.w_reconstruction * (F.relu(self.expansion(projected)) - features).square().mean()
+        return self.w_reconstruction * self.expansion.error(features, self.projection)

@@ -7,29 +7,28 @@ from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.functional import (
+    Compared,
     Mixed,
-    MixedViews,
     clipped_gradient_term,
-    interpolated_contrast,
     pair_similarity,
     pair_threshold,
-    queue_contrast,
+    partnered_contrast,
     selected_pairs,
     view_positives,
     zero_term,
 )
-from sanm_lightning.methods.checks import check_range, require_index
-from sanm_lightning.methods.ema import EMA
-from sanm_lightning.methods.feature_queue import FeatureQueue
+from sanm_lightning.methods.batches import permuted_batches
+from sanm_lightning.methods.checks import check_range, refuse_compiled
+from sanm_lightning.methods.feature_queue import Payload
+from sanm_lightning.methods.momentum_contrast import MomentumContrast
 from sanm_lightning.methods.selected_contrast import SelectedContrast
 from sanm_lightning.per_sample import Embeddings
 from sanm_lightning.random_streams import named_generator
-from sanm_lightning.sanm.inference import inference_context
 
 __all__ = ["SelCL"]
 
 
-class SelCL(SelectedContrast):
+class SelCL(MomentumContrast, SelectedContrast):
     """Contrast without labels, then supervised contrast of selected pairs and cross-entropy on selected samples; fine-tune.
 
     Source: Li et al., CVPR 2022, Algorithm 1, and the authors' code. The third stage is Sel-CL+, as :class:`MOIT`'s. Values
@@ -83,21 +82,17 @@ class SelCL(SelectedContrast):
         check_range(">= 1", negatives=negatives)
         check_range(">= 0", w_similarity=w_similarity)
         check_range("> 0 or null", similarity_clip=similarity_clip)
-        if similarity_clip is not None and kwargs.get("compile_network"):
-            raise ValueError(
-                "expected similarity_clip null with compile_network, which keeps no graph for it, got both; omit one of them"
-            )
+        if similarity_clip is not None:
+            refuse_compiled("the similarity_clip of SelCL", kwargs.get("compile_network"))
         super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
-        dim = self.projection.out_features
-        self.key_network, self.key_projection = EMA(self.network, decay), EMA(self.projection, decay)
-        self.embeddings = Embeddings(dim)
+        self.add_key_encoder(negatives, decay)
+        self.embeddings = Embeddings(self.projection.out_features)
         self.register_state("threshold", torch.tensor(1.0))
-        self.negatives = FeatureQueue(negatives, dim)
-        self.memory: FeatureQueue | None = None
-        if self.memory_rows:
-            payload = {"probs": ((num_classes,), torch.float32), "index": ((), torch.int64)}
-            self.memory = FeatureQueue(self.memory_rows, dim, payload)
+
+    def memory_payload(self) -> Payload:
+        """Return the class probabilities and the positions."""
+        return {"probs": ((self.num_classes,), torch.float32), "index": ((), torch.int64)}
 
     def views(self) -> tuple[View, ...]:
         """Return two views of each block: in the second stage, all samples and selected samples."""
@@ -115,12 +110,13 @@ class SelCL(SelectedContrast):
         """In the second stage, sample all samples and selected samples, both in random rounds."""
         if self.stage.name != "select":
             return super().epoch_batches(plan)
-        return torch.cat([self.drawn_rows(plan, selected) for selected in (False, True)], 1)
+        pool = plan.pool(0)
+        rounds = permuted_batches(plan, pool, plan.step_size(pool), self.epoch_stream(plan, "round"))
+        return torch.cat([rounds, self.selected_batches(plan)], 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        require_index(batch, type(self).__name__)
+        batch, _ = self.indexed(batch)
         if self.stage.name == "finetune":
             return self.finetune(batch)
         if self.stage.name == "warmup":
@@ -131,59 +127,32 @@ class SelCL(SelectedContrast):
         supervised, partnered = self.supervised(every)
         return loss + supervised + (self.unsupervised(every) * ~partnered).mean()
 
-    def unsupervised(self, batch: NoisyBatch) -> Tensor:
-        """Return the contrast (B,) of first views with the keys of second views, which are added to the queue."""
-        queries = self.projection.of_maps(self.network, self.network.forward_features(batch.views[0]))
-        keys, _ = self.key(batch.views[1])
-        losses = queue_contrast(queries, keys, self.negatives.features, self.negatives.valid, self.temperature)
-        self.negatives.enqueue(keys)
-        return losses
-
     def supervised(self, batch: NoisyBatch) -> tuple[Tensor, Tensor]:
         """Return the contrast and the similarity over selected pairs, a scalar, and which samples have a partner, (B,)."""
         index: Any = batch.index
-        labels = self.one_hot(batch.labels)
+        labels, queue = self.one_hot(batch.labels), self.queue
         mixed: list[Mixed] = [self.mix(number)(view, labels) for number, view in enumerate(batch.views, 3)]
         maps = [self.network.forward_features(view.images) for view in mixed]
-        views = MixedViews.of([self.projection.of_maps(self.network, part) for part in maps], mixed)
+        views = self.embedded(maps, mixed)
         probs = torch.cat([self.network.forward_head(part) for part in maps]).float().softmax(1)
-        queue: Any = self.memory if self.current_epoch >= self.memory_after else None
         queued = None if queue is None else self.pairs(index, queue.index) & queue.valid
-        major, minor = view_positives(self.pairs(index, index), views.partners, queued)
-        columns: list[tuple[Tensor, Tensor, Tensor | None]] = [(views.embeddings, probs, None)]
+        near = view_positives(self.pairs(index, index), views.partners, queued)
+        compared = [Compared(views.embeddings, probs, *(part[:, : len(probs)] for part in near))]
         if queue is not None:
             keys, key_probs = (torch.cat(part) for part in zip(*(self.key(view.images) for view in mixed), strict=True))
             others, valid = queue.behind(keys)
-            columns.append((others, torch.cat([key_probs, queue.probs]), valid))
+            compared.append(Compared(others, torch.cat([key_probs, queue.probs]), *near, valid))
             queue.enqueue(keys, probs=key_probs, index=index.repeat(2))
-        contrast = similarity = views.embeddings.new_zeros(())
-        for others, other_probs, filled in columns:
-            near = (major[:, : len(others)], minor[:, : len(others)])
-            losses = interpolated_contrast(views.embeddings, others, views.lam, *near, self.temperature, filled)
-            partnered = near[0][: len(batch.labels)].sum(1) > 1  # beside the other view of the sample itself
-            contrast = contrast + (losses * partnered.repeat(2)).mean()
-            if self.w_similarity:
-                similarity = similarity + pair_similarity(probs, other_probs, views.lam, *near, filled)
-        similarity = self.w_similarity * similarity
-        if self.w_similarity and self.similarity_clip is not None:
-            similarity = clipped_gradient_term(similarity, self.network.parameters(), self.similarity_clip)
-        return contrast + similarity, partnered
+        found = [partnered_contrast(views, rows, self.temperature) for rows in compared]
+        contrast, partnered = torch.stack([loss for loss, _ in found]).sum(), found[-1][1]
+        if not self.w_similarity:
+            return contrast, partnered
+        pairs = [pair_similarity(probs, r.probs, views.lam, r.major, r.minor, r.valid) for r in compared]
+        similarity = self.w_similarity * torch.stack(pairs).sum()
+        return contrast + clipped_gradient_term(similarity, self.network.parameters(), self.similarity_clip), partnered
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the selected pairs (B, M) of samples ``rows`` (B,) and ``columns`` (M,); a sample pairs with itself."""
         tables = (self.detected.labels, self.embeddings.features, self.detected.selected)
         labels, embeddings, selected = ((table[rows], table[columns]) for table in tables)
         return selected_pairs(labels, embeddings, selected, self.threshold) | (rows[:, None] == columns)
-
-    def key(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return embeddings (B, P) and class probabilities (B, C) by the key encoder, without gradient."""
-        network: Any = self.key_network.module
-        projection: Any = self.key_projection.module
-        with inference_context(network, images, batch_statistics=True):
-            maps = network.forward_features(images)
-            return projection.of_maps(network, maps), network.forward_head(maps).float().softmax(1)
-
-    def after_optimizer_step(self) -> None:
-        """Update the key encoder."""
-        self.key_network.update(self.network)
-        self.key_projection.update(self.projection)

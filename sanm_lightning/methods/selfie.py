@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanm_lightning.batch import NoisyBatch
-from sanm_lightning.callbacks import Stage
+from sanm_lightning.callbacks import Stage, repeated_stages
 from sanm_lightning.functional import refurbish, refurbished_quality, small_loss, soft_cross_entropy
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require, require_index, require_noise_rate
+from sanm_lightning.methods.checks import check_range, require, require_noise_rate
 from sanm_lightning.per_sample import History, Refurbished
 
 __all__ = ["SELFIE", "Refurbished"]
@@ -18,25 +17,20 @@ __all__ = ["SELFIE", "Refurbished"]
 class SELFIE(NoisyLabelModule):
     """Train on the samples of small loss, and on those whose predictions agree, with the predicted label.
 
-    Source: Song et al., ICML 2019, Algorithm 1, and the authors' code. In the first stage of a run, all samples are used. A
-    replaced label is kept. Runs can be restarted with a new network and the replaced labels; the last network predicts.
+    Source: Song et al., ICML 2019, Algorithm 1, and the authors' code. The first stage of a run uses all samples.
 
     Departures: predictions are those of the training steps on unmasked images, where the code uses a further pass. A label is
-    replaced only after ``history`` predictions, where the code counts missing predictions as class 0
-    (``released_zero_history``).
+    replaced only after ``history`` predictions, where the code counts missing ones as class 0 (``released_zero_history``).
 
-    Under SANM, samples are selected by the losses of unmasked images; label quality is 1 minus the normalized entropy for
-    replaced labels, and decreases with the rank of the loss in the batch for the others, both of the last visit. In lists, the
-    quality of given labels that were replaced is 0.
+    Under SANM, losses are those of unmasked images; label quality is that of ``functional.refurbished_quality``.
 
     Args:
         num_classes: C, number of classes.
         noise_rate: fraction of a batch that is not selected by its loss, in [0, 1). Required, never read from the data.
         uncertainty: largest normalized entropy of consistent predictions, in [0, 1]; published: 0.05.
         history: number of the last predictions of a sample; None is the published 15, or the epochs of a run if fewer.
-        restarts: number of further runs; published: 2.
-        run_epochs: epochs of each run but the last; None divides ``max_epochs`` equally; set it if ``max_epochs`` may be
-            raised in a resumed run.
+        restarts: number of further runs, with a new network and the replaced labels; published: 2.
+        run_epochs: epochs of each run but the last; None divides ``max_epochs``, which a resumed run must then not change.
         released_zero_history: whether missing predictions count as class 0.
         warmup_epochs: length of the first stage of every run.
 
@@ -77,24 +71,17 @@ class SELFIE(NoisyLabelModule):
     @property
     def epochs_per_run(self) -> int:
         """Epochs of each run but the last one; 100 if ``max_epochs`` is unknown."""
-        if self.run_epochs is not None or self.total_epochs is None:
-            return self.run_epochs or 100
-        return self.total_epochs // (self.restarts + 1)
+        return self.run_epochs or self.fraction_of_run(100, 100 * (self.restarts + 1), after=0)
 
     def stages(self) -> list[Stage]:
         """Return the two stages of each run."""
-        found, length = [], max(0, self.epochs_per_run - self.warmup_epochs)
-        for number in range(self.restarts + 1):
-            name, last = f"_{number + 1}" if number else "", number == self.restarts
-            found.append(Stage(f"warmup{name}", self.warmup_epochs, reset="network" if number else "none"))
-            found.append(Stage(f"refurbish{name}", None if last else length))
-        return found
+        length = max(0, self.epochs_per_run - self.warmup_epochs)
+        return repeated_stages([Stage("warmup", self.warmup_epochs), Stage("refurbish", length)], self.restarts + 1)
 
     def begin_stage(self) -> None:
-        """Before a restart, delete the predictions, and lower the noise rate to the fraction of labels not replaced."""
+        """Before a restart, lower the noise rate, and delete the predictions."""
         if self.stage.name.startswith("warmup"):
-            remaining = 1 - float(self.refurbished.replaced.float().mean())
-            self.refurbished.noise_rate = min(self.refurbished.noise_rate, remaining)
+            self.refurbished.restart()
             self.predicted.reset(len(self.predicted))
 
     def check_training_set(self, num_samples: int, batch_size: int, world_size: int) -> None:
@@ -104,8 +91,8 @@ class SELFIE(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index, store = require_index(batch, type(self).__name__), self.refurbished
+        batch, index = self.indexed(batch)
+        store = self.refurbished
         labels, warmup = store.labels[index], self.stage.name.startswith("warmup")
         if not warmup:
             votes = self.predicted.votes(index, self.num_classes, self.released_zero_history)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sanm_lightning.batch import NoisyBatch, View
 from sanm_lightning.functional import nt_xent
 from sanm_lightning.methods.base import NoisyLabelModule
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.models import pooled_width
 
 __all__ = ["SimCLR"]
@@ -44,8 +45,8 @@ class SimCLR(NoisyLabelModule):
         released_scale: bool = False,
         **kwargs: Any,
     ) -> None:
-        if temperature <= 0 or projection < 1:
-            raise ValueError(f"expected temperature > 0 and projection >= 1, got {temperature} and {projection}")
+        check_range("> 0", temperature=temperature)
+        check_range(">= 1", projection=projection)
         super().__init__(num_classes, **kwargs)
         if self.sanm.enabled:
             raise ValueError("expected SimCLR without SANM, since it uses no labels, got SANM; omit model.sanm")

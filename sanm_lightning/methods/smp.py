@@ -7,11 +7,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from sanm_lightning.batch import NoisyBatch
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import class_prototypes
 from sanm_lightning.methods.base import NoisyLabelModule
-from sanm_lightning.methods.checks import check_range, require_index
+from sanm_lightning.methods.checks import check_range
 from sanm_lightning.per_sample import LabelStore
 from sanm_lightning.random_streams import named_generator
 
@@ -102,8 +101,8 @@ class SMP(NoisyLabelModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
-        batch = NoisyBatch.from_any(batch)
-        index, given = require_index(batch, type(self).__name__), self.one_hot(batch.labels)
+        batch, index = self.indexed(batch)
+        given = self.one_hot(batch.labels)
         if self.stage.name == "warmup":
             return self.learn(batch, given).cross_entropy()
         targets = torch.lerp(given, self.one_hot(self.corrected.labels[index]), self.alpha)

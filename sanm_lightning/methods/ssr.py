@@ -19,10 +19,9 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.methods.base import NoisyLabelModule
 from sanm_lightning.methods.batches import balanced_batches, permuted_batches
-from sanm_lightning.methods.checks import nonempty_selection
+from sanm_lightning.methods.checks import check_choice, check_range, nonempty_selection
 from sanm_lightning.models import pooled_features, pooled_width
 from sanm_lightning.per_sample import LabelStore
-from sanm_lightning.random_streams import named_generator
 
 __all__ = ["SSR"]
 
@@ -83,18 +82,10 @@ class SSR(NoisyLabelModule):
         chunk: int = 1024,
         **kwargs: Any,
     ) -> None:
-        for name, value, good in (
-            ("theta_s in [0, 1]", theta_s, 0 <= theta_s <= 1),
-            ("theta_r in [0, 1]", theta_r, 0 <= theta_r <= 1),
-            ("k >= 1", k, k >= 1),
-            ("alpha >= 0", alpha, alpha >= 0),
-            ("lambda_fc >= 0", lambda_fc, lambda_fc >= 0),
-            ("hidden >= 1", hidden, hidden >= 1),
-            ("vote_quality 'mixture' or 'share'", vote_quality, vote_quality in ("mixture", "share")),
-            ("chunk >= 1", chunk, chunk >= 1),
-        ):
-            if not good:
-                raise ValueError(f"expected {name}, got {value!r}")
+        check_range("in [0, 1]", theta_s=theta_s, theta_r=theta_r)
+        check_range(">= 1", k=k, hidden=hidden, chunk=chunk)
+        check_range(">= 0", alpha=alpha, lambda_fc=lambda_fc)
+        check_choice(("mixture", "share"), vote_quality=vote_quality)
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.theta_s, self.theta_r, self.k, self.chunk = theta_s, theta_r, k, chunk
         self.alpha, self.lambda_fc, self.strong_view, self.vote_quality = alpha, lambda_fc, strong_view, vote_quality
@@ -162,13 +153,11 @@ class SSR(NoisyLabelModule):
         labels, selected = self.selection.labels.cpu(), self.selection.selected.cpu()
         pool = plan.pool(0)
         chosen = pool[selected[pool]] if bool(selected[pool].any()) else pool
-        drawing = named_generator("draw", self.sanm.seed, plan.draw_epoch, plan.rank)
-        size = min(plan.batch_size, -(-len(pool) // plan.world_size))
-        drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, drawing)
+        size, own = plan.step_size(pool), self.epoch_stream(plan, "draw", plan.rank)
+        drawn = balanced_batches(plan, chosen, labels[chosen], self.num_classes, size, own)
         if self.lambda_fc == 0:
             return drawn
-        rounds = permuted_batches(plan, pool, size, named_generator("turn", self.sanm.seed, plan.draw_epoch))
-        return torch.cat([drawn, rounds], 1)
+        return torch.cat([drawn, permuted_batches(plan, pool, size, self.epoch_stream(plan, "turn"))], 1)
 
     # Each step
 

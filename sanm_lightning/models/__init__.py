@@ -7,11 +7,12 @@ from sanm_lightning.models.normalized import Normalized, create_network, with_im
 from sanm_lightning.models.pooled import pooled_features, pooled_width
 from sanm_lightning.models.preact_resnet import PreActResNet
 from sanm_lightning.models.pretrained import load_pretrained
-from sanm_lightning.models.projection import Projection
+from sanm_lightning.models.projection import Expansion, Projection
 from sanm_lightning.models.small_cnn import SmallCNN
 
 __all__ = [
     "CNN9",
+    "Expansion",
     "LoadReport",
     "Normalized",
     "PreActResNet",

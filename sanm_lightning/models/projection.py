@@ -1,4 +1,4 @@
-"""Linear projection of the features of a network to normalized embeddings."""
+"""Linear projection of the features of a network to normalized embeddings, and their reconstruction."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from sanm_lightning.models.pooled import pooled_features, pooled_width
 
-__all__ = ["Projection"]
+__all__ = ["Expansion", "Projection"]
 
 
 class Projection(nn.Linear):
@@ -29,3 +29,19 @@ class Projection(nn.Linear):
         """Return the normalized embeddings (B, P) of feature maps (B, D, h, w) of ``network``."""
         embeddings: Tensor = self(pooled_features(network, maps))
         return embeddings
+
+
+class Expansion(nn.Linear):
+    """Linear layer with ReLU that reconstructs features from their projection before the normalization (RRL).
+
+    Args:
+        projection: the projection.
+    """
+
+    def __init__(self, projection: Projection) -> None:
+        super().__init__(projection.out_features, projection.in_features)
+
+    def error(self, features: Tensor, projection: Projection) -> Tensor:
+        """Return the mean squared error of the reconstruction of pooled features (B, D), a scalar."""
+        projected = F.linear(features, projection.weight, projection.bias)
+        return (F.relu(self(projected)) - features).square().mean()

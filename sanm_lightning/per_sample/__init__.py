@@ -10,6 +10,7 @@ from sanm_lightning.per_sample.targets import (
     LearnableTargets,
     NoiseRateStore,
     Refurbished,
+    WeightedLabels,
 )
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "Refurbished",
     "RunningVariance",
     "SampleState",
+    "WeightedLabels",
 ]

@@ -8,7 +8,15 @@ from torch.nn import functional as F
 
 from sanm_lightning.per_sample.state import Reduction, SampleState
 
-__all__ = ["Candidates", "EMATargets", "LabelStore", "LearnableTargets", "NoiseRateStore", "Refurbished"]
+__all__ = [
+    "Candidates",
+    "EMATargets",
+    "LabelStore",
+    "LearnableTargets",
+    "NoiseRateStore",
+    "Refurbished",
+    "WeightedLabels",
+]
 
 
 class EMATargets(SampleState):
@@ -148,6 +156,21 @@ class Candidates(NoiseRateStore):
         super().__init__(noise_rate, dist_reduce_fx=None)
         self.add_state("status", dtype=torch.int64, dist_reduce_fx=None)
 
+    def divide(self, index: Tensor, selected: Tensor, discarded: Tensor, judged: Tensor, quality: Tensor) -> None:
+        """Select and discard samples after a round.
+
+        Args:
+            index: positions of the samples, shape (M,), the same in all processes.
+            selected: samples that are selected from now on, shape (M,), bool; others are kept as they are.
+            discarded: samples that are discarded, shape (M,), bool, unless they are in ``selected``.
+            judged: samples with a new quality of their given label, shape (M,), bool.
+            quality: the new qualities, in order, in [0, 1]; selected samples have 1.
+        """
+        status = torch.where(discarded, self.DISCARDED, self.status[index])
+        status = torch.where(selected, self.SELECTED, status)
+        given_quality = self.given_quality[index].index_put((judged,), quality)
+        self.update(index, status=status, given_quality=torch.where(status == self.SELECTED, 1.0, given_quality))
+
 
 class Refurbished(NoiseRateStore):
     """Labels that were replaced, and the noise rate of the current run (SELFIE, Song et al., ICML 2019).
@@ -163,12 +186,27 @@ class Refurbished(NoiseRateStore):
         super().__init__(noise_rate)
         self.add_state("replaced", dtype=torch.bool)
 
+    def restart(self) -> None:
+        """Lower the noise rate to the fraction of labels that were not replaced, for a run that starts from these labels."""
+        self.noise_rate = min(self.noise_rate, 1 - float(self.replaced.float().mean()))
+
     def record(self, index: Tensor, given: Tensor, labels: Tensor, replaced: Tensor, quality: Tensor) -> None:
         """Record the labels of a step and their quality, (B,) each; the quality of given labels that were replaced is 0."""
         self.write("labels", index, labels)
         self.write("replaced", index, replaced)
         self.write("quality", index, quality)
         self.write("given_quality", index, torch.where(labels == given, quality, 0.0))
+
+
+class WeightedLabels(LabelStore):
+    """Current labels with their weights in the loss (CREMA, Zhang et al., ECCV Workshops 2022); the same in all processes."""
+
+    weight: Tensor
+    """(N,) float32 in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__(dist_reduce_fx=None)
+        self.add_state("weight", default=1.0, dist_reduce_fx=None)
 
 
 class LearnableTargets(SampleState):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["inference_context", "input_channels", "is_out_of_memory"]
+__all__ = ["infer", "inference_context", "input_channels", "is_out_of_memory"]
 
 
 def input_channels(network: Any) -> int:
@@ -56,6 +56,19 @@ def inference_context(network: Any, images: Tensor, batch_statistics: bool = Fal
             flag(module, "training", True)
         for norm in norms:
             flag(norm, "track_running_stats", True)
+
+
+def infer(network: Any, images: Tensor, batch_statistics: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the feature maps (B, D, h, w) and the logits (B, C), float32, of images in an :func:`inference_context`.
+
+    Args:
+        network: network with timm's interface.
+        images: shape (B, 3, H, W).
+        batch_statistics: as for :func:`inference_context`.
+    """
+    with inference_context(network, images, batch_statistics):
+        maps = network.forward_features(images)
+        return maps, network.forward_head(maps).float()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -7,11 +7,15 @@ import torch
 from torch.nn import functional as F
 
 from sanm_lightning.functional import (
+    Compared,
+    MixedViews,
     clipped_gradient_term,
     instance_contrast,
     interpolated_contrast,
     pair_similarity,
     pair_threshold,
+    partnered_contrast,
+    prototype_contrast,
     queue_contrast,
     selected_pairs,
     view_positives,
@@ -151,3 +155,41 @@ def test_the_gradient_of_one_term_is_clipped_and_the_others_are_not(max_norm, ex
     (term + 7 * other.sum()).backward()
     torch.testing.assert_close(one.grad, expected / 5 * torch.tensor([3.0, 4.0]))
     assert float(other.grad) == 7
+
+
+def test_the_contrast_with_prototypes_is_a_mean_over_some_rows_and_0_over_none(rows):
+    views, prototypes = rows[0], rows[1][:C]
+    targets, among = torch.rand(2 * B, C, dtype=torch.float64), torch.arange(2 * B) % 3 == 0
+    targets = targets / targets.sum(1, keepdim=True)
+    losses = []
+    for i in range(2 * B):
+        logits = [dot(views[i], prototype) / T for prototype in prototypes]
+        norm = math.log(sum(math.exp(value) for value in logits))
+        losses.append(-sum(float(t) * (v - norm) for t, v in zip(targets[i], logits, strict=True)))
+    expected = [losses[i] for i in range(2 * B) if i % 3 == 0]
+    found = prototype_contrast(views, prototypes, targets, T, among)
+    assert float(found) == pytest.approx(sum(expected) / len(expected), rel=1e-5)
+    assert float(prototype_contrast(views, prototypes, targets, T, torch.zeros_like(among))) == 0
+
+
+def test_samples_without_a_partner_have_no_contrast(rows):
+    views, queue, labels, queue_labels = rows
+    others, valid = (
+        torch.cat([views, queue]),
+        torch.tensor([True] * (2 * B) + [True, True, False, True, True, True, False]),
+    )
+    lam = torch.tensor([0.8] * B + [0.6] * B, dtype=torch.float64)
+    queued = (labels[:, None] == queue_labels) & valid[2 * B :]
+    near = view_positives(labels[:, None] == labels, PARTNERS, queued)
+    compared = Compared(others, torch.zeros(len(others), C), *near, valid)
+    loss, partnered = partnered_contrast(MixedViews(views, lam, PARTNERS), compared, T)
+    alone = [i for i in range(B) if labels.tolist().count(int(labels[i])) == 1 and not queued[i].any()]
+    assert [i for i in range(B) if not partnered[i]] == alone == [3]
+    losses = interpolated_contrast(views, others, lam, *near, T, valid)
+    expected = sum(float(losses[i]) for i in range(2 * B) if i % B not in alone) / (2 * B)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_term_without_a_norm_is_the_loss():
+    loss = torch.ones((), requires_grad=True) * 3
+    assert clipped_gradient_term(loss, [], None) is loss

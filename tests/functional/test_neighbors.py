@@ -15,6 +15,8 @@ from sanm_lightning.functional import (
     nearest_neighbors,
     neighbor_mean,
     similar_samples,
+    smoothed_labels,
+    voted_selection,
     weighted_neighbors,
 )
 from sanm_lightning.functional import neighbors as file
@@ -102,6 +104,48 @@ def test_the_second_vote_is_on_the_labels_that_won_the_first(features):
         won.append(counts.index(max(counts)))
     for i in range(N):
         assert votes[i].tolist() == pytest.approx([[won[j] for j in found[i]].count(c) / K for c in range(C)])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_label_is_judged_by_its_share_of_the_second_votes(features, weighted):
+    labels = torch.arange(N) % C
+    neighbors, weights = weighted_neighbors(features, K, 0.5 if weighted else None)
+    share, selected = voted_selection(labels, neighbors, weights, C, 0.5)
+    votes = corrected_votes(labels, neighbors, C, weights)
+    won = [int(votes[i].argmax()) == int(labels[i]) for i in range(N)]
+    for i in range(N):
+        assert float(share[i]) == pytest.approx(min(0.99, max(0.01, float(votes[i, labels[i]]))))
+    quota = sorted(sum(won[i] for i in range(N) if labels[i] == c) for c in range(C))[1]
+    assert quota > 0
+    for c in range(C):
+        members = [i for i in range(N) if labels[i] == c]
+        assert {i for i in members if selected[i]} == set(sorted(members, key=lambda i: -float(share[i]))[:quota])
+
+
+def test_votes_of_features_that_are_not_a_number_count_for_no_label():
+    weights = torch.full((4, 2), float("nan"))
+    share, _ = voted_selection(torch.tensor([0, 0, 1, 1]), torch.tensor([[1, 2], [0, 2], [0, 3], [0, 1]]), weights, 2)
+    assert share.tolist() == pytest.approx([0.01] * 4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_soft_labels_are_smoothed_and_likely_given_labels_kept(features, first):
+    torch.manual_seed(1)
+    given, probs, before = torch.arange(N) % C, torch.randn(N, C).softmax(1), torch.randn(N, C).softmax(1)
+    neighbors, weights = weighted_neighbors(features, K, 0.3)
+    found = smoothed_labels(None if first else before, probs, given, neighbors, weights, 0.4, 0.6)
+    start = [F.one_hot(y, C).float() if p[y] > 0.4 else p for p, y in zip(probs, given, strict=True)]
+    held = start if first else list(before)
+    for i in range(N):
+        near = sum(w * held[j] for w, j in zip(weights[i], neighbors[i], strict=True))
+        smoothed, y = (near + probs[i]) / 2, int(given[i])
+        target = F.one_hot(given[i], C).float() if smoothed[y] > 0.4 else smoothed
+        torch.testing.assert_close(found.targets[i], target)
+        assert int(found.labels[i]) == int(target.argmax())
+        assert bool(found.selected[i]) == (float(target.max()) > 0.6)
+        assert float(found.quality[i]) == pytest.approx(float(smoothed[target.argmax()]), rel=1e-5)
+        assert float(found.given_quality[i]) == pytest.approx(float(smoothed[y]), rel=1e-5)
+    assert 0 < int(found.selected.sum()) < N
 
 
 def test_means_of_classes_are_zero_without_samples():

@@ -7,7 +7,7 @@ import torch
 
 from sanm_lightning.batch import EpochPlan
 from sanm_lightning.methods.batches import balanced_batches
-from sanm_lightning.methods.checks import RANGES, check_range, nonempty_selection
+from sanm_lightning.methods.checks import RANGES, check_choice, check_range, nonempty_selection
 
 ACCEPTED = {  # of these values
     "in [0, 1]": [0.0, 0.5, 1.0],
@@ -38,6 +38,14 @@ def test_each_argument_is_checked_and_null_only_where_it_is_in_the_range():
         check_range(">= 1 or null", first=None, second=0)
     with pytest.raises(ValueError, match=r"expected first >= 1, got None; use the default"):
         check_range(">= 1", first=None)
+
+
+def test_other_values_than_the_choices_are_refused():
+    check_choice(("hard", "soft"), first="hard", second="soft")
+    with pytest.raises(ValueError, match=r"^expected second 'hard' or 'soft', got 'no'; choose one of them$"):
+        check_choice(("hard", "soft"), first="hard", second="no")
+    with pytest.raises(ValueError, match=r"^expected views 1 or 2, got 3; choose one of them$"):
+        check_choice((1, 2), views=3)
 
 
 def test_an_empty_selection_is_replaced_by_all_samples_with_a_warning():

@@ -11,6 +11,7 @@ from sanm_lightning.batch import EpochPlan
 from sanm_lightning.callbacks import Stages
 from sanm_lightning.functional import (
     clean_probability,
+    cross_validated,
     cross_validated_noise_rate,
     discarded_fraction,
     held_out,
@@ -57,6 +58,22 @@ class TestNoiseRates:
         values, half = torch.arange(8.0).view(2, 4), torch.tensor([0, 1, -1, 0])
         expected = [float(values[0 if side == 1 else 1, i]) for i, side in enumerate(half.tolist())]
         assert held_out(values, half).tolist() == expected == [4, 1, 6, 7]
+
+    def test_a_candidate_agrees_with_the_network_that_was_not_trained_on_it(self):
+        generator = torch.Generator().manual_seed(1)
+        predictions, labels = (
+            torch.randint(3, (2, 20), generator=generator),
+            torch.randint(3, (20,), generator=generator),
+        )
+        losses, half = torch.rand(2, 20, generator=generator), torch.arange(20) % 3 - 1
+        found = cross_validated(predictions, losses, labels, half)
+        expected = [side >= 0 and bool(predictions[1 - side, i] == labels[i]) for i, side in enumerate(half.tolist())]
+        assert found.agreed.tolist() == expected
+        assert 0 < sum(expected) < 13
+        assert found.accuracy == pytest.approx(sum(expected) / 13)
+        for i, side in enumerate(half.tolist()):
+            assert side < 0 or float(found.losses[i]) == float(losses[1 - side, i])
+        assert cross_validated(predictions, losses, labels, torch.full((20,), -1)).accuracy == 0
 
     def test_a_rate_in_steps(self):
         factors = [step_fractions(step, 10, (0.4, 0.6, 0.8), (0.5, 0.25, 0.1)) for step in range(10)]
@@ -159,7 +176,9 @@ class TestINCV:
     def test_an_empty_selection_is_said_and_all_samples_are_used(self):
         module = self.scored(((LABELS + 1) % C).expand(2, N), torch.rand(2, N))
         module.begin_stage()
-        with pytest.warns(UserWarning, match=r"expected selected samples in the main stage of INCV, got an empty set"):
+        with pytest.warns(
+            UserWarning, match=r"expected a selection with samples in epoch 1 of INCV, got an empty one; training on"
+        ):
             rows = module.epoch_batches(plan(1))
         assert set(rows.flatten().tolist()) == set(range(N))
 

@@ -191,7 +191,7 @@ class TestNested:
             (lambda: NestedCoTeaching(**SMALL), r"expected noise_rate in \[0, 1\), got None; set noise_rate \(--model"),
             (
                 lambda: NestedCoTeaching(**SMALL, noise_rate=0.2, finetune_drop=2.0),
-                "expected finetune_lr > 0 and finetune_drop",
+                r"expected finetune_drop in \[0, 1\], got 2.0; use the default",
             ),
         ],
     )

@@ -440,7 +440,7 @@ class TestUnmasked:
         (lambda: SelCL(**SMALL, decay=1.0), r"expected decay in \[0, 1\), got 1.0"),
         (
             lambda: SelCL(**SMALL, similarity_clip=0.25, compile_network="aot_eager"),
-            "expected similarity_clip null with compile_network, .*; omit one of them",
+            "expected compile_network false for the similarity_clip of SelCL, .*; omit compile_network",
         ),
     ],
 )

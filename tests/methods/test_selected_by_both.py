@@ -150,9 +150,7 @@ class TestMCorrection:
     def module(self, epoch=1, **options) -> MCorrection:
         torch.manual_seed(0)
         module = ready(MCorrection(**{**SMALL, "warmup_epochs": 1, **options}), epoch)
-        found = fit_beta_mixture(losses_of_two_groups() * 2)
-        for name, value in found._asdict().items():
-            setattr(module, f"mixture_{name}", value)
+        module.mixture = fit_beta_mixture(losses_of_two_groups() * 2)
         return module
 
     def posterior(self, module, given) -> list[float]:
@@ -203,7 +201,7 @@ class TestMCorrection:
 
     def test_with_no_label_wrong_it_is_mixup_up_to_the_clipping(self):
         module, given = self.module(regularization=0.0), batch()
-        module.mixture_table = torch.zeros(100, dtype=torch.float64)
+        module.mixture = module.mixture._replace(table=torch.zeros(100, dtype=torch.float64))
         found = module.training_step(given, 0)
         mixed = mixup(given.images, F.one_hot(given.labels, C).float(), module.stream("mixup"), 32.0, larger_half=False)
         torch.testing.assert_close(

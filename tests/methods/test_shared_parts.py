@@ -8,8 +8,9 @@ from sanm_lightning.batch import EpochPlan
 from sanm_lightning.callbacks import Stage
 from sanm_lightning.functional import repeated_draw
 from sanm_lightning.methods import CrossEntropy, NoisyLabelModule
-from sanm_lightning.methods.batches import permuted_batches
+from sanm_lightning.methods.batches import permuted_batches, selected_batches
 from sanm_lightning.per_sample import LabelStore
+from sanm_lightning.sanm.inference import infer
 from tests.methods.reference import SMALL, batch, ready
 from tests.methods.test_every_method import METHODS
 
@@ -31,6 +32,22 @@ def test_processes_share_the_permutations_of_a_set(size, world_size):
             for place in range(size):
                 assert int(found[step, place]) == order[(step * size + place) * world_size + rank]
     assert set(order[:5]) == set(members.tolist())
+
+
+@pytest.mark.parametrize(("batch_size", "world_size", "size"), [(4, 1, 4), (4, 2, 3), (9, 1, 5), (9, 3, 2)])
+def test_a_small_pool_is_shared_by_the_processes(batch_size, world_size, size):
+    plan = EpochPlan(0, 2, batch_size, 20, 0, world_size, lambda _: torch.arange(5))
+    assert plan.step_size(plan.pool(0)) == size
+
+
+@pytest.mark.parametrize("some", [True, False])
+def test_selected_samples_of_the_pool_come_in_rounds_and_all_of_it_without_any(some):
+    plan = EpochPlan(0, 3, 2, 20, 0, 1, lambda _: torch.tensor([3, 5, 7, 11]))
+    selected = torch.zeros(20, dtype=torch.bool)
+    selected[2 if not some else 3], selected[9], selected[11] = True, True, some
+    rows = selected_batches(plan, selected, seeded())
+    wanted = torch.tensor([3, 11] if some else [3, 5, 7, 11])
+    assert torch.equal(rows, permuted_batches(plan, wanted, 2, seeded()))
 
 
 class Two(CrossEntropy):
@@ -84,9 +101,60 @@ def test_a_method_with_the_default_label_quality_has_one_label_store_or_estimate
     assert len(stores) == (1 if module.estimates_quality else 0)
 
 
+def test_the_elapsed_epochs_count_the_steps_of_the_current_one():
+    module = ready(Two(**SMALL), 3)
+    module.trainer.fit_loop.max_batches = 8
+    assert [module.elapsed_epochs(step) for step in (0, 2, 7)] == [1.0, 1.25, 1.875]
+
+
+def test_the_streams_of_an_epoch_are_those_of_the_first_one_with_a_fixed_order():
+    module = ready(Two(**SMALL))
+    first, fourth = (EpochPlan(epoch, 2, 4, 20, 0, 1, lambda _: torch.arange(5)) for epoch in (0, 3))
+    drawn = [torch.rand(9, generator=module.epoch_stream(plan, "draw")).tolist() for plan in (first, first, fourth)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    fixed = module.epoch_stream(fourth._replace(fixed_order=True), "draw")
+    assert torch.rand(9, generator=fixed).tolist() == drawn[0]
+    assert torch.rand(9, generator=module.epoch_stream(first, "draw", 1)).tolist() != drawn[0]
+    assert torch.rand(9, generator=module.epoch_stream(first, "other")).tolist() != drawn[0]
+
+
+def test_batches_of_other_forms_are_converted_and_need_an_index():
+    module, given = ready(Two(**SMALL)), batch()
+    read, index = module.indexed({"image": given.images, "y": given.labels, "index": given.index})
+    assert torch.equal(read.images, given.images)
+    assert torch.equal(index, given.index)
+    with pytest.raises(ValueError, match=r"expected batches with an index for Two, .* got none; use a data module"):
+        module.indexed((given.images, given.labels))
+
+
+def test_a_network_infers_in_evaluation_mode_without_gradient():
+    module, given = ready(CrossEntropy(**SMALL)), batch()
+    expected = module.network(given.images).detach()
+    module.train()
+    maps, logits = infer(module.network, given.images)
+    assert not logits.requires_grad
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(module.network.eval().forward_head(maps), expected)
+    module.train()
+    together = infer(module.network, given.images, batch_statistics=True)[1]
+    assert not torch.allclose(together, expected)
+    torch.testing.assert_close(together, module.network(given.images).detach())
+
+
 def test_the_unmasked_logits_have_no_gradient():
     module, given = ready(CrossEntropy(**SMALL)), batch()
     out = module.learn(given, module.one_hot(given.labels))
     assert out.logits.requires_grad
     assert not out.unmasked_logits().requires_grad
     assert torch.equal(out.unmasked_logits(), out.logits.detach())
+
+
+def test_features_of_unmasked_images_are_those_of_a_pass_that_was_asked_for_them():
+    module, given = ready(CrossEntropy(**SMALL)), batch()
+    out = module.learn(given, module.one_hot(given.labels), unmasked=True)
+    assert torch.equal(out.unmasked_maps(), out.features)
+    plain = module.learn(given, module.one_hot(given.labels))
+    with pytest.raises(
+        ValueError, match=r"expected a pass with features of unmasked images, .*; call learn\(\) with unmasked"
+    ):
+        plain.unmasked_maps()

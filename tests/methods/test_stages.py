@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from sanm_lightning import SANM
 from sanm_lightning.callbacks import Stage
-from sanm_lightning.callbacks.stages import locate, stage_epochs
+from sanm_lightning.callbacks.stages import locate, repeated_stages, stage_epochs
 from sanm_lightning.methods import CrossEntropy, DivideMix, ELRPlus
 from tests.methods.renewing import Renewing, falling
 from tests.methods.test_every_method import AtStep
@@ -26,6 +26,15 @@ lengths = st.lists(st.integers(0, 4), min_size=1, max_size=4)
 def module(kind=Renewing, **options):
     torch.manual_seed(0)
     return kind(**{**SMALL, "warmup_epochs": 1, **options})
+
+
+def test_every_run_after_the_first_starts_from_new_networks_and_the_last_has_no_end():
+    found = repeated_stages([Stage("one", 2, lr=0.5), Stage("two", 3)], 3)
+    assert [stage.name for stage in found] == ["one", "two", "one_2", "two_2", "one_3", "two_3"]
+    assert [stage.epochs for stage in found] == [2, 3, 2, 3, 2, None]
+    assert [stage.reset for stage in found] == ["none", "none", "network", "none", "network", "none"]
+    assert [stage.lr for stage in found] == [0.5, None] * 3
+    assert repeated_stages([Stage("one", 2)], 1) == [Stage("one")]
 
 
 @given(lengths, st.integers(0, 20), st.booleans())

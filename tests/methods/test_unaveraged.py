@@ -1,6 +1,7 @@
 """State of a method is saved and moved as buffers are, and averages of the weights leave it as it is."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -28,6 +29,25 @@ def test_it_is_saved_under_its_name_and_loads_from_a_buffer_of_that_name():
     other = torch.nn.ModuleList([FeatureQueue(3, 2, {"index": ((), torch.int64)})])
     assert not any(other.load_state_dict({f"0.{name}": value for name, value in saved.items()}))
     assert other[0].index.tolist() == [5, 7, 0]
+
+
+class Pair(NamedTuple):
+    low: torch.Tensor
+    table: torch.Tensor
+
+
+def test_a_named_tuple_is_saved_by_its_fields_and_moved_as_one():
+    module, other = Unaveraged(), Unaveraged()
+    for part, value in ((module, 1.0), (other, 0.0)):
+        part.register_state("pair", Pair(torch.tensor(value), torch.full((3,), value)))
+    saved = module.double().state_dict()
+    assert {name: value.tolist() for name, value in saved.items()} == {"pair_low": 1.0, "pair_table": [1.0] * 3}
+    assert isinstance(module.pair, Pair)
+    assert module.pair.table.dtype == torch.float64
+    other.load_state_dict(saved)
+    assert other.pair.table.tolist() == [1.0] * 3
+    module.pair = module.pair._replace(low=torch.tensor(7.0))
+    assert float(module.state_dict()["pair_low"]) == 7
 
 
 def test_it_changes_its_dtype_with_the_module():
