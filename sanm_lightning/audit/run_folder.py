@@ -47,7 +47,8 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
             class_names=np.array(issues.class_names, np.str_), readable=issues.readable,
         )  # fmt: skip
     with atomic_write(folder / "audit.json") as file:
-        file.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        file.write(text.encode("utf-8", "backslashreplace"))  # invalid UTF-8 in names becomes an escape of JSON
     titles = {
         "contradicting": "Copies with different labels (at least one of each group is wrong)",
         "leaks": "Copies in several splits",

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
+from sanm_lightning.audit import AuditSet, LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.parsing import CommandParser
@@ -86,8 +86,10 @@ def audit(
         raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for 5 %")
     old = read_label_issues(baseline) if baseline is not None else None
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
+    if old is not None:
+        _require_shared_samples(pool, old, str(baseline))
     folder = _new_folder(out)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     workers = default_num_workers() if num_workers is None else num_workers
     draft = folder / DRAFT
     with _removed_on_failure(folder), Progress(
@@ -106,7 +108,7 @@ def audit(
         )  # fmt: skip
     os.replace(draft, folder / "features.npy")
     write_audit(folder, pool, result.issues, result.probs, result.summary)
-    console.print(_class_table(result.summary))
+    console.print(_class_table(result.summary), soft_wrap=False)
     for note in result.summary["notes"]:
         console.print(f"note: {note}", markup=False)
     groups = result.summary["duplicates"]
@@ -162,6 +164,17 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
         raise
 
 
+def _require_shared_samples(pool: AuditSet, old: LabelIssues, baseline: str) -> None:
+    """Check that the baseline is of this data set, of which some samples may be new."""
+    names = pool.paths if pool.paths is not None else [str(i) for i in pool.index.tolist()]  # type: ignore[union-attr]
+    if (pool.paths is None) != (old.paths is None) or not set(names) & set(old.names):
+        raise ValueError(
+            f"expected a baseline of this data set in {baseline!r}, got {len(old)} samples, none of which is among the "
+            f"{len(names)} of this audit (such as {old.names[:1]} and {names[:1]}); use the label_issues.csv of an earlier audit "
+            "of the same root"
+        )
+
+
 def _is_issue(issues: LabelIssues) -> np.ndarray[Any, Any]:
     found: np.ndarray[Any, Any] = issues.readable & (issues.suggested != issues.given) & (issues.quality < 0.5)
     return found
@@ -208,7 +221,8 @@ def _class_table(summary: dict[str, Any]) -> Table:
 
 
 def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
+    """Escape markup, and bytes that are not UTF-8."""
+    return text.replace("[", "\\[").encode("utf-8", "backslashreplace").decode()
 
 
 def main(words: list[str]) -> int:

@@ -157,7 +157,7 @@ def read_known_labels(
 
 
 def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     header = [cell.strip() for cell in table[0]] if table else []
     if separated := other_separator(path, header):

@@ -23,6 +23,7 @@ from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.cli import _read_noise_rate, entry_point, main
 from sanm_lightning.commands import run
+from sanm_lightning.data.label_rows import read_label_file
 from sanm_lightning.functional.noise_model import judge_labels
 from sanm_lightning.models import Normalized, load_pretrained
 from sanm_lightning.models.pretrained import packaged_weights
@@ -282,6 +283,32 @@ class TestPlantedFaults:
         assert "3 exact copies, 1 near copies, 1 with different labels, 1 across splits" in said
         page = (out / "report.html").read_text()
         assert "<b>tag" not in page
+
+    def test_names_that_are_not_utf8(self, tmp_path, audit):
+        root = folder(tmp_path / "root")
+        train = os.fsencode(root / "train")
+        shutil.copy(train + b"/blue/blue1.png", train + b"/blue/\xff.png")
+        Path(os.fsdecode(train + b"/red/\xfe.png")).write_bytes(b"no image")
+        os.rename(train + b"/green", train + b"/gr\xfcn")
+        os.rename(os.fsencode(root / "test/green"), os.fsencode(root / "test") + b"/gr\xfcn")
+        out = audit(root)
+        found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+        assert found["duplicates"]["exact"] == [["train/blue/blue1.png", "train/blue/\udcff.png"]]
+        assert list(found["unreadable"]) == ["train/red/\udcfe.png"]
+        assert read_label_issues(out / "label_issues.csv").class_names == found["class_names"] == ["blue", "gr\udcfcn", "red"]
+        assert run(["relabel", str(out), "--below", "0.5", "--out", "new/labels.csv"]) == 0
+        issues = read_label_issues(out / "label_issues.csv")
+        labels, kept = read_label_file("new/labels.csv", torch.from_numpy(issues.given), issues.class_names, issues.paths)
+        assert kept.all()
+        assert int((labels != torch.from_numpy(issues.given)).sum()) >= 3
+
+    def test_a_split_that_cannot_be_read_is_unknown(self, tmp_path, audit, capsys):
+        root = folder(tmp_path / "root")
+        for path in (root / "test").rglob("*.png"):
+            path.write_bytes(b"")
+        out = audit(root)
+        assert summary(out)["splits"]["test"] == {"count": 12, "noise_rate": None}
+        assert "; of test unknown; most frequent: " in capsys.readouterr().out
 
     def test_duplicates_against_a_loop_over_pairs(self):
         draw = np.random.default_rng(0)
@@ -565,6 +592,20 @@ class TestCommand:
             found = {row["path"]: row["suggested_label"] for row in csv.DictReader(file)}
         assert found == {"train/blue/more.png": "red", "train/blue/green0.png": "green"}
         audit(root, "--baseline", old, "--fail-over", "0.05")  # 2 of 49
+
+    def test_a_baseline_of_another_data_set_is_refused_before_any_work(self, tmp_path, audit):
+        old = audit(folder(tmp_path / "root"), "--image_size", "24") / "label_issues.csv"
+        sentence = r"got 48 samples, none of which is among the 36 of this audit \(such as \['train/.*'\] and \['blue/.*'\]\)"
+        with pytest.raises(ValueError, match=sentence):
+            audit(tmp_path / "root/train", "--baseline", old, "--out", "there")
+        with pytest.raises(ValueError, match="none of which is among the 64 of this audit"):
+            audit("--data", "Toy", "--baseline", old, "--out", "there")
+        assert not Path("there").exists()
+
+    def test_the_verdict_is_one_line_in_a_log(self, tmp_path, audit, capsys):
+        audit(folder(tmp_path / "root"))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about ")]
+        assert "most frequent: given 'green', suggested 'blue'" in line
 
     def test_without_out_each_audit_has_a_folder_of_its_own(self, tmp_path, weights):
         root = folder(tmp_path / "root")
