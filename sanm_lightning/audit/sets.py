@@ -3,16 +3,32 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from sanm_lightning.data.image_files import count_passed_over, list_images
 
-__all__ = ["AuditSet", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
+__all__ = ["AuditSet", "OtherSamples", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
 
 Array = np.ndarray[Any, Any]
+
+
+class OtherSamples(NamedTuple):
+    """The M samples of the original training set that are not audited: held out, outside of the subset, or dropped.
+
+    ``sanm relabel`` writes them unchanged, because a label file contains the whole original set.
+
+    Attributes:
+        names: paths relative to the root, or positions in the original set, M of them.
+        labels: given labels, shape (M,), int64, in [0, C).
+        dropped: whether a label file drops the sample, shape (M,), bool.
+    """
+
+    names: Array
+    labels: Array
+    dropped: Array
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class AuditSet:
         paths: paths relative to ``root`` with ``/``; None without files.
         index: position of each image in its original set, shape (N,), for data without files.
         root: folder that the paths are relative to.
+        others: samples of the same original training set that are not audited; None if there are none.
         notes: sentences for the summary, such as the number of skipped files.
     """
 
@@ -37,6 +54,7 @@ class AuditSet:
     paths: list[str] | None = None
     index: Array | None = None
     root: Path | None = None
+    others: OtherSamples | None = None
     notes: Sequence[str] = ()
 
 
@@ -122,4 +140,15 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
         paths=paths,
         index=None if paths is not None else table.origin.numpy(),
         root=Path(data.root) if paths is not None else None,
+        others=None if split in data.own_splits else _others(data, table.origin),
     )
+
+
+def _others(data: Any, audited: Tensor) -> OtherSamples | None:
+    """Return the samples of the original training set besides those at the given positions."""
+    paths, (labels, kept) = data.original_set()
+    other = np.setdiff1d(np.arange(len(labels)), audited.numpy())
+    if not len(other):
+        return None
+    names = other if paths is None else np.array([paths[row] for row in other.tolist()], np.str_)
+    return OtherSamples(names, labels.numpy()[other], ~kept.numpy()[other])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.data.image_store import ImageStore
-from sanm_lightning.data.label_rows import read_known_labels
+from sanm_lightning.data.label_rows import FileLabels, read_known_labels
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.list_files import PathList
 from sanm_lightning.data.noise import Noise
@@ -105,6 +105,20 @@ class Splits(ServedBatches):
         if isinstance(paths, PathList):
             return paths.at(rows.numpy())
         return None if paths is None else [paths[row] for row in rows.tolist()]
+
+    def original_set(self) -> tuple[Sequence[str] | None, FileLabels]:
+        """Return paths, given labels and kept samples of the whole original training set, in its order.
+
+        Samples of the training split and of a split held out from it have the labels of these splits; others have that of
+        the label file, or the label of the original set.
+        """
+        source = self._source("train")
+        file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
+        labels, kept = file or FileLabels(source.labels, torch.ones(len(source.labels), dtype=torch.bool))
+        labels, held_out = labels.clone(), ["val"] if self.held_out_fraction > 0 else []
+        for table in map(self.table, ["train", *held_out]):
+            labels[table.origin] = table.labels
+        return source.paths, FileLabels(labels, kept)
 
     def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
         """Read a file of known labels of training samples; see `read_known_labels`.
