@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues
+from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.verdicts import apply_accepted, apply_suggestions, by_index
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.safe_files import atomic_write
@@ -102,8 +103,9 @@ def relabel(
         _write_labels(path, issues, given, labels, drop, overwrite)
     else:
         assert linked is not None
-        path = Path(linked)
-        _write_linked(path, issues, given, labels, drop, _find_root(Path(audit_folder), root, issues))
+        path, source = Path(linked), _find_root(Path(audit_folder), root, issues)
+        refuse_class_folder(path, source, issues.splits, "--linked")
+        _write_linked(path, issues, given, labels, drop, source)
     return Relabeled(path, len(issues), changed, sum(drop))
 
 

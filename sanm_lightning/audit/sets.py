@@ -10,7 +10,15 @@ from torch import Tensor
 
 from sanm_lightning.data.image_files import count_passed_over, list_images
 
-__all__ = ["AuditSet", "OtherSamples", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
+__all__ = [
+    "AuditSet",
+    "OtherSamples",
+    "audit_set_of",
+    "fitted_rows",
+    "fitted_split",
+    "folder_audit_set",
+    "refuse_class_folder",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +105,24 @@ def folder_audit_set(root: str | Path) -> AuditSet:
         root=root,
         notes=[f"{passed_over}."] if passed_over else [],
     )
+
+
+def refuse_class_folder(folder: Path, root: Path, splits: Sequence[str], option: str) -> None:
+    """Refuse a folder of results that would become a class of the audited class folders.
+
+    Args:
+        folder: folder to write.
+        root: audited folder.
+        splits: name of the split of each sample; ``all`` if the folders of the root are classes.
+        option: option that sets another folder.
+
+    Raises:
+        ValueError: if the folder is inside the root, and the folders of the root are classes.
+    """
+    if set(splits) == {"all"} and folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"expected a folder outside of {str(root)!r}, whose folders are classes, got {str(folder)!r}; use another {option}"
+        )
 
 
 class _SplitImages:

@@ -130,6 +130,8 @@ def verdict(summary: dict[str, Any]) -> str:
     where = f"{size:,} labels" + (f" of {first}" if first is not None and len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
     rates = {name: part["noise_rate"] for name, part in splits.items() if name != first}
-    others = "".join(f"; of {name} " + ("unknown" if rate is None else f"about {rate:.1%}") for name, rate in rates.items())
+    others = "".join(
+        f"; of {name} " + ("unknown" if rate is None else f"about {rate:.1%}") for name, rate in rates.items()
+    )
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
     return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"

@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sanm_lightning.audit import AuditSet, LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
+from sanm_lightning.audit import (
+    AuditSet,
+    LabelIssues,
+    audit_set,
+    audit_set_of,
+    folder_audit_set,
+    read_label_issues,
+    write_audit,
+)
+from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.parsing import CommandParser
@@ -88,7 +97,7 @@ def audit(
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     if old is not None:
         _require_shared_samples(pool, old, str(baseline))
-    folder = _new_folder(out)
+    folder = _new_folder(out, pool if root is not None else None)
     console = Console(highlight=False, soft_wrap=True)
     workers = default_num_workers() if num_workers is None else num_workers
     draft = folder / DRAFT
@@ -133,12 +142,14 @@ def audit(
     return 0
 
 
-def _new_folder(out: str | None) -> Path:
+def _new_folder(out: str | None, listed: AuditSet | None) -> Path:
     if out is None:
         taken = [int(path.name[8:]) for path in AUDITS.glob("version_*") if path.name[8:].isdigit()]
         folder = AUDITS / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
+    if listed is not None and listed.root is not None:
+        refuse_class_folder(folder, listed.root, listed.splits, "--out")
     if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
         raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
     try:
@@ -170,8 +181,8 @@ def _require_shared_samples(pool: AuditSet, old: LabelIssues, baseline: str) -> 
     if (pool.paths is None) != (old.paths is None) or not set(names) & set(old.names):
         raise ValueError(
             f"expected a baseline of this data set in {baseline!r}, got {len(old)} samples, none of which is among the "
-            f"{len(names)} of this audit (such as {old.names[:1]} and {names[:1]}); use the label_issues.csv of an earlier audit "
-            "of the same root"
+            f"{len(names)} of this audit (such as {old.names[:1]} and {names[:1]}); use the label_issues.csv of an earlier "
+            "audit of the same root"
         )
 
 

@@ -295,10 +295,16 @@ class TestPlantedFaults:
         found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
         assert found["duplicates"]["exact"] == [["train/blue/blue1.png", "train/blue/\udcff.png"]]
         assert list(found["unreadable"]) == ["train/red/\udcfe.png"]
-        assert read_label_issues(out / "label_issues.csv").class_names == found["class_names"] == ["blue", "gr\udcfcn", "red"]
+        assert (
+            read_label_issues(out / "label_issues.csv").class_names
+            == found["class_names"]
+            == ["blue", "gr\udcfcn", "red"]
+        )
         assert run(["relabel", str(out), "--below", "0.5", "--out", "new/labels.csv"]) == 0
         issues = read_label_issues(out / "label_issues.csv")
-        labels, kept = read_label_file("new/labels.csv", torch.from_numpy(issues.given), issues.class_names, issues.paths)
+        labels, kept = read_label_file(
+            "new/labels.csv", torch.from_numpy(issues.given), issues.class_names, issues.paths
+        )
         assert kept.all()
         assert int((labels != torch.from_numpy(issues.given)).sum()) >= 3
 
@@ -595,7 +601,9 @@ class TestCommand:
 
     def test_a_baseline_of_another_data_set_is_refused_before_any_work(self, tmp_path, audit):
         old = audit(folder(tmp_path / "root"), "--image_size", "24") / "label_issues.csv"
-        sentence = r"got 48 samples, none of which is among the 36 of this audit \(such as \['train/.*'\] and \['blue/.*'\]\)"
+        sentence = (
+            r"got 48 samples, none of which is among the 36 of this audit \(such as \['train/.*'\] and \['blue/.*'\]\)"
+        )
         with pytest.raises(ValueError, match=sentence):
             audit(tmp_path / "root/train", "--baseline", old, "--out", "there")
         with pytest.raises(ValueError, match="none of which is among the 64 of this audit"):
@@ -697,6 +705,18 @@ class TestRefused:
         pool = AuditSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), np.zeros(20, np.int64), ["a", "b"], ["all"] * 20)
         with pytest.raises(ValueError, match="expected images of two classes or more, got 1; add classes"):
             audit_set(pool)
+
+    def test_results_that_would_be_a_class_of_the_next_audit(self, tmp_path, audit):
+        root = folder(tmp_path / "root")
+        sentence = "expected a folder outside of '.*train', whose folders are classes, got '.*'; use another --"
+        for out in (root / "train/mine", root / "train/blue/mine"):
+            with pytest.raises(ValueError, match=sentence + "out"):
+                audit(root / "train", "--out", out)
+        out = audit(root / "train")
+        with pytest.raises(ValueError, match=sentence + "linked"):
+            run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "train/fixed")])
+        assert sorted(os.listdir(root / "train")) == sorted(COLORS)
+        assert run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "fixed")]) == 0
 
     def test_results_that_exist_are_never_overwritten(self, tmp_path, audit):
         root = folder(tmp_path / "root")
