@@ -32,6 +32,8 @@ __all__ = ["audit", "main"]
 
 AUDITS = Path("audits")
 """Default folder of the results of all audits."""
+INTERRUPTED = 130
+"""Exit status after an interruption from the keyboard."""
 DRAFT = "features.npy.tmp"
 """Features of an audit in progress; remains only if the process is killed."""
 
@@ -249,4 +251,8 @@ def main(words: list[str]) -> int:
     parsed = parser.instantiate_classes(
         parser.parse_args([re.sub(r"^--fail-over(?=$|=)", "--fail_over", word) for word in words])
     )
-    return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})
+    try:
+        return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})
+    except KeyboardInterrupt:
+        print("interrupted; computed features are in the cache, and the same command continues")
+        return INTERRUPTED

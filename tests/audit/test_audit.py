@@ -408,7 +408,7 @@ class TestCache:
         assert forwards == []
         assert "passed over" not in capsys.readouterr().out
 
-    def test_interrupted_work_goes_on_under_the_same_name(self, tmp_path, audit, forwards, monkeypatch):
+    def test_interrupted_work_goes_on_under_the_same_name(self, tmp_path, audit, forwards, monkeypatch, capsys):
         root = folder(tmp_path / "root")
         call = FrozenFeatures.__call__
 
@@ -419,8 +419,8 @@ class TestCache:
 
         with monkeypatch.context() as patch:
             patch.setattr(FrozenFeatures, "__call__", stops)
-            with pytest.raises(KeyboardInterrupt):
-                audit(root, "--batch_size", "10", "--out", "here")
+            audit(root, "--batch_size", "10", "--out", "here", status=130)
+        assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; computed features are in the cache")
         assert not Path("here").exists()
         Path("here").mkdir()
         Path("here/features.npy.tmp").write_bytes(b"")  # as an audit leaves behind that was killed
