@@ -51,7 +51,7 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
         text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
         file.write(text.encode("utf-8", "backslashreplace"))  # invalid UTF-8 in names becomes an escape of JSON
     titles = {
-        "contradicting": "Copies with different labels (at least one of each group is wrong)",
+        "contradicting": "Copies with different labels (of identical images, at least one label is wrong)",
         "leaks": "Copies in several splits",
         "exact": "Exact copies",
         "near": "Near copies",
