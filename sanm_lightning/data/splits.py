@@ -110,14 +110,15 @@ class Splits(ServedBatches):
         """Return paths, given labels and kept samples of the whole original training set, in its order.
 
         Samples of the training split and of a split held out from it have the labels of these splits; others have that of
-        the label file, or the label of the original set.
+        the label file, or the label of the original set. With injected noise, which they lack, they are not kept.
         """
         source = self._source("train")
         file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
-        labels, kept = file or FileLabels(source.labels, torch.ones(len(source.labels), dtype=torch.bool))
-        labels, held_out = labels.clone(), ["val"] if self.held_out_fraction > 0 else []
+        everything = torch.full((len(source.labels),), not self.noise.injects)
+        labels, kept = file or FileLabels(source.labels.clone(), everything)
+        held_out = ["val"] if self.held_out_fraction > 0 else []
         for table in map(self.table, ["train", *held_out]):
-            labels[table.origin] = table.labels
+            labels[table.origin], kept[table.origin] = table.labels, True
         return source.paths, FileLabels(labels, kept)
 
     def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
