@@ -177,15 +177,14 @@ def _read_audit(folder: Path) -> tuple[LabelIssues, list[bool]]:
     held: dict[str, Any] = {}
     if samples.is_file():  # also contains classes without samples
         with np.load(samples, allow_pickle=False) as arrays:
-            wanted = ("class_names", "other_names", "other_labels", "other_dropped")
+            wanted = ("class_names", "other_index", "other_paths", "other_labels", "other_dropped")
             held = {name: arrays[name] for name in wanted if name in arrays.files}
     issues = read_label_issues(table, held["class_names"].tolist() if "class_names" in held else None)
-    if "other_names" not in held:
-        return issues, [False] * len(issues)
-    return _with_others(issues, held["other_names"], held["other_labels"]), [
-        *[False] * len(issues),
-        *held["other_dropped"].tolist(),
-    ]
+    dropped = [False] * len(issues)
+    if "other_labels" not in held:
+        return issues, dropped
+    names = held["other_index" if issues.paths is None else "other_paths"]
+    return _with_others(issues, names, held["other_labels"]), [*dropped, *held["other_dropped"].tolist()]
 
 
 def _with_others(issues: LabelIssues, names: Array, labels: Array) -> LabelIssues:

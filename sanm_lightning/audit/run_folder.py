@@ -41,7 +41,7 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
     with atomic_write(folder / "pred_probs.npy") as file:
         np.save(file, probs)
     names = {"paths": np.array(issues.paths, np.str_)} if issues.paths is not None else {"index": issues.index}
-    others = {} if data.others is None else {f"other_{key}": part for key, part in data.others._asdict().items()}
+    others = {} if data.others is None else data.others.arrays()
     with atomic_write(folder / "samples.npz") as file:
         np.savez_compressed(
             file, **names, **others, splits=np.array(issues.splits, np.str_), labels=issues.given, quality=issues.quality,

@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sanm_lightning.data.image_files import count_passed_over, list_images
+from sanm_lightning.data.label_table import OtherSamples
 
 __all__ = [
     "AuditSet",
-    "OtherSamples",
     "audit_set_of",
     "fitted_rows",
     "fitted_split",
@@ -21,22 +21,6 @@ __all__ = [
 ]
 
 Array = np.ndarray[Any, Any]
-
-
-class OtherSamples(NamedTuple):
-    """The M samples of the original training set that are not audited: held out, outside of the subset, or dropped.
-
-    ``sanm relabel`` writes them unchanged, because a label file contains the whole original set.
-
-    Attributes:
-        names: paths relative to the root, or positions in the original set, M of them.
-        labels: given labels, shape (M,), int64, in [0, C).
-        dropped: whether a label file drops the sample, shape (M,), bool.
-    """
-
-    names: Array
-    labels: Array
-    dropped: Array
 
 
 @dataclass(frozen=True)
@@ -166,15 +150,5 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
         paths=paths,
         index=None if paths is not None else table.origin.numpy(),
         root=Path(data.root) if paths is not None else None,
-        others=None if split in data.own_splits else _others(data, table.origin),
+        others=None if split in data.own_splits else data.other_samples(split),
     )
-
-
-def _others(data: Any, audited: Tensor) -> OtherSamples | None:
-    """Return the samples of the original training set besides those at the given positions."""
-    paths, (labels, kept) = data.original_set()
-    other = np.setdiff1d(np.arange(len(labels)), audited.numpy())
-    if not len(other):
-        return None
-    names = other if paths is None else np.array([paths[row] for row in other.tolist()], np.str_)
-    return OtherSamples(names, labels.numpy()[other], ~kept.numpy()[other])

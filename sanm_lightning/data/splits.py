@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_rows import FileLabels, read_known_labels
-from sanm_lightning.data.label_table import LabelTable
+from sanm_lightning.data.label_table import LabelTable, OtherSamples
 from sanm_lightning.data.list_files import PathList
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.data.serving import ServedBatches
@@ -120,6 +121,16 @@ class Splits(ServedBatches):
         for table in map(self.table, ["train", *held_out]):
             labels[table.origin], kept[table.origin] = table.labels, True
         return source.paths, FileLabels(labels, kept)
+
+    def other_samples(self, split: str = "train") -> OtherSamples | None:
+        """Return the samples of the original training set that are not in a split of it; None if there are none."""
+        paths, (labels, kept) = self.original_set()
+        other = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, self.table(split).origin, False)
+        index = other.nonzero().flatten().tolist()
+        if not index:
+            return None
+        names = None if paths is None else np.array([paths[row] for row in index], np.str_)
+        return OtherSamples(np.array(index), names, labels[other].numpy(), ~kept[other].numpy())
 
     def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
         """Read a file of known labels of training samples; see `read_known_labels`.
