@@ -52,20 +52,21 @@ class OtherSamples(NamedTuple):
     Label files contain the whole original set, hence also these samples.
 
     Attributes:
-        index: positions in the original set, shape (M,), int64.
+        origin: positions in the original set, shape (M,), int64.
         paths: paths relative to the root, shape (M,); None without files.
         labels: given labels, shape (M,), int64.
         dropped: whether the samples are dropped, shape (M,), bool.
     """
 
-    index: Array
+    origin: Array
     paths: Array | None
     labels: Array
     dropped: Array
 
-    def arrays(self) -> dict[str, Array]:
+    def arrays(self) -> dict[str, Any]:
         """Return the arrays of a label file, by name."""
-        return {f"other_{name}": part for name, part in self._asdict().items() if part is not None}
+        found = {"index": self.origin, "paths": self.paths, "labels": self.labels, "dropped": self.dropped}
+        return {f"other_{name}": part for name, part in found.items() if part is not None}
 
 
 def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> Tensor:
