@@ -22,7 +22,7 @@ class Duplicates(NamedTuple):
         group: group number of each sample, shape (N,); samples without copies have their own group.
         exact: groups of samples with identical content, as lists of positions.
         near: groups of samples with different content, as lists of positions.
-        contradicting: groups of samples with different labels, of which at least one is wrong.
+        contradicting: groups of samples with different labels; if the content is identical, at least one is wrong.
         leaks: groups of samples from several splits.
     """
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sanm_lightning.audit.label_issues import LabelIssues, read_label_issues
+from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.verdicts import apply_accepted, apply_suggestions, by_index
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.safe_files import atomic_write
@@ -21,13 +22,15 @@ LABELS_HEADER = ["path", "label", "drop"]
 CHANGES_HEADER = ["path", "old_label", "new_label", "drop"]
 RECORD = "relabel.json"
 
+Array = np.ndarray[Any, Any]
+
 
 class Relabeled(NamedTuple):
     """Result of :func:`relabel`.
 
     Attributes:
         path: the label file or the linked folder.
-        num_samples: number of audited samples.
+        num_samples: number of samples, including those of the original training set that were not audited.
         num_changed: number of samples with a new label.
         num_dropped: number of dropped samples.
     """
@@ -87,11 +90,12 @@ def relabel(
     for name, value, example in (("below", below, 0.1), ("min_p_suggested", min_p_suggested, 0.5)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"expected {name} in [0, 1], got {value}; use {example}")
-    issues = _read_audit(Path(audit_folder))
+    issues, dropped = _read_audit(Path(audit_folder))
     if accepted is not None:
         labels, drop = apply_accepted(issues, accepted, ambiguous == "drop", new_classes)
     else:
         labels, drop = apply_suggestions(issues, below or 0.0, min_p_suggested)
+    drop = [now or before for now, before in zip(drop, dropped, strict=True)]
     given = [issues.class_names[label] for label in issues.given.tolist()]
     changed = sum(new != old for new, old in zip(labels, given, strict=True))
     if out is not None:
@@ -99,8 +103,9 @@ def relabel(
         _write_labels(path, issues, given, labels, drop, overwrite)
     else:
         assert linked is not None
-        path = Path(linked)
-        _write_linked(path, issues, given, labels, drop, _find_root(Path(audit_folder), root, issues))
+        path, source = Path(linked), _find_root(Path(audit_folder), root, issues)
+        refuse_class_folder(path, source, issues.splits, "--linked")
+        _write_linked(path, issues, given, labels, drop, source)
     return Relabeled(path, len(issues), changed, sum(drop))
 
 
@@ -162,17 +167,42 @@ def undo_relabel(path: str | Path) -> int:
 # ---- the audit ----------------------------------------------------------------------------------------------------------
 
 
-def _read_audit(folder: Path) -> LabelIssues:
+def _read_audit(folder: Path) -> tuple[LabelIssues, list[bool]]:
+    """Return the audited samples and the others of the original training set, and whether each is dropped already."""
     table, samples = folder / "label_issues.csv", folder / "samples.npz"
     if not table.is_file():
         raise FileNotFoundError(
             f"expected a folder that sanm audit wrote in {str(folder)!r}, got no {table.name} in it; run sanm audit first"
         )
-    names = None
+    held: dict[str, Any] = {}
     if samples.is_file():  # also contains classes without samples
         with np.load(samples, allow_pickle=False) as arrays:
-            names = arrays["class_names"].tolist() if "class_names" in arrays.files else None
-    return read_label_issues(table, names)
+            wanted = ("class_names", "other_index", "other_paths", "other_labels", "other_dropped")
+            held = {name: arrays[name] for name in wanted if name in arrays.files}
+    issues = read_label_issues(table, held["class_names"].tolist() if "class_names" in held else None)
+    dropped = [False] * len(issues)
+    if "other_labels" not in held:
+        return issues, dropped
+    names = held["other_index" if issues.paths is None else "other_paths"]
+    return _with_others(issues, names, held["other_labels"]), [*dropped, *held["other_dropped"].tolist()]
+
+
+def _with_others(issues: LabelIssues, names: Array, labels: Array) -> LabelIssues:
+    """Append samples that were not audited."""
+    size, count = len(issues), len(labels)
+    unknown = np.full(count, np.nan)
+    return LabelIssues(
+        paths=None if issues.paths is None else [*issues.paths, *names.tolist()],
+        index=None if issues.index is None else np.concatenate([issues.index, names]),
+        splits=[*issues.splits, *["train"] * count],
+        given=np.concatenate([issues.given, labels]),
+        suggested=np.concatenate([issues.suggested, labels]),
+        quality=np.concatenate([issues.quality, unknown]),
+        p_given=np.concatenate([issues.p_given, unknown]),
+        p_suggested=np.concatenate([issues.p_suggested, unknown]),
+        class_names=issues.class_names,
+        unreadable=issues.unreadable | dict.fromkeys(range(size, size + count), "not audited"),
+    )
 
 
 # ---- a label file ------------------------------------------------------------------------------------------------------

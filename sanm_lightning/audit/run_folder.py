@@ -41,15 +41,17 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
     with atomic_write(folder / "pred_probs.npy") as file:
         np.save(file, probs)
     names = {"paths": np.array(issues.paths, np.str_)} if issues.paths is not None else {"index": issues.index}
+    others = {} if data.others is None else data.others.arrays()
     with atomic_write(folder / "samples.npz") as file:
         np.savez_compressed(
-            file, **names, splits=np.array(issues.splits, np.str_), labels=issues.given, quality=issues.quality,
+            file, **names, **others, splits=np.array(issues.splits, np.str_), labels=issues.given, quality=issues.quality,
             class_names=np.array(issues.class_names, np.str_), readable=issues.readable,
         )  # fmt: skip
     with atomic_write(folder / "audit.json") as file:
-        file.write((json.dumps(summary, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+        file.write(text.encode("utf-8", "backslashreplace"))  # invalid UTF-8 in names becomes an escape of JSON
     titles = {
-        "contradicting": "Copies with different labels (at least one of each group is wrong)",
+        "contradicting": "Copies with different labels (of identical images, at least one label is wrong)",
         "leaks": "Copies in several splits",
         "exact": "Exact copies",
         "near": "Near copies",

@@ -9,8 +9,16 @@ import numpy as np
 from torch import Tensor
 
 from sanm_lightning.data.image_files import count_passed_over, list_images, name_passed_over
+from sanm_lightning.data.label_table import OtherSamples
 
-__all__ = ["AuditSet", "audit_set_of", "fitted_rows", "fitted_split", "folder_audit_set"]
+__all__ = [
+    "AuditSet",
+    "audit_set_of",
+    "fitted_rows",
+    "fitted_split",
+    "folder_audit_set",
+    "refuse_class_folder",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -27,6 +35,7 @@ class AuditSet:
         paths: paths relative to ``root`` with ``/``; None without files.
         index: position of each image in its original set, shape (N,), for data without files.
         root: folder that the paths are relative to.
+        others: samples of the same original training set that are not audited; None if there are none.
         notes: sentences for the summary, such as the number of skipped files.
     """
 
@@ -37,6 +46,7 @@ class AuditSet:
     paths: list[str] | None = None
     index: Array | None = None
     root: Path | None = None
+    others: OtherSamples | None = None
     notes: Sequence[str] = ()
 
 
@@ -81,6 +91,24 @@ def folder_audit_set(root: str | Path) -> AuditSet:
     )
 
 
+def refuse_class_folder(folder: Path, root: Path, splits: Sequence[str], option: str) -> None:
+    """Refuse a folder of results that would become a class of the audited class folders.
+
+    Args:
+        folder: folder to write.
+        root: audited folder.
+        splits: name of the split of each sample; ``all`` if the folders of the root are classes.
+        option: option that sets another folder.
+
+    Raises:
+        ValueError: if the folder is inside the root, and the folders of the root are classes.
+    """
+    if set(splits) == {"all"} and folder.resolve().is_relative_to(root.resolve()):
+        raise ValueError(
+            f"expected a folder outside of {str(root)!r}, whose folders are classes, got {str(folder)!r}; use another {option}"
+        )
+
+
 class _SplitImages:
     """Decoded images of a split of a data module, in RGB."""
 
@@ -122,4 +150,5 @@ def audit_set_of(data: Any, split: str = "train") -> AuditSet:
         paths=paths,
         index=None if paths is not None else table.origin.numpy(),
         root=Path(data.root) if paths is not None else None,
+        others=None if split in data.own_splits else data.other_samples(split),
     )

@@ -91,7 +91,7 @@ def summarize(
         notes.append(f"Classes are imbalanced: from {sizes.min()} to {sizes.max()} images.")
     content = hashlib.blake2b(digest_size=8)
     for name, label in zip(sample_names, labels.tolist(), strict=True):
-        content.update(f"{name}\0{names[label]}\0".encode())
+        content.update(f"{name}\0{names[label]}\0".encode("utf-8", "surrogateescape"))
     return {
         "root": None if data.root is None else str(data.root.absolute()),
         "num_images": len(labels),
@@ -129,6 +129,9 @@ def verdict(summary: dict[str, Any]) -> str:
     size = summary["num_images"] if first is None else splits[first]["count"]
     where = f"{size:,} labels" + (f" of {first}" if first is not None and len(splits) > 1 else "")
     known = "" if span is None else f" (estimates from {span[0]:.1%} to {span[1]:.1%})"
-    others = "".join(f"; of {name} about {part['noise_rate']:.1%}" for name, part in splits.items() if name != first)
+    rates = {name: part["noise_rate"] for name, part in splits.items() if name != first}
+    others = "".join(
+        f"; of {name} " + ("unknown" if rate is None else f"about {rate:.1%}") for name, rate in rates.items()
+    )
     worst = f"; most frequent: given {pair['given']!r}, suggested {pair['suggested']!r}" if pair else ""
     return f"about {summary['noise_rate']:.1%} of {where} are wrong{known}{others}{worst}"

@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sanm_lightning.audit import LabelIssues, audit_set, audit_set_of, folder_audit_set, read_label_issues, write_audit
+from sanm_lightning.audit import (
+    AuditSet,
+    LabelIssues,
+    audit_set,
+    audit_set_of,
+    folder_audit_set,
+    read_label_issues,
+    write_audit,
+)
+from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.parsing import CommandParser
@@ -23,6 +32,8 @@ __all__ = ["audit", "main"]
 
 AUDITS = Path("audits")
 """Default folder of the results of all audits."""
+INTERRUPTED = 130
+"""Exit status after an interruption from the keyboard."""
 DRAFT = "features.npy.tmp"
 """Features of an audit in progress; remains only if the process is killed."""
 
@@ -86,8 +97,10 @@ def audit(
         raise ValueError(f"expected fail_over in [0, 1], got {fail_over}; use 0.05 for 5 %")
     old = read_label_issues(baseline) if baseline is not None else None
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
-    folder = _new_folder(out)
-    console = Console(highlight=False)
+    if old is not None:
+        _require_shared_samples(pool, old, str(baseline))
+    folder = _new_folder(out, pool if root is not None else None)
+    console = Console(highlight=False, soft_wrap=True)
     workers = default_num_workers() if num_workers is None else num_workers
     draft = folder / DRAFT
     with _removed_on_failure(folder), Progress(
@@ -106,7 +119,7 @@ def audit(
         )  # fmt: skip
     os.replace(draft, folder / "features.npy")
     write_audit(folder, pool, result.issues, result.probs, result.summary)
-    console.print(_class_table(result.summary))
+    console.print(_class_table(result.summary), soft_wrap=False)
     for note in result.summary["notes"]:
         console.print(f"note: {note}", markup=False)
     groups = result.summary["duplicates"]
@@ -131,12 +144,14 @@ def audit(
     return 0
 
 
-def _new_folder(out: str | None) -> Path:
+def _new_folder(out: str | None, listed: AuditSet | None) -> Path:
     if out is None:
         taken = [int(path.name[8:]) for path in AUDITS.glob("version_*") if path.name[8:].isdigit()]
         folder = AUDITS / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
+    if listed is not None and listed.root is not None:
+        refuse_class_folder(folder, listed.root, listed.splits, "--out")
     if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
         raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
     try:
@@ -160,6 +175,17 @@ def _removed_on_failure(folder: Path) -> Iterator[None]:
             if folder.parent == AUDITS:
                 AUDITS.rmdir()
         raise
+
+
+def _require_shared_samples(pool: AuditSet, old: LabelIssues, baseline: str) -> None:
+    """Check that the baseline is of this data set, of which some samples may be new."""
+    names = pool.paths if pool.paths is not None else [str(i) for i in pool.index.tolist()]  # type: ignore[union-attr]
+    if (pool.paths is None) != (old.paths is None) or not set(names) & set(old.names):
+        raise ValueError(
+            f"expected a baseline of this data set in {baseline!r}, got {len(old)} samples, none of which is among the "
+            f"{len(names)} of this audit (such as {old.names[:1]} and {names[:1]}); use the label_issues.csv of an earlier "
+            "audit of the same root"
+        )
 
 
 def _is_issue(issues: LabelIssues) -> np.ndarray[Any, Any]:
@@ -208,7 +234,8 @@ def _class_table(summary: dict[str, Any]) -> Table:
 
 
 def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
+    """Escape markup, and bytes that are not UTF-8."""
+    return text.replace("[", "\\[").encode("utf-8", "backslashreplace").decode()
 
 
 def main(words: list[str]) -> int:
@@ -224,4 +251,8 @@ def main(words: list[str]) -> int:
     parsed = parser.instantiate_classes(
         parser.parse_args([re.sub(r"^--fail-over(?=$|=)", "--fail_over", word) for word in words])
     )
-    return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})
+    try:
+        return audit(**{key: value for key, value in parsed.as_dict().items() if key != "config"})
+    except KeyboardInterrupt:
+        print("interrupted; computed features are in the cache, and the same command continues")
+        return INTERRUPTED

@@ -233,8 +233,8 @@ class NoisyDataModule(EpochPools):
 
         The arrays are ``labels`` (N,), ``index`` (N,) (position in the original training set), ``paths`` (N,) and
         ``true_labels`` (N,) if known, ``class_names`` (C,), and the scalars ``noise_kind``, ``noise_rate`` (nan if
-        there is none) and ``seed``. Without a subset and a validation split, or with ``original``, ``Noise(kind="file",
-        path=..., key="labels")`` reads the file. With several processes, call it in one of them.
+        there is none) and ``seed``; `OtherSamples.arrays` of the rest of the original set. ``Noise(kind="file", path=...,
+        key="labels")`` reads the file. With several processes, call it in one of them.
 
         Args:
             path: output file with extension ``.npz``; missing folders are created.
@@ -247,7 +247,8 @@ class NoisyDataModule(EpochPools):
         table = self.original_labels() if original else self.table("train")
         paths = self._source("train").paths if original else self.sample_paths()
         noise_seed = self.seed if self.noise.seed is None else self.noise.seed
-        save_label_table(path, table, self.class_names, self.noise_kind, self.noise_rate, noise_seed, paths)
+        others = None if original else self.other_samples()
+        save_label_table(path, table, self.class_names, self.noise_kind, self.noise_rate, noise_seed, paths, others)
 
     # Splits --------------------------------------------------------------------------------------------------------
 

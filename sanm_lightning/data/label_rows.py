@@ -157,7 +157,7 @@ def read_known_labels(
 
 
 def _csv_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | None:
-    with path.open(newline="", encoding="utf-8-sig") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         table = [row for row in csv.reader(file) if any(cell.strip() for cell in row)]
     header = [cell.strip() for cell in table[0]] if table else []
     if separated := other_separator(path, header):
@@ -185,9 +185,13 @@ def _npz_rows(path: Path, key: str | None, files: bool, named: bool) -> _Rows | 
         if not by_path and "index" not in names:
             return None
         sample = "paths" if by_path else "index"
-        read = {name: arrays[name] for name in (sample, _label_name(path, names, [], key))}
-        values, samples = read[list(read)[1]], read[sample]
+        label = _label_name(path, names, [], key)
+        values, samples = arrays[label], arrays[sample]
         drops = arrays["drop"].astype(int).astype(str).tolist() if "drop" in names else []
+        if label == "labels" and "other_labels" in names:  # samples that were not in the training split of a run
+            drops = [*(drops or ["0"] * len(values)), *arrays["other_dropped"].astype(int).astype(str).tolist()]
+            values = np.concatenate([values, arrays["other_labels"]])
+            samples = np.concatenate([samples, arrays[f"other_{sample}"]])
         own = arrays["class_names"].tolist() if "class_names" in names else []
     sizes = {len(samples), len(values), len(drops) or len(samples)}
     if values.ndim != 1 or len(sizes) > 1:

@@ -15,7 +15,10 @@ from sanm_lightning.data.noise import Noise
 from sanm_lightning.random_streams import named_generator
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["LabelTable", "balanced_subset", "label_tables", "save_label_table", "stratified_hold_out"]
+__all__ = ["LabelTable", "OtherSamples", "balanced_subset", "label_tables", "save_label_table", "stratified_hold_out"]
+
+
+Array = np.ndarray[Any, Any]
 
 
 class LabelTable(NamedTuple):
@@ -41,6 +44,29 @@ class LabelTable(NamedTuple):
     def check_sum(self) -> int:
         """Return a checksum of labels and sample positions."""
         return zlib.crc32(torch.stack([self.labels, self.origin]).numpy().tobytes())
+
+
+class OtherSamples(NamedTuple):
+    """The M samples of the original training set that are not in a split: held out, outside of the subset, or dropped.
+
+    Label files contain the whole original set, hence also these samples.
+
+    Attributes:
+        origin: positions in the original set, shape (M,), int64.
+        paths: paths relative to the root, shape (M,); None without files.
+        labels: given labels, shape (M,), int64.
+        dropped: whether the samples are dropped, shape (M,), bool.
+    """
+
+    origin: Array
+    paths: Array | None
+    labels: Array
+    dropped: Array
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the arrays of a label file, by name."""
+        found = {"index": self.origin, "paths": self.paths, "labels": self.labels, "dropped": self.dropped}
+        return {f"other_{name}": part for name, part in found.items() if part is not None}
 
 
 def balanced_subset(labels: Tensor, size: int, num_classes: int, seed: int) -> Tensor:
@@ -168,8 +194,9 @@ def save_label_table(
     noise_rate: float | None,
     seed: int,
     paths: Sequence[str] | None = None,
+    others: OtherSamples | None = None,
 ) -> None:
-    """Write a label table to a ``.npz`` file, atomically.
+    """Write a label table, and the other samples of the original set, to a ``.npz`` file, atomically.
 
     Raises:
         ValueError: if the extension is not ``.npz``.
@@ -186,6 +213,8 @@ def save_label_table(
         "noise_rate": np.array(np.nan if noise_rate is None else noise_rate),
         "seed": np.array(seed, dtype=np.uint64),
     }
+    if others is not None:
+        arrays |= others.arrays()
     if paths is not None:
         arrays["paths"] = np.array(paths, dtype=np.str_)
     if table.true_labels is not None:

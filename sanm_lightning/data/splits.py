@@ -4,14 +4,15 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sanm_lightning.class_names import named_classes, refuse_other_classes
 from sanm_lightning.data.image_store import ImageStore
-from sanm_lightning.data.label_rows import read_known_labels
-from sanm_lightning.data.label_table import LabelTable
+from sanm_lightning.data.label_rows import FileLabels, read_known_labels
+from sanm_lightning.data.label_table import LabelTable, OtherSamples
 from sanm_lightning.data.list_files import PathList
 from sanm_lightning.data.noise import Noise
 from sanm_lightning.data.serving import ServedBatches
@@ -105,6 +106,31 @@ class Splits(ServedBatches):
         if isinstance(paths, PathList):
             return paths.at(rows.numpy())
         return None if paths is None else [paths[row] for row in rows.tolist()]
+
+    def original_set(self) -> tuple[Sequence[str] | None, FileLabels]:
+        """Return paths, given labels and kept samples of the whole original training set, in its order.
+
+        Samples of the training split and of a split held out from it have the labels of these splits; others have that of
+        the label file, or the label of the original set. With injected noise, which they lack, they are not kept.
+        """
+        source = self._source("train")
+        file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
+        everything = torch.full((len(source.labels),), not self.noise.injects)
+        labels, kept = file or FileLabels(source.labels.clone(), everything)
+        held_out = ["val"] if self.held_out_fraction > 0 else []
+        for table in map(self.table, ["train", *held_out]):
+            labels[table.origin], kept[table.origin] = table.labels, True
+        return source.paths, FileLabels(labels, kept)
+
+    def other_samples(self, split: str = "train") -> OtherSamples | None:
+        """Return the samples of the original training set that are not in a split of it; None if there are none."""
+        paths, (labels, kept) = self.original_set()
+        other = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, self.table(split).origin, False)
+        index = other.nonzero().flatten().tolist()
+        if not index:
+            return None
+        names = None if paths is None else np.array([paths[row] for row in index], np.str_)
+        return OtherSamples(np.array(index), names, labels[other].numpy(), ~kept[other].numpy())
 
     def known_labels(self, path: str) -> tuple[Tensor, Tensor]:
         """Read a file of known labels of training samples; see `read_known_labels`.

@@ -23,6 +23,7 @@ from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
 from sanm_lightning.cli import _read_noise_rate, entry_point, main
 from sanm_lightning.commands import run
+from sanm_lightning.data.label_rows import read_label_file
 from sanm_lightning.functional.noise_model import judge_labels
 from sanm_lightning.models import Normalized, load_pretrained
 from sanm_lightning.models.pretrained import packaged_weights
@@ -285,6 +286,38 @@ class TestPlantedFaults:
         page = (out / "report.html").read_text()
         assert "<b>tag" not in page
 
+    def test_names_that_are_not_utf8(self, tmp_path, audit):
+        root = folder(tmp_path / "root")
+        train = os.fsencode(root / "train")
+        shutil.copy(train + b"/blue/blue1.png", train + b"/blue/\xff.png")
+        Path(os.fsdecode(train + b"/red/\xfe.png")).write_bytes(b"no image")
+        os.rename(train + b"/green", train + b"/gr\xfcn")
+        os.rename(os.fsencode(root / "test/green"), os.fsencode(root / "test") + b"/gr\xfcn")
+        out = audit(root)
+        found = json.loads((out / "audit.json").read_text(encoding="utf-8"))
+        assert found["duplicates"]["exact"] == [["train/blue/blue1.png", "train/blue/\udcff.png"]]
+        assert list(found["unreadable"]) == ["train/red/\udcfe.png"]
+        assert (
+            read_label_issues(out / "label_issues.csv").class_names
+            == found["class_names"]
+            == ["blue", "gr\udcfcn", "red"]
+        )
+        assert run(["relabel", str(out), "--below", "0.5", "--out", "new/labels.csv"]) == 0
+        issues = read_label_issues(out / "label_issues.csv")
+        labels, kept = read_label_file(
+            "new/labels.csv", torch.from_numpy(issues.given), issues.class_names, issues.paths
+        )
+        assert kept.all()
+        assert int((labels != torch.from_numpy(issues.given)).sum()) >= 3
+
+    def test_a_split_that_cannot_be_read_is_unknown(self, tmp_path, audit, capsys):
+        root = folder(tmp_path / "root")
+        for path in (root / "test").rglob("*.png"):
+            path.write_bytes(b"")
+        out = audit(root)
+        assert summary(out)["splits"]["test"] == {"count": 12, "noise_rate": None}
+        assert "; of test unknown; most frequent: " in capsys.readouterr().out
+
     def test_duplicates_against_a_loop_over_pairs(self):
         draw = np.random.default_rng(0)
         size = 40
@@ -377,7 +410,7 @@ class TestCache:
         assert forwards == []
         assert "passed over" not in capsys.readouterr().out
 
-    def test_interrupted_work_goes_on_under_the_same_name(self, tmp_path, audit, forwards, monkeypatch):
+    def test_interrupted_work_goes_on_under_the_same_name(self, tmp_path, audit, forwards, monkeypatch, capsys):
         root = folder(tmp_path / "root")
         call = FrozenFeatures.__call__
 
@@ -388,8 +421,8 @@ class TestCache:
 
         with monkeypatch.context() as patch:
             patch.setattr(FrozenFeatures, "__call__", stops)
-            with pytest.raises(KeyboardInterrupt):
-                audit(root, "--batch_size", "10", "--out", "here")
+            audit(root, "--batch_size", "10", "--out", "here", status=130)
+        assert capsys.readouterr().out.splitlines()[-1].startswith("interrupted; computed features are in the cache")
         assert not Path("here").exists()
         Path("here").mkdir()
         Path("here/features.npy.tmp").write_bytes(b"")  # as an audit leaves behind that was killed
@@ -568,6 +601,22 @@ class TestCommand:
         assert found == {"train/blue/more.png": "red", "train/blue/green0.png": "green"}
         audit(root, "--baseline", old, "--fail-over", "0.05")  # 2 of 49
 
+    def test_a_baseline_of_another_data_set_is_refused_before_any_work(self, tmp_path, audit):
+        old = audit(folder(tmp_path / "root"), "--image_size", "24") / "label_issues.csv"
+        sentence = (
+            r"got 48 samples, none of which is among the 36 of this audit \(such as \['train/.*'\] and \['blue/.*'\]\)"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            audit(tmp_path / "root/train", "--baseline", old, "--out", "there")
+        with pytest.raises(ValueError, match="none of which is among the 64 of this audit"):
+            audit("--data", "Toy", "--baseline", old, "--out", "there")
+        assert not Path("there").exists()
+
+    def test_the_verdict_is_one_line_in_a_log(self, tmp_path, audit, capsys):
+        audit(folder(tmp_path / "root"))
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("about ")]
+        assert "most frequent: given 'green', suggested 'blue'" in line
+
     def test_without_out_each_audit_has_a_folder_of_its_own(self, tmp_path, weights):
         root = folder(tmp_path / "root")
         words = ["audit", str(root), "--network", "small_cnn", "--checkpoint", weights, "--cache", "cache"]
@@ -658,6 +707,18 @@ class TestRefused:
         pool = AuditSet(torch.zeros(20, 3, 8, 8, dtype=torch.uint8), np.zeros(20, np.int64), ["a", "b"], ["all"] * 20)
         with pytest.raises(ValueError, match="expected images of two classes or more, got 1; add classes"):
             audit_set(pool)
+
+    def test_results_that_would_be_a_class_of_the_next_audit(self, tmp_path, audit):
+        root = folder(tmp_path / "root")
+        sentence = "expected a folder outside of '.*train', whose folders are classes, got '.*'; use another --"
+        for out in (root / "train/mine", root / "train/blue/mine"):
+            with pytest.raises(ValueError, match=sentence + "out"):
+                audit(root / "train", "--out", out)
+        out = audit(root / "train")
+        with pytest.raises(ValueError, match=sentence + "linked"):
+            run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "train/fixed")])
+        assert sorted(os.listdir(root / "train")) == sorted(COLORS)
+        assert run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "fixed")]) == 0
 
     def test_results_that_exist_are_never_overwritten(self, tmp_path, audit):
         root = folder(tmp_path / "root")

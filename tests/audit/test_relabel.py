@@ -8,11 +8,17 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from sanm_lightning.audit.label_issues import LabelIssues, write_label_issues
 from sanm_lightning.audit.relabel import relabel, undo_relabel
+from sanm_lightning.audit.run_folder import write_audit
+from sanm_lightning.audit.sets import audit_set_of
+from sanm_lightning.audit.summary import summarize
 from sanm_lightning.audit.verdicts import read_accepted
 from sanm_lightning.cli import entry_point
+from sanm_lightning.data import ImageFolder, Noise, Toy
+from tests.data.test_image_folder import SIDE, folder
 
 CLASSES = ["=1", "cat", "dog"]
 HEADER = "path,split,given_label,verdict,new_label\n"
@@ -210,6 +216,56 @@ class TestLinked:
         with pytest.raises(ValueError, match="names of folders"):
             relabel(audit, path, linked=tmp_path / "other", root=tmp_path / "root", new_classes=True)
         assert not list(tmp_path.glob("other*"))
+
+
+class TestSamplesThatWereNotAudited:
+    """A label file contains the whole original set: also what is held out, outside of the subset, or dropped before."""
+
+    def audited(self, data, tmp_path):
+        """An audit of the training split in which the first sample is wrong."""
+        pool, probs = audit_set_of(data), np.full((data.num_samples, data.num_classes), 1 / data.num_classes)
+        quality = np.linspace(0, 1, data.num_samples)
+        issues = LabelIssues(
+            pool.paths, pool.splits, pool.labels, (pool.labels + 1) % data.num_classes, quality, quality, 1 - quality,
+            pool.class_names, index=pool.index,
+        )  # fmt: skip
+        joint = np.eye(data.num_classes) / data.num_classes
+        write_audit(tmp_path / "run", pool, issues, probs, summarize(pool, issues, joint))
+        return tmp_path / "run"
+
+    def test_of_a_folder_with_a_held_out_split_and_an_earlier_label_file(self, tmp_path):
+        root = folder(tmp_path / "data", {"a": 6, "b": 6})
+        first = "".join(f"train/{name}/{i}.png,b,{int(i == 2)}\n" for name in "ab" for i in range(6))
+        (tmp_path / "first.csv").write_text("path,label,drop\n" + first.replace("train/a/4.png,b", "train/a/4.png,a"))
+
+        def data(file):
+            noise = Noise("file", path=str(tmp_path / file))
+            return ImageFolder(str(root), image_size=SIDE, seed=1, noise=noise, holdout_fraction=0.3)
+
+        before = data("first.csv")
+        run = self.audited(before, tmp_path)
+        assert relabel(run, below=0, out=tmp_path / "second/labels.csv")[1:] == (12, 1, 2)
+        changed = before.table("train").origin[0]
+        (_, (old, kept)), (_, (new, kept_again)) = before.original_set(), data("second/labels.csv").original_set()
+        assert kept.tolist() == kept_again.tolist() == [i % 6 != 2 for i in range(12)]
+        assert (old != new).nonzero().tolist() == [[changed]]
+        assert old.tolist() == [1, 1, 1, 1, 0, 1, *[1] * 6]
+
+        assert relabel(run, below=0, linked=tmp_path / "linked")[1:] == (12, 1, 2)
+        assert len(list((tmp_path / "linked/train").rglob("*.png"))) == 10
+
+    def test_of_a_subset_without_files(self, tmp_path):
+        before = Toy(seed=0, noise=Noise("symmetric", 0.5), max_train_samples=16, val_fraction=0.25)
+        run = self.audited(before, tmp_path)
+        relabel(run, below=0, out=tmp_path / "labels.csv")
+        again = Toy(seed=0, noise=Noise("file", path=str(tmp_path / "labels.csv")))
+        used = torch.cat([before.table(name).origin for name in ("train", "val")]).sort().values
+        assert again.table("train").origin.tolist() == used.tolist()  # others have no noise
+        old = before.original_set()[1].labels[used]
+        assert used[old != again.labels].tolist() == [before.table("train").origin[0]]
+        assert old.tolist() != before._source("train").labels[used].tolist()
+        plain = Toy(seed=0, max_train_samples=16)
+        assert plain.original_set()[1].kept.all()
 
 
 class TestUndo:

@@ -144,6 +144,23 @@ class TestInADataModule:
         again = ImageFolder(root, noise=Noise("file", path=str(tmp_path / "labels.npz")), **options)
         assert torch.equal(again.labels, noisy.labels) and again.noise_kind == "file"
 
+    @pytest.mark.parametrize("files", [True, False])
+    def test_labels_of_a_run_with_a_held_out_split_are_read_back(self, tmp_path: Path, files: bool) -> None:
+        root = str(folder(tmp_path / "data", {"a": 8, "b": 8}))
+
+        def data(noise: Noise, **options: Any) -> ImageFolder | Toy:
+            return ImageFolder(root, noise=noise, image_size=SIDE, **options) if files else Toy(noise=noise, **options)
+
+        run = data(Noise("symmetric", 0.5, seed=1), seed=0, val_fraction=0.25, max_train_samples=12)
+        run.save_labels(tmp_path / "labels.npz")
+        again = data(Noise("file", path=str(tmp_path / "labels.npz")), seed=0, holdout_fraction=0)
+        both = [run.table(split) for split in ("train", "val")]
+        order = torch.cat([table.origin for table in both]).argsort()
+        assert torch.equal(again.table("train").origin, torch.cat([table.origin for table in both])[order])
+        assert torch.equal(again.labels, torch.cat([table.labels for table in both])[order])
+        with pytest.raises(ValueError, match="without a row"):  # the true labels of the others are not in the file
+            data(Noise("file", path=str(tmp_path / "labels.npz"), key="true_labels"), seed=0).table("train")
+
     def test_dropped_samples_are_not_trained_on(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         root = folder(folder(tmp_path / "data", {"a": 3, "b": 3}), {"a": 1, "b": 1}, "test")
         rows = ["path,label,drop", "train/a/0.png,b,0", "train/a/1.png,a,1", "train/a/2.png,a,0"]
