@@ -218,6 +218,21 @@ def audit_image_size() -> str:
     )
 
 
+def audit_some_classes() -> str:
+    """Return the table of estimated noise rates where only some classes are noisy."""
+    runs = load("audit_some_classes")["runs"]
+    rows = (
+        [
+            name,
+            *(decimals(run[key]) for key in ("wrong", "estimated")),
+            " to ".join(map(decimals, run["interval"])),
+            decimals(run["auroc"]),
+        ]
+        for name, run in runs.items()
+    )
+    return markdown("| labels | wrong | estimated | interval | AUROC of the list |", rows)
+
+
 def digits_quality() -> str:
     """Return the table of C2D and DivideMix at 80 % with parts of SANM and another label quality."""
     found = digits_runs("digits_methods")
@@ -362,6 +377,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-variants": lambda: digits_methods.variants_table(load("digits_noises")["runs"]),
     "loaders": loaders,
     "audit-image-size": audit_image_size,
+    "audit-some-classes": audit_some_classes,
     "digits-quality": digits_quality,
     "clean-or-train": lambda: clean_or_train.table(load("clean_or_train")["runs"]),
     "audit-or-training": audit_or_training,
