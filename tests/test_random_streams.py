@@ -64,14 +64,14 @@ class TestProcessRank:
 
 
 def test_every_stream_is_drawn_by_name_and_no_two_purposes_share_a_kind():
-    """One call per kind in the whole package; ``stream`` passes its caller's kind on."""
+    """One call per kind in the whole package; ``stream`` and ``epoch_stream`` pass their caller's kind on."""
     found: dict[str, list[str]] = {}
     for path in sorted(Path(sanm_lightning.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             name = getattr(getattr(node, "func", None), "id", getattr(getattr(node, "func", None), "attr", ""))
-            if name not in ("named_generator", "named_seed", "stream") or path.stem == "random_streams":
+            if name not in ("named_generator", "named_seed", "stream", "epoch_stream") or path.stem == "random_streams":
                 continue
-            kind = node.args[0]
+            kind = node.args[1 if name == "epoch_stream" else 0]
             if isinstance(kind, ast.Constant):
                 found.setdefault(kind.value, []).append(path.stem)
             else:
