@@ -46,12 +46,16 @@ class Timing:
         self.until: dict[int, float] = {}
         """Seconds of training, without evaluations, until the evaluation of each epoch."""
         self._before = self._evaluating = 0.0
+        self._restored = False
         self._started: float | None = None
         self._paused: float | None = None
 
     def start(self, machine: str) -> None:
-        """Start the clock of a fit, or of the rest of a resumed one."""
-        self._started = time.monotonic()
+        """Start the clock of a fit, or of the rest of one whose state was loaded."""
+        if not self._restored:
+            self.machines, self.until, self.known = [], {}, True
+            self._before = self._evaluating = 0.0
+        self._started, self._paused, self._restored = time.monotonic(), None, False
         self.machines += [] if machine in self.machines else [machine]
 
     def seconds(self) -> float:
@@ -104,7 +108,7 @@ class Timing:
             "machines": list(self.machines),
             "known": self.known,
             "until": dict(self.until),
-            "evaluating": self._evaluating,
+            "evaluating": self._evaluating + (0.0 if self._paused is None else time.monotonic() - self._paused),
         }
 
     def load_state_dict(self, seconds: float, state: dict[str, Any] | None) -> None:
@@ -114,7 +118,8 @@ class Timing:
             seconds: seconds of the fit so far.
             state: state of a checkpoint; None if an earlier version wrote it.
         """
-        self._before, self.known = seconds, state is not None
+        self._before, self.known, self._restored = seconds, state is not None, True
+        self._started = self._paused = None
         if state is not None:
             self.machines, self.until = list(state["machines"]), dict(state["until"])
             self._evaluating, self.known = state["evaluating"], state["known"]

@@ -13,6 +13,7 @@ from sanm_lightning.data import Toy
 from sanm_lightning.pictures import SANMPictures
 from sanm_lightning.run_checkpoint import RunCheckpoint
 from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
+from sanm_lightning.run_timing import Timing
 from tests.methods.toy import data, method, trainer
 from tests.test_class_names import pictures
 
@@ -20,6 +21,34 @@ from tests.test_class_names import pictures
 def results() -> dict:
     with open("results.json") as file:
         return json.load(file)
+
+
+def test_the_clock_of_a_second_fit_begins_at_zero(monkeypatch):
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr("sanm_lightning.run_timing.time.monotonic", lambda: next(now))
+    timing = Timing()
+    for _ in range(2):
+        timing.start("a processor")
+        timing.pause()
+        timing.proceed(0)
+        assert timing.until == {0: 20}  # of 30 seconds, 10 of an evaluation
+        assert timing.machines == ["a processor"]
+
+
+def test_a_checkpoint_written_during_an_evaluation_has_the_time_of_training_only(monkeypatch):
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr("sanm_lightning.run_timing.time.monotonic", lambda: next(now))
+    timing = Timing()
+    timing.start("a processor")
+    timing.pause()
+    seconds, state = timing.seconds(), timing.state_dict()
+    again = Timing()
+    again.load_state_dict(seconds, state)
+    again.start("a processor")
+    again.proceed(1)
+    assert seconds == 20
+    assert state["evaluating"] == 20
+    assert again.until == {1: 10}  # of another step, and none of the interrupted evaluation
 
 
 class TestResults:

@@ -104,7 +104,8 @@ def relabel(
     else:
         assert linked is not None
         path, source = Path(linked), _find_root(Path(audit_folder), root, issues)
-        refuse_class_folder(path, source, issues.splits, "--linked")
+        if not all(map(os.path.isabs, issues.paths or [])):  # otherwise, the audited images are not in one folder
+            refuse_class_folder(path, source, issues.splits, "--linked")
         _write_linked(path, issues, given, labels, drop, source)
     return Relabeled(path, len(issues), changed, sum(drop))
 

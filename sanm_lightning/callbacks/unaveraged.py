@@ -27,7 +27,7 @@ class Unaveraged(nn.Module):
 
         Args:
             name: name of the attribute, and of the entry in the state dict; the entries of a named tuple are ``name_field``.
-            value: initial value, of any shape; a loaded value has the same shape.
+            value: initial value, of any shape, not an expanded view; a loaded value has the same shape.
         """
         self.__dict__.setdefault("_state_names", []).append(name)
         setattr(self, name, value)

@@ -79,6 +79,11 @@ class CDR(CrossEntropy):
     def _own_callbacks(self) -> list[Any]:
         return [*super()._own_callbacks(), CriticalGradients()]
 
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Mask the gradients in trials of Lightning's finders, which remove the callback."""
+        if not any(isinstance(callback, CriticalGradients) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            self.mask_gradients()
+
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Set the gradient of all but the critical weights to 0, once per step, before the gradients are clipped."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, neighbor_probs, standardize
-from sanm_lightning.functional.noise_model import fit_noise_model
+from sanm_lightning.functional.noise_model import anchor_transition, label_posterior
 from sanm_lightning.per_sample import SampleState
 from sanm_lightning.sanm.options import found_by_path
 from sanm_lightning.sanm.quality import QualityEstimator, TableQuality
@@ -232,7 +232,7 @@ class FeatureQuality(TableQuality):
             probs = neighbor_probs(near, np.ones(near.shape, np.float32), labels, num_classes)
         else:
             probs = linear_probe(table, labels, assign_folds(labels, place, 5, 0), num_classes).probs
-        return fit_noise_model(probs, labels).posterior[place, labels]
+        return label_posterior(probs, labels, anchor_transition(probs, labels))[place, labels]
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of calls to `fit`."""

@@ -74,7 +74,26 @@ class TestAnchors:
         order = sorted(range(len(labels)), key=lambda row: probs[row, 0], reverse=True)
         for given in range(4):
             assert found[0, given] == sum(labels[row] == given for row in order[:chosen])
-        assert found.sum(1).tolist() == [chosen, 120, 0, 16]  # a class without labels has no anchor points
+        assert found.sum(1).tolist() == [chosen, 120, 1, 16]
+        assert found[2].tolist() == [0, 0, 1, 0]  # a class without labels has no anchor points
+
+    @pytest.mark.parametrize("unused", [1, 30])
+    def test_classes_without_labels_change_nothing(self, unused):
+        draw = np.random.default_rng(0)
+        right = np.repeat(np.arange(5), 100)
+        given = np.where(draw.random(500) < 0.1, draw.integers(0, 5, 500), right)
+        probs = np.full((500, 5), 0.02) + 0.9 * np.eye(5)[right]
+        more = np.concatenate([probs * (1 - 1e-4), np.full((500, unused), 1e-4 / unused)], 1)
+        few, many = fit_noise_model(probs, given), fit_noise_model(more, given)
+        np.testing.assert_allclose(many.transition[:5, :5], few.transition, atol=1e-3)
+        assert many.noise_rate == pytest.approx(few.noise_rate, abs=1e-3)
+        np.testing.assert_allclose(many.interval, few.interval, atol=2e-3)
+        np.testing.assert_array_equal(anchor_transition(more, given)[5:], np.eye(5 + unused)[5:])
+
+    def test_one_class_has_no_wrong_labels(self):
+        model = fit_noise_model(np.full((3, 2), 0.5), np.zeros(3, int))
+        assert model.noise_rate == 0
+        assert model.interval == (0, 0)
 
     def test_errors_of_the_probe_are_not_counted_as_noise(self):
         """Two classes that overlap: the confident joint counts the images in between, and anchor points do not."""
@@ -249,6 +268,16 @@ class TestPlantedNoise:
         assert model.posterior[:, 4:].max() < 0.01
         np.testing.assert_allclose(model.transition.sum(1), 1)
         assert model.interval[0] <= (given != right).mean() <= model.interval[1]
+
+    def test_the_low_end_of_many_samples_is_that_of_some_of_them(self, monkeypatch):
+        features, right, draw = blobs()
+        given = np.where(draw.random(len(right)) < 0.2, draw.integers(0, 4, len(right)), right)
+        whole = fitted(features, given, 4)
+        monkeypatch.setattr("sanm_lightning.functional.noise_model.REFINED", 400)
+        part = fitted(features, given, 4)
+        assert part.interval[0] == pytest.approx(whole.interval[0], abs=0.05)
+        assert part.interval[0] != whole.interval[0]
+        assert part.noise_rate == whole.noise_rate
 
     def test_parts_belong_together(self):
         features, right, draw = blobs(n=300)

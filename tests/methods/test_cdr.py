@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 
 from sanm_lightning import SANM, CrossEntropy
 from sanm_lightning.functional import critical_fraction, critical_threshold
@@ -96,6 +97,20 @@ def test_accumulated_gradients_are_masked_before_they_are_clipped_in_a_subclass_
         assert int((flat != 0).sum()) == int(0.25 * len(flat))
         assert float(flat.norm()) > 0.01
     assert same(plain.network, own.network)
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_every_step_is_masked_once_also_in_trials_of_finders(trial, monkeypatch):
+    masked = []
+    plain = CDR.mask_gradients
+    monkeypatch.setattr(CDR, "mask_gradients", lambda self: (masked.append(self.global_step), plain(self)))
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    run = trainer(6, callbacks=[finder] if trial else [])
+    run.fit(method(noise_rate=0.75), data())
+    if trial:
+        tried, masked = masked[:20], masked[20:]
+        assert tried == list(range(20))
+    assert masked == list(range(run.global_step))
 
 
 def test_decay_of_absolute_values_adds_the_sign():
