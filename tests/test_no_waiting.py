@@ -224,7 +224,7 @@ def test_the_gradient_of_cdr_asks_the_device_nothing(on_gpu, monkeypatch):
     def run():
         for parameter in module.parameters():
             parameter.grad = torch.empty_like(parameter)
-        module.mask_gradients()
+        module.on_before_optimizer_step(None)
         return module.network.get_classifier().weight.grad.sum()
 
     step(module, on_gpu, run)

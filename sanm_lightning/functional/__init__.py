@@ -2,7 +2,7 @@
 
 from sanm_lightning.functional.beta_mixture import BetaMixture, beta_mixture_posterior, fit_beta_mixture
 from sanm_lightning.functional.contrastive import (
-    Compared,
+    ContrastKeys,
     MixedViews,
     instance_contrast,
     interpolated_contrast,
@@ -124,7 +124,7 @@ from sanm_lightning.functional.targets import (
 
 __all__ = [
     "BetaMixture",
-    "Compared",
+    "ContrastKeys",
     "CrossValidated",
     "LookaheadStep",
     "Mixed",

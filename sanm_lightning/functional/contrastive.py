@@ -10,7 +10,7 @@ from sanm_lightning.functional.losses import masked_mean, soft_cross_entropy
 from sanm_lightning.functional.targets import Mixed
 
 __all__ = [
-    "Compared",
+    "ContrastKeys",
     "MixedViews",
     "instance_contrast",
     "interpolated_contrast",
@@ -40,8 +40,8 @@ class MixedViews(NamedTuple):
         return cls(torch.cat(embeddings), torch.cat(lam), torch.cat([view.partners for view in mixed]))
 
 
-class Compared(NamedTuple):
-    """Rows that mixed views are compared with, and the weights of the positive pairs."""
+class ContrastKeys(NamedTuple):
+    """Keys of a contrast of mixed views, and the weights of the positive pairs of the V views and the M keys."""
 
     embeddings: Tensor
     """(M, P), normalized; the first rows are those of the same views."""
@@ -172,7 +172,7 @@ def interpolated_contrast(
     return -lam * parts[0] - (1 - lam) * parts[1]
 
 
-def partnered_contrast(views: MixedViews, compared: Compared, temperature: float) -> tuple[Tensor, Tensor]:
+def partnered_contrast(views: MixedViews, compared: ContrastKeys, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the mean :func:`interpolated_contrast` of two mixed views, in which samples without a partner count as 0.
 
     Source: the code of Sel-CL (Li et al., CVPR 2022).

@@ -15,6 +15,7 @@ __all__ = [
     "fit_noise_model",
     "judge_labels",
     "label_posterior",
+    "predicts_labels",
     "smooth_transition",
     "transition_of",
 ]
@@ -50,6 +51,18 @@ class NoiseModel(NamedTuple):
     interval: tuple[float, float]
 
 
+def predicts_labels(probs: Array, labels: Array) -> bool:
+    """Return whether given labels are more probable than labels drawn from their frequencies, by two standard errors.
+
+    Args:
+        probs: out-of-fold probabilities of the given labels, shape (N, C).
+        labels: given labels, shape (N,).
+    """
+    frequencies = np.bincount(labels, minlength=probs.shape[1]) / len(labels)
+    gain = probs[np.arange(len(labels)), labels] - probs @ frequencies
+    return float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(labels))
+
+
 def anchor_transition(probs: Array, labels: Array, fraction: float = ANCHORS) -> Array:
     """Estimate the transition matrix from the images that most certainly belong to each class.
 
@@ -66,7 +79,8 @@ def anchor_transition(probs: Array, labels: Array, fraction: float = ANCHORS) ->
 
     Returns:
         Probability of each given label (columns) for each true label (rows), shape (C, C), rows sum to 1. Rows and columns of
-        classes without given labels are those of the identity matrix.
+        classes without given labels are those of the identity matrix, as are all if the probabilities do not predict the
+        labels (:func:`predicts_labels`).
     """
     num_classes = probs.shape[1]
     sizes = np.bincount(labels, minlength=num_classes)
@@ -77,6 +91,8 @@ def anchor_transition(probs: Array, labels: Array, fraction: float = ANCHORS) ->
         anchors = np.argpartition(-probs[:, label], chosen - 1)[:chosen]
         counts[row] = np.bincount(labels[anchors], minlength=num_classes)[given]
     transition = np.eye(num_classes)
+    if not predicts_labels(probs, labels):
+        return transition
     transition[np.ix_(given, given)] = smooth_transition(counts)
     return transition
 
@@ -89,14 +105,12 @@ def smooth_transition(counts: Array) -> Array:
     sizes explain become equal, and rows that do differ remain as counted.
 
     Args:
-        counts: number of samples of each given label (columns) for each true label (rows), shape (C, C).
+        counts: number of samples of each given label (columns) for each true label (rows), shape (C, C), C >= 2.
 
     Returns:
         Shape (C, C), rows sum to 1, all entries above 0.
     """
     num_classes, sizes = len(counts), counts.sum(1, keepdims=True)
-    if num_classes == 1:
-        return np.ones((1, 1))
     wrong = counts.sum() - np.trace(counts)
     rate = (wrong + 0.5) / (counts.sum() + 1)  # Jeffreys' estimate, in (0, 1)
     prior = np.full(counts.shape, rate / (num_classes - 1))
@@ -221,8 +235,9 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 10) -> Noise
     with a correct label. The interval therefore spans a high and a low estimate. The high estimate is that of the
     confident joint, which counts each confident disagreement as a wrong label. The low estimate is that of a transition
     matrix re-estimated from its own posterior ``refinements`` times, on at most 20,000 random samples, which increases the
-    fraction of labels considered correct. Neither is valid if the probabilities do not depend on the images. The interval
-    is extended by two standard errors of a fraction of the samples.
+    fraction of labels considered correct. The interval is extended by two standard errors of a fraction of the samples. If
+    the probabilities do not predict the labels (:func:`predicts_labels`), no label counts as wrong, and the interval is
+    (0, 1).
 
     Args:
         probs: out-of-fold probabilities of the given labels, shape (N, C).
@@ -246,6 +261,8 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 10) -> Noise
     error = [2 * math.sqrt(end * (1 - end) / size) for end, size in zip(ends, sizes, strict=True)]
     low = min(end - margin for end, margin in zip(ends, error, strict=True))
     high = max(end + margin for end, margin in zip(ends, error, strict=True))
+    if not predicts_labels(probs, labels):
+        low, high = 0.0, 1.0
     joint = _joint_of(posterior, labels)
     return NoiseModel(posterior, joint, transition_of(joint), ends[0], (max(0.0, low), min(1.0, high)))
 

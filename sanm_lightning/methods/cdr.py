@@ -2,7 +2,6 @@
 
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -11,14 +10,6 @@ from sanm_lightning.methods.checks import check_choice, check_range, require_noi
 from sanm_lightning.methods.cross_entropy import CrossEntropy
 
 __all__ = ["CDR"]
-
-
-class CriticalGradients(L.Callback):
-    """Mask the gradients before each optimizer step; a subclass may override ``on_before_optimizer_step``."""
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the gradients, which are accumulated and unscaled, and not clipped yet."""
-        pl_module.mask_gradients()
 
 
 class CDR(CrossEntropy):
@@ -76,17 +67,12 @@ class CDR(CrossEntropy):
         """Return the weights that are ranked: those of the network with two dimensions or more."""
         return [weight for weight in self.network.parameters() if weight.ndim >= 2 and weight.requires_grad]
 
-    def _own_callbacks(self) -> list[Any]:
-        return [*super()._own_callbacks(), CriticalGradients()]
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Mask the gradients in trials of Lightning's finders, which remove the callback."""
-        if not any(isinstance(callback, CriticalGradients) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
-            self.mask_gradients()
-
     @torch.no_grad()
-    def mask_gradients(self) -> None:
-        """Set the gradient of all but the critical weights to 0, once per step, before the gradients are clipped."""
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the gradient of all but the critical weights to 0; gradients are unscaled and not clipped yet.
+
+        A subclass that overrides it calls ``super().on_before_optimizer_step(optimizer)``.
+        """
         weights = [weight for weight in self.competing() if weight.grad is not None]
         if self.noise_rate > 0 and weights:
             fraction = critical_fraction(self.current_epoch, self.noise_rate, self.schedule, self.num_gradual)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.functional import (
-    Compared,
+    ContrastKeys,
     Mixed,
     clipped_gradient_term,
     pair_similarity,
@@ -137,11 +137,11 @@ class SelCL(MomentumContrast, SelectedContrast):
         probs = torch.cat([self.network.forward_head(part) for part in maps]).float().softmax(1)
         queued = None if queue is None else self.pairs(index, queue.index) & queue.valid
         near = view_positives(self.pairs(index, index), views.partners, queued)
-        compared = [Compared(views.embeddings, probs, *(part[:, : len(probs)] for part in near))]
+        compared = [ContrastKeys(views.embeddings, probs, *(part[:, : len(probs)] for part in near))]
         if queue is not None:
             keys, key_probs = (torch.cat(part) for part in zip(*(self.key(view.images) for view in mixed), strict=True))
             others, valid = queue.behind(keys)
-            compared.append(Compared(others, torch.cat([key_probs, queue.probs]), *near, valid))
+            compared.append(ContrastKeys(others, torch.cat([key_probs, queue.probs]), *near, valid))
             queue.enqueue(keys, probs=key_probs, index=index.repeat(2))
         found = [partnered_contrast(views, rows, self.temperature) for rows in compared]
         contrast, partnered = torch.stack([loss for loss, _ in found]).sum(), found[-1][1]

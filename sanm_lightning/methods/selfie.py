@@ -71,7 +71,7 @@ class SELFIE(NoisyLabelModule):
     @property
     def epochs_per_run(self) -> int:
         """Epochs of each run but the last one; 100 if ``max_epochs`` is unknown."""
-        return self.run_epochs or self.fraction_of_run(100, 100 * (self.restarts + 1), after=0)
+        return self.run_epochs or (self.total_epochs or 100 * (self.restarts + 1)) // (self.restarts + 1)
 
     def stages(self) -> list[Stage]:
         """Return the two stages of each run."""

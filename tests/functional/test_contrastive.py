@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from sanm_lightning.functional import (
-    Compared,
+    ContrastKeys,
     MixedViews,
     clipped_gradient_term,
     instance_contrast,
@@ -181,7 +181,7 @@ def test_samples_without_a_partner_have_no_contrast(rows):
     lam = torch.tensor([0.8] * B + [0.6] * B, dtype=torch.float64)
     queued = (labels[:, None] == queue_labels) & valid[2 * B :]
     near = view_positives(labels[:, None] == labels, PARTNERS, queued)
-    compared = Compared(others, torch.zeros(len(others), C), *near, valid)
+    compared = ContrastKeys(others, torch.zeros(len(others), C), *near, valid)
     loss, partnered = partnered_contrast(MixedViews(views, lam, PARTNERS), compared, T)
     alone = [i for i in range(B) if labels.tolist().count(int(labels[i])) == 1 and not queued[i].any()]
     assert [i for i in range(B) if not partnered[i]] == alone == [3]

@@ -14,6 +14,7 @@ from sanm_lightning.functional.noise_model import (
     fit_noise_model,
     judge_labels,
     label_posterior,
+    predicts_labels,
     smooth_transition,
     transition_of,
 )
@@ -69,7 +70,7 @@ class TestAnchors:
         monkeypatch.setattr("sanm_lightning.functional.noise_model.smooth_transition", lambda counts: counts)
         draw = np.random.default_rng(0)
         labels = np.repeat([0, 1, 3], [size, 300, 40])
-        probs = draw.dirichlet(np.ones(4), len(labels))
+        probs = 0.8 * draw.dirichlet(np.ones(4), len(labels)) + 0.2 * np.eye(4)[labels]
         found = anchor_transition(probs, labels)
         order = sorted(range(len(labels)), key=lambda row: probs[row, 0], reverse=True)
         for given in range(4):
@@ -78,7 +79,7 @@ class TestAnchors:
         assert found[2].tolist() == [0, 0, 1, 0]  # a class without labels has no anchor points
 
     @pytest.mark.parametrize("unused", [1, 30])
-    def test_classes_without_labels_change_nothing(self, unused):
+    def test_classes_without_labels_do_not_change_the_estimates(self, unused):
         draw = np.random.default_rng(0)
         right = np.repeat(np.arange(5), 100)
         given = np.where(draw.random(500) < 0.1, draw.integers(0, 5, 500), right)
@@ -90,10 +91,24 @@ class TestAnchors:
         np.testing.assert_allclose(many.interval, few.interval, atol=2e-3)
         np.testing.assert_array_equal(anchor_transition(more, given)[5:], np.eye(5 + unused)[5:])
 
-    def test_one_class_has_no_wrong_labels(self):
-        model = fit_noise_model(np.full((3, 2), 0.5), np.zeros(3, int))
+    @pytest.mark.parametrize("kind", ["constant", "one class", "contrary"])
+    def test_without_a_prediction_no_label_is_wrong_and_the_interval_is_everything(self, kind):
+        """Out-of-fold probabilities of few samples are contrary to their labels, which are rarer in the other folds."""
+        labels = np.zeros(20, int) if kind == "one class" else np.arange(20) % 2
+        probs = np.full((20, 2), 0.5) - (0.03 * np.eye(2)[labels] if kind == "contrary" else 0)
+        probs /= probs.sum(1, keepdims=True)
+        model = fit_noise_model(probs, labels)
         assert model.noise_rate == 0
-        assert model.interval == (0, 0)
+        assert model.interval == (0, 1)
+        np.testing.assert_array_equal(model.posterior, np.eye(2)[labels])
+
+    @pytest.mark.parametrize("rate", [0.5, 0.8])
+    def test_symmetric_noise_leaves_a_prediction(self, rate):
+        features, right, draw = blobs()
+        given = np.where(draw.random(len(right)) < rate, draw.integers(0, 4, len(right)), right)
+        folds = assign_folds(given, np.arange(len(given)), 5, 0)
+        assert predicts_labels(linear_probe(features, given, folds, 4).probs, given)
+        assert not predicts_labels(some_probs(400), np.random.default_rng(1).integers(0, 4, 400))
 
     def test_errors_of_the_probe_are_not_counted_as_noise(self):
         """Two classes that overlap: the confident joint counts the images in between, and anchor points do not."""
@@ -269,7 +284,7 @@ class TestPlantedNoise:
         np.testing.assert_allclose(model.transition.sum(1), 1)
         assert model.interval[0] <= (given != right).mean() <= model.interval[1]
 
-    def test_the_low_end_of_many_samples_is_that_of_some_of_them(self, monkeypatch):
+    def test_the_low_end_is_estimated_on_a_subset_of_many_samples(self, monkeypatch):
         features, right, draw = blobs()
         given = np.where(draw.random(len(right)) < 0.2, draw.integers(0, 4, len(right)), right)
         whole = fitted(features, given, 4)

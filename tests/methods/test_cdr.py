@@ -47,7 +47,7 @@ def gradients_after(module, **extra):
         parameter.grad = torch.randn_like(parameter)
     before = {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
     module.trainer = trainer(1)
-    module.mask_gradients()
+    module.on_before_optimizer_step(None)
     return before, {name: parameter.grad for name, parameter in module.named_parameters()}
 
 
@@ -84,10 +84,11 @@ class Observed(CDR):
         self.steps = []
 
     def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
         self.steps.append([weight.grad.clone() for weight in self.competing()])
 
 
-def test_accumulated_gradients_are_masked_before_they_are_clipped_in_a_subclass_with_its_own_hook():
+def test_accumulated_gradients_are_masked_before_they_are_clipped():
     plain, own = method(noise_rate=0.75), method(Observed, noise_rate=0.75)
     for module in (plain, own):
         trainer(1, accumulate_grad_batches=2, gradient_clip_val=0.01).fit(module, data())
@@ -102,8 +103,13 @@ def test_accumulated_gradients_are_masked_before_they_are_clipped_in_a_subclass_
 @pytest.mark.parametrize("trial", [False, True])
 def test_every_step_is_masked_once_also_in_trials_of_finders(trial, monkeypatch):
     masked = []
-    plain = CDR.mask_gradients
-    monkeypatch.setattr(CDR, "mask_gradients", lambda self: (masked.append(self.global_step), plain(self)))
+    plain = CDR.on_before_optimizer_step
+
+    def note(self, optimizer):
+        masked.append(self.global_step)
+        plain(self, optimizer)
+
+    monkeypatch.setattr(CDR, "on_before_optimizer_step", note)
     finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     run = trainer(6, callbacks=[finder] if trial else [])
     run.fit(method(noise_rate=0.75), data())
