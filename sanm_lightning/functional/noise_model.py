@@ -51,16 +51,17 @@ class NoiseModel(NamedTuple):
     interval: tuple[float, float]
 
 
-def predicts_labels(probs: Array, labels: Array) -> bool:
-    """Return whether given labels are more probable than labels drawn from their frequencies, by two standard errors.
+def predicts_labels(probs: Array, labels: Array, errors: float = 0.0) -> bool:
+    """Return whether given labels are more probable than labels drawn from their frequencies.
 
     Args:
         probs: out-of-fold probabilities of the given labels, shape (N, C).
         labels: given labels, shape (N,).
+        errors: smallest difference of the mean probabilities in standard errors, >= 0.
     """
     frequencies = np.bincount(labels, minlength=probs.shape[1]) / len(labels)
     gain = probs[np.arange(len(labels)), labels] - probs @ frequencies
-    return float(gain.mean()) > 2 * float(gain.std()) / math.sqrt(len(labels))
+    return float(gain.mean()) > errors * float(gain.std()) / math.sqrt(len(labels))
 
 
 def anchor_transition(probs: Array, labels: Array, fraction: float = ANCHORS) -> Array:
@@ -235,9 +236,8 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 10) -> Noise
     with a correct label. The interval therefore spans a high and a low estimate. The high estimate is that of the
     confident joint, which counts each confident disagreement as a wrong label. The low estimate is that of a transition
     matrix re-estimated from its own posterior ``refinements`` times, on at most 20,000 random samples, which increases the
-    fraction of labels considered correct. The interval is extended by two standard errors of a fraction of the samples. If
-    the probabilities do not predict the labels (:func:`predicts_labels`), no label counts as wrong, and the interval is
-    (0, 1).
+    fraction of labels considered correct. The interval is extended by two standard errors of a fraction of the samples. It
+    is (0, 1) if the probabilities do not predict the labels by two standard errors (:func:`predicts_labels`).
 
     Args:
         probs: out-of-fold probabilities of the given labels, shape (N, C).
@@ -261,7 +261,7 @@ def fit_noise_model(probs: Array, labels: Array, refinements: int = 10) -> Noise
     error = [2 * math.sqrt(end * (1 - end) / size) for end, size in zip(ends, sizes, strict=True)]
     low = min(end - margin for end, margin in zip(ends, error, strict=True))
     high = max(end + margin for end, margin in zip(ends, error, strict=True))
-    if not predicts_labels(probs, labels):
+    if not predicts_labels(probs, labels, errors=2):
         low, high = 0.0, 1.0
     joint = _joint_of(posterior, labels)
     return NoiseModel(posterior, joint, transition_of(joint), ends[0], (max(0.0, low), min(1.0, high)))

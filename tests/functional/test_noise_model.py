@@ -107,8 +107,12 @@ class TestAnchors:
         features, right, draw = blobs()
         given = np.where(draw.random(len(right)) < rate, draw.integers(0, 4, len(right)), right)
         folds = assign_folds(given, np.arange(len(given)), 5, 0)
-        assert predicts_labels(linear_probe(features, given, folds, 4).probs, given)
-        assert not predicts_labels(some_probs(400), np.random.default_rng(1).integers(0, 4, 400))
+        assert predicts_labels(linear_probe(features, given, folds, 4).probs, given, errors=2)
+
+    def test_an_interval_without_a_significant_prediction_is_everything(self):
+        probs, labels = some_probs(400), np.random.default_rng(3).integers(0, 4, 400)
+        assert not predicts_labels(probs, labels, errors=2)
+        assert fit_noise_model(probs, labels).interval == (0, 1)
 
     def test_errors_of_the_probe_are_not_counted_as_noise(self):
         """Two classes that overlap: the confident joint counts the images in between, and anchor points do not."""
