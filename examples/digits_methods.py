@@ -97,6 +97,8 @@ METHODS = {
 """Options of each method in addition to the recipe: published stages shortened to 22 epochs, and the fraction of wrong labels
 where a method requires it, as published. REED, CREMA and MetaCleaner are recipes after papers without code. IEG uses the true
 labels of ten training images per class, and is not comparable with the others."""
+ASYMMETRIC = ["--model.lambda_u", "0", "--model.confidence_penalty", "true"]
+"""Options published for DivideMix, and for the methods based on it, with asymmetric noise."""
 CLASSES = {
     "GCE truncated": "GCE",
     "AugDesc": "DivideMix",
@@ -193,8 +195,9 @@ def words_of(method: str, noise: str, masked: bool, pretrained: str = "ENCODER",
     _, rate, options = NOISES[noise]
     values = {"RATE": rate, "ENCODER": pretrained, "PROBE": str(PROBE)}
     model = ["--model", CLASSES.get(method, method), *(values.get(word, word) for word in METHODS[method])]
+    published = ASYMMETRIC if noise == "asym40" and method in ("DivideMix", "C2D", "AugDesc") else []
     extra = VARIANTS[variant] if masked or variant == "longer" else []
-    return [*(SANM if masked else []), *model, "--data.noise", options, *extra]
+    return [*(SANM if masked else []), *model, *published, "--data.noise", options, *extra]
 
 
 def run(method: str, noise: str, seed: int, masked: bool, runs: Path, variant: str = "sanm") -> None:

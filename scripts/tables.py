@@ -375,6 +375,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "digits-soft-targets": digits_soft_targets,
     "digits-noises": lambda: digits_methods.table(load("digits_noises")["runs"]),
     "digits-variants": lambda: digits_methods.variants_table(load("digits_noises")["runs"]),
+    "digits-variants-asym": lambda: digits_methods.variants_table(load("digits_noises")["runs"], "asym40"),
     "loaders": loaders,
     "audit-image-size": audit_image_size,
     "audit-some-classes": audit_some_classes,

@@ -115,12 +115,12 @@ def told(*configs: Path) -> list[str]:
 
 
 class Parsed(Exception):  # noqa: N818
-    """Holds the parser of a command line that ends there."""
+    """Holds the parser of ``fit``."""
 
 
 class ParserOnly(SANMCLI):
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        raise Parsed(parser)
+        raise Parsed(self._subcommand_parsers["fit"])  # the whole parser checks all values a second time
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +138,7 @@ def parse():
 
     @functools.cache
     def parsed(*line: str) -> dict[str, Any]:
-        found = parser.parse_args(["fit", *line]).fit.as_dict()
+        found = parser.parse_args(list(line)).as_dict()
         return {key: value for key, value in flat(found) if key != "config"}
 
     return settings
