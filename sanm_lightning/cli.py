@@ -265,6 +265,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
     """
     sys.path.insert(0, os.getcwd())  # a console script cannot import modules of the working directory otherwise
     words = _read_noise_rate(config_paths.resolve(sys.argv[1:] if args is None else args))
+    config_paths.check_keys(words)
     config_paths.check_order(words)
     config_paths.check_scheduler(words)
     setting = config_paths.unused_setting(words) if "fit" in words else None
