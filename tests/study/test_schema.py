@@ -196,7 +196,7 @@ class TestMistakes:
         ("text", "got"),
         [
             ("methods: [elr]\nseeds: [1]\ndata: [digits]\nseeds: [1, 2]\n", "'seeds' in lines 2 and 4"),
-            ("grids:\n- options:\n    trainer.max_epochs: 1\n    trainer.max_epochs: 2\n", "'trainer.max_epochs' in lines 3 and 4"),
+            ("grids:\n- options:\n    data.root: a\n    data.root: b\n", r"'data\.root' in lines 3 and 4"),
         ],
     )  # fmt: skip
     def test_a_repeated_key(self, tmp_path, text, got):
