@@ -286,11 +286,16 @@ def main(args: list[str] | None = None) -> SANMCLI:
     )
 
 
+INTERRUPTED = 130
+"""Exit status of a command that the user interrupted."""
+
+
 def entry_point() -> None:
     """Run the command line; invalid input prints a one-sentence error and exits with status 2.
 
     The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
     instead. If the reader of the output ends first, as in ``sanm list | head``, the exit status is 1, without an error.
+    After Ctrl-C, it is 130.
     """
     try:
         status = commands.run(sys.argv[1:])
@@ -308,6 +313,9 @@ def entry_point() -> None:
             raise
         print(f"sanm: {said}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("sanm: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _has_no_reader(stream: TextIO) -> bool:
