@@ -2,6 +2,7 @@
 
 import functools
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -320,7 +321,11 @@ def entry_point() -> None:
 
 def _has_no_reader(stream: TextIO) -> bool:
     try:
-        stream.flush()  # what could not be written is still there
+        stream.flush()  # raises again if the text that could not be written is still there
     except BrokenPipeError:
         return True
-    return False
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
