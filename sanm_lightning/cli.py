@@ -2,6 +2,7 @@
 
 import functools
 import os
+import select
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -265,6 +266,7 @@ def main(args: list[str] | None = None) -> SANMCLI:
     """
     sys.path.insert(0, os.getcwd())  # a console script cannot import modules of the working directory otherwise
     words = _read_noise_rate(config_paths.resolve(sys.argv[1:] if args is None else args))
+    config_paths.check_keys(words)
     config_paths.check_order(words)
     config_paths.check_scheduler(words)
     setting = config_paths.unused_setting(words) if "fit" in words else None
@@ -285,11 +287,16 @@ def main(args: list[str] | None = None) -> SANMCLI:
     )
 
 
+INTERRUPTED = 130
+"""Exit status of a command that the user interrupted."""
+
+
 def entry_point() -> None:
     """Run the command line; invalid input prints a one-sentence error and exits with status 2.
 
     The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
     instead. If the reader of the output ends first, as in ``sanm list | head``, the exit status is 1, without an error.
+    After Ctrl-C, it is 130.
     """
     try:
         status = commands.run(sys.argv[1:])
@@ -307,11 +314,18 @@ def entry_point() -> None:
             raise
         print(f"sanm: {said}\n(SANM_TRACEBACK=1 shows where)", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("sanm: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _has_no_reader(stream: TextIO) -> bool:
     try:
-        stream.flush()  # what could not be written is still there
+        stream.flush()  # raises again if the text that could not be written is still there
     except BrokenPipeError:
         return True
-    return False
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -4,6 +4,7 @@ The package contains ``configs/method/``, ``data/``, ``setting/<method>/<set>[-<
 ``sanm.yaml`` with ``sanm/``, and ``views/``; they are given in this order.
 """
 
+import contextlib
 import difflib
 import itertools
 import re
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-__all__ = ["check_order", "check_scheduler", "packaged", "resolve", "setting_for", "unused_setting"]
+from sanm_lightning.yaml_keys import check_unique_keys
+
+__all__ = ["check_keys", "check_order", "check_scheduler", "packaged", "resolve", "setting_for", "unused_setting"]
 
 ORDER = "the order is method, data, setting, noise, sanm"
 OLD_PATH = re.compile(r"configs/(?P<data>cifar100?)/(?P<method>[a-z0-9_]+)(/(?P<noise>[a-z0-9_]+))?\.ya?ml$")
@@ -80,6 +83,21 @@ def resolve(args: Sequence[str]) -> list[str]:
             f"{_replacement(old)}"
         )
     return out
+
+
+def check_keys(args: Sequence[str]) -> None:
+    """Refuse config files with a repeated key, of which the parser keeps the last only.
+
+    Args:
+        args: the arguments of the command line, with paths of existing files.
+
+    Raises:
+        ValueError: if a file given as the value of an option has a key twice in one mapping.
+    """
+    for word in _words(args):
+        if word.value and word.value.endswith((".yaml", ".yml")) and Path(word.value).is_file():
+            with contextlib.suppress(OSError, UnicodeDecodeError, yaml.YAMLError):  # which the parser reports
+                check_unique_keys(Path(word.value).read_text(encoding="utf-8"), word.value)
 
 
 def check_order(args: Sequence[str]) -> None:

@@ -28,6 +28,8 @@ BASES: dict[str, type] = {
 }  # fmt: skip
 """Base class of the classes that an option accepts, by the last part of its name."""
 
+BASE_MODULES = ("LightningModule", "LightningDataModule")
+"""Base classes that options belong to as long as no class is given."""
 KEY = re.compile(r'Parser key "([^"]+)"')
 OWNER = re.compile(r"Problem with given class_path '([^']+)':")
 UNKNOWN_OPTIONS = (
@@ -185,6 +187,11 @@ def _unknown_option(place: _Place, parser: Any) -> str | None:
     name = ".".join(filter(None, (found.groupdict().get("group"), typed.lstrip("-"))))
     instance = re.search(r"class_path='([^']+)'", place.text)  # of an option with a function as its value
     owner = instance[1] if instance else place.owner
+    if _last(owner) in BASE_MODULES:
+        return (
+            f"expected the class of the {place.key} before its options, got {f'{place.key}.{name}'!r}; add "
+            f"--{place.key} CLASS before it"
+        )
     if owner:
         what, see = f"an option of {_last(owner)}", f"'--{place.key}.help {_last(owner)}'"
         near = [f"{place.key}.{other}" for other in near_names(name, _options_of_class(owner))]

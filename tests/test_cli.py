@@ -340,6 +340,21 @@ class TestConfigs:
         Path("broken.yaml").write_text("model: [")
         config_paths.check_order(config_paths.resolve(words))
 
+    @pytest.mark.parametrize("option", ["--config", "--trainer"])
+    def test_a_repeated_key_in_a_config_is_refused(self, monkeypatch, capsys, option):
+        Path("twice.yaml").write_text("max_epochs: 1\nmax_steps: 5\nmax_epochs: 2\n")
+        with pytest.raises(SystemExit) as end:
+            typed(monkeypatch, "fit", "--config", "configs/quickstart.yaml", option, "twice.yaml")
+        assert end.value.code == 2
+        sentence = (
+            "expected each key of a mapping once in 'twice.yaml', got 'max_epochs' in lines 1 and 3; remove one of them"
+        )
+        assert sentence in capsys.readouterr().err
+
+    def test_a_config_with_an_alias_and_a_merged_mapping_is_read(self):
+        Path("alias.yaml").write_text("a: &one {x: 1}\nb: *one\nc: {<<: *one, x: 2}\n")
+        config_paths.check_keys(["fit", "--config", "alias.yaml"])
+
     def test_a_config_that_does_not_exist_is_told_with_the_nearest_names(self, monkeypatch, capsys):
         for name, near in (
             ("configs/method/dividemx.yaml", "near: configs/method/dividemix.yaml"),

@@ -53,7 +53,12 @@ def results(version: int) -> dict:
 
 
 def test_every_command_is_run_below() -> None:
-    assert len(COMMANDS) == 8 and sorted(YAML) == ["augment.yaml", "select.yaml"]
+    assert len(COMMANDS) == 9 and sorted(YAML) == ["augment.yaml", "select.yaml"]
+
+
+def test_training_on_a_table(typed) -> None:  # type: ignore[no-untyped-def]
+    typed(command("fit", "csv_images.yaml"), *SMALL, *SIDE, "--trainer.max_epochs", "1")
+    assert results(0)["selected_on"] == "val"
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # Lightning, when a selected checkpoint is tested

@@ -31,7 +31,7 @@ ALLOWED = {
         "safe_files",
         "sanm",
     },
-    "study": {"cli", "config_paths", "cost", "models", "parsing", "pictures", "safe_files", "study"},
+    "study": {"cli", "config_paths", "cost", "models", "parsing", "pictures", "safe_files", "study", "yaml_keys"},
     "callbacks": {"batch", "callbacks", "class_names", "compat", "epoch_means", "random_streams"},
     "methods": {
         "batch",

@@ -90,11 +90,21 @@ class TestParser:
             ("audit x --seeed 3", "expected an option of sanm audit, got '--seeed'; near: --seed"),
             ("export --out x", "expected a value for --ckpt_path, got none; see 'sanm export --help'"),
             ("export --ckpt_path x --out y --format onx", "expected --format among safetensors, torch, onnx, got 'onx'; near:"),
+            ("audit --data.file x", "expected the class of the data before its options, got 'data.file'; add --data CLASS"),
             ("relabel --undoo x", "expected an option of sanm relabel, got '--undoo'; near: --undo"),
         ],
     )  # fmt: skip
     def test_says_it_of_every_command(self, monkeypatch, capsys, words, expected):
         assert said(monkeypatch, capsys, *words.split()).startswith(expected)
+
+    def test_an_interruption_ends_without_a_traceback(self, monkeypatch, capsys):
+        def interrupted(words):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("sanm_lightning.commands.run", interrupted)
+        with pytest.raises(SystemExit) as end:
+            entry_point()
+        assert (end.value.code, capsys.readouterr().err) == (130, "sanm: interrupted\n")
 
     def test_says_the_value_alone_for_an_option_of_a_function(self, monkeypatch, capsys):
         words = ["--model.optimizer", "SGD", "--model.optimizer.lr", "x"]

@@ -108,11 +108,7 @@ def audit_set(
     model = FrozenFeatures(frozen.to(target), size)
     say(f"features: {type(frozen.network).__name__} at {size} pixels on {target}, {len(data.images)} images")
     shape = (len(data.images), model.num_features)
-    into: Array = (
-        np.zeros(shape, np.float32)
-        if features_file is None
-        else np.lib.format.open_memmap(features_file, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
-    )
+    into: Array = np.zeros(shape, np.float32) if features_file is None else _new_memmap(features_file, shape)
     folder = Path(cache) if cache is not None else default_cache()
     table = compute_features(data.images, model, folder, into, batch_size, num_workers, progress, say)
     seconds = time.monotonic() - started
@@ -209,6 +205,21 @@ def audit_features(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     return AuditResult(issues, whole, features, noise, copies, summary)
+
+
+def _new_memmap(path: str | Path, shape: tuple[int, int]) -> Array:
+    """Create a ``.npy`` file of zeros and map it; its disk space is reserved, because a full disk would kill the process."""
+    mapped: Array = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
+    if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+        try:
+            with open(path, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+        except OSError as error:
+            raise OSError(
+                f"expected {os.path.getsize(path) / 1e6:,.1f} MB of disk space for the features in {str(path)!r}, got an "
+                f"error ({error.strerror}); free disk space, or choose another folder"
+            ) from error
+    return mapped
 
 
 def _some_sides(images: Any) -> list[int]:

@@ -1,6 +1,7 @@
 """Write the run folder of an audit, and read it back."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from sanm_lightning.audit.summary import verdict
 from sanm_lightning.data.image_folder import read_image
 from sanm_lightning.safe_files import atomic_write
 
-__all__ = ["read_noise_rate", "write_audit"]
+__all__ = ["read_noise_rate", "remove_audit", "write_audit"]
+
+FILES = ("label_issues.csv", "pred_probs.npy", "samples.npz", "audit.json", "report.html")
+"""Files that :func:`write_audit` writes, besides ``thumbs/``."""
 
 Array = np.ndarray[Any, Any]
 
@@ -76,6 +80,18 @@ def write_audit(folder: str | Path, data: AuditSet, issues: LabelIssues, probs: 
         root=data.root,
         transition=np.array(summary["transition"]),
     )
+
+
+def remove_audit(folder: str | Path) -> None:
+    """Remove what :func:`write_audit` has written to a folder, such as after an error; other files are kept.
+
+    Args:
+        folder: output folder; it may lack some of the files, or not exist.
+    """
+    folder = Path(folder)
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "thumbs", ignore_errors=True)
 
 
 def read_noise_rate(path: str | Path) -> float:

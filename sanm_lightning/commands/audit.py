@@ -22,6 +22,7 @@ from sanm_lightning.audit import (
     read_label_issues,
     write_audit,
 )
+from sanm_lightning.audit.run_folder import remove_audit
 from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
@@ -35,7 +36,8 @@ AUDITS = Path("audits")
 INTERRUPTED = 130
 """Exit status after an interruption from the keyboard."""
 DRAFT = "features.npy.tmp"
-"""Features of an audit in progress; remains only if the process is killed."""
+"""Features of an audit in progress; remains only if the process is killed. Such a folder is written again."""
+NEW_ISSUES = "new_issues.csv"
 
 
 def audit(
@@ -102,23 +104,26 @@ def audit(
     folder = _new_folder(out, pool if root is not None else None)
     console = Console(highlight=False, soft_wrap=True)
     workers = default_num_workers() if num_workers is None else num_workers
-    draft = folder / DRAFT
-    with _removed_on_failure(folder), Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), console=console, transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("features", total=len(pool.labels), rate="")
+    with _removed_on_failure(folder):
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=console, transient=True,
+        ) as bar:  # fmt: skip
+            task = bar.add_task("features", total=len(pool.labels), rate="")
 
-        def progress(done: int, run: int) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
+            def progress(done: int, run: int) -> None:
+                speed = bar.tasks[task].speed
+                bar.update(task, completed=done, rate=f"{speed:.0f} images/s" if speed else "")
 
-        result = audit_set(
-            pool, draft, network, checkpoint, image_size, cache, batch_size=batch_size, num_workers=workers, device=device,
-            seed=seed, say=bar.console.print, progress=progress,
-        )  # fmt: skip
-    os.replace(draft, folder / "features.npy")
-    write_audit(folder, pool, result.issues, result.probs, result.summary)
+            result = audit_set(
+                pool, folder / DRAFT, network, checkpoint, image_size, cache, batch_size=batch_size, num_workers=workers,
+                device=device, seed=seed, say=bar.console.print, progress=progress,
+            )  # fmt: skip
+        write_audit(folder, pool, result.issues, result.probs, result.summary)
+        new = None if old is None else _new_issues(result.issues, old)
+        if new is not None:
+            _write_new(folder / NEW_ISSUES, result.issues, new)
+        os.replace(folder / DRAFT, folder / "features.npy")  # last: a folder with the draft is unfinished
     console.print(_class_table(result.summary), soft_wrap=False)
     for note in result.summary["notes"]:
         console.print(f"note: {note}", markup=False)
@@ -132,11 +137,9 @@ def audit(
     console.print("groups of copies: " + ", ".join(f"{len(groups[name])} {words}" for name, words in counts.items()))
     console.print(verdict(result.summary), markup=False, style="bold")
     fraction = result.summary["noise_rate"]
-    if old is not None:
-        new = _new_issues(result.issues, old)
-        _write_new(folder / "new_issues.csv", result.issues, new)
+    if new is not None:
         fraction = len(new) / len(pool.labels)
-        console.print(f"{len(new)} issues not in the baseline, listed in {folder / 'new_issues.csv'}", markup=False)
+        console.print(f"{len(new)} issues not in the baseline, listed in {folder / NEW_ISSUES}", markup=False)
     console.print(f"results: {folder}; open {folder / 'report.html'} to review them", markup=False)
     if fail_over is not None and fraction > fail_over:
         console.print(f"{fraction:.2%} exceeds --fail_over, {fail_over:.2%}", markup=False)
@@ -152,7 +155,7 @@ def _new_folder(out: str | None, listed: AuditSet | None) -> Path:
         folder = Path(out)
     if listed is not None and listed.root is not None:
         refuse_class_folder(folder, listed.root, listed.splits, "--out")
-    if folder.exists() and (not folder.is_dir() or any(path.name != DRAFT for path in folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and ((folder / DRAFT).exists() or not any(folder.iterdir()))):
         raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +168,13 @@ def _new_folder(out: str | None, listed: AuditSet | None) -> Path:
 
 @contextlib.contextmanager
 def _removed_on_failure(folder: Path) -> Iterator[None]:
-    """Remove the incomplete features, and empty folders, when an exception is raised."""
+    """Remove the files of the audit, and empty folders, when an exception is raised."""
     try:
         yield
     except BaseException:
-        (folder / DRAFT).unlink(missing_ok=True)
+        remove_audit(folder)
+        for name in (DRAFT, NEW_ISSUES):
+            (folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # of a folder that is not empty
             folder.rmdir()
             if folder.parent == AUDITS:

@@ -78,7 +78,8 @@ def predict(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("predict", total=len(files))
         for rows, found, failed in _predicted(predictor.to(target), loader, target):
-            probabilities[rows] = found
+            if found is not None:
+                probabilities[rows] = found
             errors.update(failed)
             bar.advance(task, len(rows) + len(failed))
     write_predictions(out, {"path": names}, probabilities, trained.class_names, errors)
@@ -152,11 +153,11 @@ class _Decoded(Dataset[_Item]):
 
 def _predicted(
     predictor: Predictor, loader: Any, device: torch.device
-) -> Iterator[tuple[list[int], np.ndarray[Any, Any], dict[int, str]]]:
-    """Yield the readable rows of each batch, their probabilities, and the reasons of the unreadable rows."""
+) -> Iterator[tuple[list[int], np.ndarray[Any, Any] | None, dict[int, str]]]:
+    """Yield the readable rows of each batch, their probabilities if there are any, and the reasons of unreadable rows."""
     for items in loader:
         read = [item for item in items if item.image is not None]
-        found = np.zeros((0, 0), np.float32)
+        found = None
         if read:
             with torch.inference_mode():
                 found = predictor(torch.stack([item.image for item in read]).to(device)).cpu().numpy()

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sanm_lightning.parsing import CommandParser
+from sanm_lightning.safe_files import require_folder
 from sanm_lightning.study.cells import Cell, cells_of
 from sanm_lightning.study.cost import forward_passes
 from sanm_lightning.study.options import check_options
@@ -65,6 +66,7 @@ def study(
     if dry_run:
         _print_cells(console, record, cells)
         return 0
+    require_folder(record.root)
     runner = submitit_executor(executor, record.root / "jobs", slurm or {})
     record.write(read.name, read.published, listed)
     try:

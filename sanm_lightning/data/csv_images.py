@@ -14,6 +14,9 @@ from sanm_lightning.data.image_folder import Fault, Listing, ScannedFiles
 
 __all__ = ["CSVImages"]
 
+SHOWN = 5
+"""Number of unknown splits in an error message."""
+
 
 class _Row(NamedTuple):
     path: str
@@ -213,10 +216,11 @@ class CSVImages(ScannedFiles):
         )
 
     def _split_error(self, rows: Iterable[_Row]) -> Callable[[list[str]], ValueError]:
-        strange = dict.fromkeys(row.split for row in rows if row.split.lower() not in SPLIT_NAMES)
+        strange = list(dict.fromkeys(row.split for row in rows if row.split.lower() not in SPLIT_NAMES))
+        more = f" and {len(strange) - SHOWN} more values" if len(strange) > SHOWN else ""
         return lambda bad: ValueError(
             f"expected train, val or test in the column {self.split_column!r} of {self.file!r}, got "
-            f"{', '.join(map(repr, strange))} in {len(bad)} rows; rename them, or omit split_column"
+            f"{', '.join(map(repr, strange[:SHOWN]))}{more} in {len(bad)} rows; rename them, or omit split_column"
         )
 
 

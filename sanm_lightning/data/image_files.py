@@ -192,9 +192,15 @@ def class_folders(folder: str | Path, required: bool = True) -> tuple[list[str],
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        NotADirectoryError: if it is a file.
         ValueError: if class folders are required and there are none.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise NotADirectoryError(
+            f"expected a folder of class folders in {str(folder)!r}, got a file; use a folder, or --data CSVImages "
+            "--data.file FILE for a table"
+        )
     if not folder.is_dir():
         raise FileNotFoundError(
             f"expected a folder of class folders in {str(folder)!r}, got no such folder; check the path, {LAYOUT}"

@@ -222,7 +222,8 @@ class ImageFolder(ScannedFiles):
                 if not files:
                     fault = ValueError(
                         f"expected images in {str(base / name)!r}, got none "
-                        f"({count_passed_over(others) or 'empty folder'}); add images, or remove the folder"
+                        f"({count_passed_over(others) or 'empty folder'}); add images, remove the folder, or "
+                        "list it with sanm check-data and use --data.bad_files"
                     )
                     found.faults.append(Fault(self._relative(base / name), "class without images", fault))
                 add_passed_over(found.passed_over, others)

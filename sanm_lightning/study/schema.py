@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from sanm_lightning.parsing import near_names
+from sanm_lightning.yaml_keys import check_unique_keys
 
 __all__ = ["Grid", "Study", "read_study"]
 
@@ -81,16 +82,18 @@ def read_study(path: str | Path) -> Study:
 
     Raises:
         OSError: if the file does not exist.
-        ValueError: if it is not valid YAML, a key is unknown, or a value has another type.
+        ValueError: if it is not valid YAML, a key is unknown or repeated, or a value has another type.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected an existing study, got {str(path)!r}; check the path")
     try:
-        content = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"expected a study in valid YAML, got {str(path)!r} ({reason}); correct the file") from error
+    check_unique_keys(text, str(path))
     _check_keys(content, (*KEYS, "published", "grids"), path)
     published, grids = content.pop("published", None), content.pop("grids", [{}])
     if not isinstance(grids, list) or not grids:

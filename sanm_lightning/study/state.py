@@ -73,4 +73,6 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"expected a JSON file, got {str(path)!r} ({error}); remove the file") from error
+        raise ValueError(
+            f"expected a JSON file, got {str(path)!r} ({error}); check the path, or remove the file if it is damaged"
+        ) from error

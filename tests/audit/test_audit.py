@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 import sanm_lightning.audit.run
+import sanm_lightning.audit.run_folder
 from sanm_lightning.audit import AuditSet, audit_set, folder_audit_set, read_label_issues, read_noise_rate
 from sanm_lightning.audit.duplicates import find_duplicates
 from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
@@ -431,6 +432,49 @@ class TestCache:
         audit(root, "--batch_size", "10", "--out", "here")
         assert sum(forwards) == 48
         assert len(table(Path("here"))) == 48
+
+    @pytest.mark.parametrize(
+        ("error", "status"), [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130)]
+    )
+    def test_a_failure_while_results_are_written_leaves_no_folder(self, tmp_path, audit, monkeypatch, error, status):
+        root = folder(tmp_path / "root", 6)
+
+        def fails(*args, **options):
+            assert {path.name for path in Path("here").iterdir()} >= {"label_issues.csv", "audit.json"}
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(sanm_lightning.audit.run_folder, "write_report", fails)
+            if status == 2:
+                with pytest.raises(OSError, match="No space left on device"):
+                    audit(root, "--out", "here")
+            else:
+                audit(root, "--out", "here", status=status)
+        assert not Path("here").exists()
+
+    @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="space is reserved on Linux only")
+    def test_a_disk_too_small_for_the_features_is_reported_before_they_are_computed(
+        self, tmp_path, audit, forwards, monkeypatch
+    ):
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(
+            OSError, match=r"expected 0\.0 MB of disk space for the features in .*, got .*\(No space left"
+        ):
+            audit(folder(tmp_path / "root", 6), "--out", "here")
+        assert forwards == []
+        assert not Path("here").exists()
+
+    def test_a_folder_of_a_killed_audit_is_written_again(self, tmp_path, audit):
+        root = folder(tmp_path / "root", 6)
+        Path("here").mkdir()
+        for name in ("features.npy.tmp", "label_issues.csv", "audit.json"):
+            Path("here", name).write_bytes(b"")
+        audit(root, "--out", "here")
+        assert len(table(Path("here"))) == 30
+        assert not Path("here/features.npy.tmp").exists()
 
     def test_a_cache_of_other_files_and_a_file_in_its_place_are_refused_before_any_work(
         self, tmp_path, audit, forwards

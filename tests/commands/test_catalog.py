@@ -75,10 +75,11 @@ def test_prints_aligned_columns_and_methods_by_default(capsys):
     assert capsys.readouterr().out.splitlines()[1].startswith("configs/sanm.yaml ")
 
 
-def test_a_reader_that_ends_first_is_no_error(monkeypatch, capfd):
+@pytest.mark.parametrize("what", ["studies", "settings"], ids=["less than a buffer", "more than a buffer"])
+def test_a_reader_that_ends_first_is_no_error(monkeypatch, capfd, what):
     reader, writer = os.pipe()
     os.close(reader)
-    monkeypatch.setattr(sys, "argv", ["sanm", "list", "studies"])
+    monkeypatch.setattr(sys, "argv", ["sanm", "list", what])
     with os.fdopen(writer, "w") as output:
         monkeypatch.setattr(sys, "stdout", output)
         with pytest.raises(SystemExit) as stopped:

@@ -87,6 +87,12 @@ def test_images_alone(trained, images, tmp_path, capsys):
         assert row["error"] == ""
 
 
+def test_a_batch_without_a_readable_image(trained, images):
+    assert predict(str(trained("CrossEntropy")[1]), [str(images)], "pred.csv", batch_size=1, num_workers=0) == 0
+    assert [row["path"] for row in read("pred.csv")[1] if row["error"]] == ["broken.png"]
+    assert sum(row["predicted_label"] != "" for row in read("pred.csv")[1]) == 3
+
+
 def test_cells_that_look_like_formulas_are_escaped(trained, images):
     picture(images / "=z.png", 3)
     predict(str(trained("CrossEntropy")[1]), [str(images)], "pred.csv", num_workers=0)

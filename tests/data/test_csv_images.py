@@ -161,6 +161,11 @@ class TestRefuses:
                 {"split_column": "s"},
                 "expected train, val or test in the column 's' of .* got 'dev', 'eval' in 2 rows",
             ),
+            (
+                ["path,label", *(f"{i}.png,{i}" for i in range(7))],
+                {"split_column": "label"},
+                r"got '0', '1', '2', '3', '4' and 2 more values in 7 rows; rename them, or omit split_column",
+            ),
         ],
     )
     def test_with_one_sentence(self, tmp_path: Path, rows: list[str], options: dict[str, Any], match: str) -> None:

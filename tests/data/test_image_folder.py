@@ -220,6 +220,11 @@ class TestImageFolder:
             FileNotFoundError, match=r"expected a folder of class folders in .*nowhere', got no such folder"
         ):
             ImageFolder(str(tmp_path / "nowhere")).setup()
+        (tmp_path / "images.csv").touch()
+        with pytest.raises(
+            NotADirectoryError, match=r"got a file; use a folder, or --data CSVImages --data\.file FILE"
+        ):
+            ImageFolder(str(tmp_path / "images.csv")).setup()
         with pytest.raises(ValueError, match="expected class folders in"):
             ImageFolder(str(tmp_path)).setup()
         (tmp_path / "test").mkdir()

@@ -197,7 +197,8 @@ class TestBadFiles:
         (tmp_path / "test" / "cow").mkdir()
         (tmp_path / "bad.csv").write_text("path,reason\ntrain/ant,class without images\ntest/cow,class unknown\n")
         with pytest.raises(
-            ValueError, match=r"expected images in '.*ant', got none \(empty folder\); add images, or remove"
+            ValueError,
+            match=r"expected images in '.*ant', got none \(empty folder\); add images, remove the folder, or list",
         ):
             folder(tmp_path).setup()
         data = folder(tmp_path, bad_files=str(tmp_path / "bad.csv"))

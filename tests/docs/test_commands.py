@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -74,23 +73,22 @@ def test_from_the_audit_over_corrections_to_a_training(typed):
     Path("accepted.csv").write_text(
         f"path,split,given_label,verdict,new_label\n{worst['path']},{worst['split']},{worst['given_label']},wrong,{new}\n"
     )
-    typed(page, "sanm relabel audit")
+    typed(page, "sanm relabel audit --accepted accepted.csv --out")
     assert f"{worst['path']},{worst['given_label']},{new},0" in Path("labels/changes.csv").read_text()
     typed(page, "sanm fit --config configs/image_folder.yaml --data.root", more=(*SMALL, "--trainer.logger", "false"))
     typed(page, "sanm audit --data ImageFolder --data.root ROOT --data.noise", more=network)
     masked = (*SMALL, "--model.warmup_epochs", "1", "--trainer.max_epochs", "2", "--trainer.logger", "false")
     typed(page, "sanm fit --config configs/image_folder.yaml --config configs/sanm/features.yaml", more=masked)
     assert json.loads(Path("results.json").read_text())["masked_steps"] > 0
-    shutil.copytree("audit", "runs/audit")
     typed(page, "sanm relabel --undo")
     assert not Path("labels/labels.csv").exists()
-    typed(page, "sanm relabel runs/audit --below")
-    typed(page, "sanm relabel runs/audit --accepted accepted.csv --linked")
+    typed(page, "sanm relabel audit --below")
+    typed(page, "sanm relabel audit --accepted accepted.csv --linked")
     assert sum(path.is_file() for path in Path("corrected").rglob("*.png")) == 30
     for block in blocks():
         if block.page == page and block.kind == "python":
             exec(block.text, {})
-    assert "my images" in Path("runs/audit/report.html").read_text()
+    assert "my images" in Path("report/report.html").read_text()
 
 
 def test_label_noise_is_reported_saved_and_read(typed, capsys):

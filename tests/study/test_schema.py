@@ -192,6 +192,20 @@ class TestMistakes:
         with pytest.raises(ValueError, match=r"expected a study in valid YAML, got .*; correct the file"):
             read_study(tmp_path / "bad.yaml")
 
+    @pytest.mark.parametrize(
+        ("text", "got"),
+        [
+            ("methods: [elr]\nseeds: [1]\ndata: [digits]\nseeds: [1, 2]\n", "'seeds' in lines 2 and 4"),
+            ("grids:\n- options:\n    data.root: a\n    data.root: b\n", r"'data\.root' in lines 3 and 4"),
+        ],
+    )  # fmt: skip
+    def test_a_repeated_key(self, tmp_path, text, got):
+        (tmp_path / "twice.yaml").write_text(text)
+        with pytest.raises(
+            ValueError, match=rf"expected each key of a mapping once in .*, got {got}; remove one of them"
+        ):
+            read_study(tmp_path / "twice.yaml")
+
     def test_two_pretrainings_in_one_folder(self, cells):
         grids = [{"sanm": ["base"]}, {"sanm": ["sanm"], "method_options": {"simclr": {"trainer.max_epochs": 9}}}]
         with pytest.raises(ValueError, match="got two for 'simclr/base/cifar10/none/seed1'"):
