@@ -14,6 +14,7 @@ __all__ = [
     "resume_evaluation",
     "set_up_again",
     "sets_rate",
+    "validates_next",
 ]
 
 COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -23,6 +24,11 @@ COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 def batch_number(trainer: Any) -> int:
     """Return the number of the current training batch within its epoch, from 0; -1 before the first batch."""
     return int(trainer.fit_loop.batch_idx)
+
+
+def validates_next(trainer: Any) -> bool:
+    """Return whether a validation follows the current training step, in ``on_train_batch_end``; it may stop the run."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 def resume_evaluation(loops: dict[str, Any]) -> None:

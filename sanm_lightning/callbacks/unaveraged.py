@@ -27,7 +27,7 @@ class Unaveraged(nn.Module):
 
         Args:
             name: name of the attribute, and of the entry in the state dict; the entries of a named tuple are ``name_field``.
-            value: initial value, of any shape, not an expanded view; a loaded value has the same shape.
+            value: initial value, of any shape; a loaded value has the same shape.
         """
         self.__dict__.setdefault("_state_names", []).append(name)
         setattr(self, name, value)
@@ -65,6 +65,7 @@ class Unaveraged(nn.Module):
     ) -> None:  # fmt: skip
         unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        self.map_state(torch.Tensor.contiguous)  # not those of an expanded view, which cannot be written
         own = {f"{prefix}{name}": value for name, value in self.registered_state().items()}
         unexpected_keys += [key for key in unexpected if key not in own]
         for key, value in own.items():
