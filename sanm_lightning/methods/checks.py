@@ -25,6 +25,7 @@ __all__ = [
     "require_divisible",
     "require_index",
     "require_noise_rate",
+    "require_unscaled",
     "size_pair",
 ]
 
@@ -205,6 +206,16 @@ def require_divisible(num_samples: int, method: str) -> None:
         raise ValueError(
             f"expected 2 or more training samples for {method}, which divides them into two sets, got {num_samples}; add "
             "samples"
+        )
+
+
+def require_unscaled(optimizer: Any, trainer: Any, purpose: str) -> None:
+    """Raise ValueError for an optimizer that unscales gradients in its step, after the hooks that read them."""
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"expected an optimizer whose gradients are unscaled before {purpose}, got a fused {type(optimizer).__name__} "
+            "with precision 16-mixed; set fused: false, or precision bf16-mixed"
         )
 
 

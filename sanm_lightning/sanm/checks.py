@@ -17,6 +17,7 @@ __all__ = [
     "check_rows",
     "image_size_of",
     "is_reached",
+    "require_owned",
     "require_parameters",
     "require_unused",
     "require_whole_weights",
@@ -219,7 +220,16 @@ def require_parameters(pl_module: L.LightningModule) -> None:
 
 def require_unused(sanm: SANM) -> None:
     """Raise ValueError for a SANM that is built for the network of another module."""
-    if sanm.built:
+    _require_sole(sanm.built, "is built for a network")
+
+
+def require_owned(sanm: SANM, owner: object) -> None:
+    """Raise ValueError for a SANM with which another module was created after that of ``owner``."""
+    _require_sole(sanm.owner not in (None, owner), "was given to another module as well")
+
+
+def _require_sole(shared: bool, got: str) -> None:
+    if shared:
         raise ValueError(
-            "expected a SANM that no other module uses, got one that is built for a network; create a SANM for each module"
+            f"expected a SANM that no other module uses, got one that {got}; create a SANM for each module"
         )

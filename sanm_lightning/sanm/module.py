@@ -95,6 +95,9 @@ class SANM(QualitySource, ImageScale):
         ValueError: if an argument is out of its range.
     """
 
+    owner: object = None
+    """Identifies the last module that was created with this SANM; None if there is none."""
+
     def __init__(
         self,
         mu: float = 0.3,

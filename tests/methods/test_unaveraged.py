@@ -66,7 +66,9 @@ def test_values_of_several_devices_are_broadcast_on_that_of_the_module(monkeypat
     module.register_state("here", torch.zeros(3, device="meta"))
     module.register_state("elsewhere", torch.zeros(2))
     monkeypatch.setattr(broadcast, "several_processes", lambda: True)
-    monkeypatch.setattr(torch.distributed, "broadcast", lambda values, source: sent.append((values.device.type, len(values))))
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda values, source: sent.append((values.device.type, len(values)))
+    )
     broadcast.share_state(module)
     assert sent == [("meta", 5)]
     assert module.elsewhere.device.type == "meta"
