@@ -165,8 +165,9 @@ def refuse_other_weights(pl_module: Any) -> Iterator[None]:
 
 
 def check_num_classes(network: Any, num_classes: int) -> None:
-    """Raise ValueError if a network given as a module states another number of classes."""
-    classes = getattr(network, "num_classes", num_classes)
+    """Raise ValueError if a network given as a module, or its linear classifier, states another number of classes."""
+    classifier = network.get_classifier() if hasattr(network, "get_classifier") else None
+    classes = getattr(network, "num_classes", getattr(classifier, "out_features", num_classes))
     if isinstance(classes, int) and classes != num_classes:
         raise ValueError(
             f"expected a network with num_classes = {num_classes} logits, got {classes} from "

@@ -173,7 +173,9 @@ class SANMCallback(L.Callback):
         set_up_again(trainer, pl_module, {module for part in self._sanms(pl_module) for module in part.modules()})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the decoder to the optimizer, before the optimizer state is restored, and warn of a long warm-up."""
+        """Check per-sample state, add the decoder to the optimizer before its state is restored, warn of a long warm-up."""
+        if self._states is not None:
+            self._states.on_fit_start(trainer, pl_module)
         add_parameters(trainer.optimizers, self.sanm, KEY)
         resumed, self._resumed = self._resumed, None
         if resumed is not None:

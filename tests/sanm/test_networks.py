@@ -399,6 +399,14 @@ class TestMethods:
         ):
             CrossEntropy(5, (64, 64), network=TORCHVISION["ResNet"].network())
 
+    def test_refuse_a_classifier_of_other_classes(self) -> None:
+        network = create_network("small_cnn", 3, width=4).network
+        del network.num_classes
+        with pytest.raises(
+            ValueError, match=r"num_classes = 5 logits, got 3 from SmallCNN; create it with num_classes=5"
+        ):
+            CrossEntropy(5, (16, 16), network=network)
+
     def test_take_a_network_that_ends_in_a_pooling(self) -> None:
         network = nn.Sequential(
             nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, CLASSES, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
