@@ -1,12 +1,15 @@
 """Functions that depend on private attributes of Lightning, each with a test."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 __all__ = [
     "batch_number",
+    "epochs_of_steps",
     "fill_average",
     "limit_batch_size",
     "restart_average",
@@ -24,6 +27,18 @@ COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 def batch_number(trainer: Any) -> int:
     """Return the number of the current training batch within its epoch, from 0; -1 before the first batch."""
     return int(trainer.fit_loop.batch_idx)
+
+
+def epochs_of_steps(trainer: Any) -> float:
+    """Return the number of epochs that begin within ``max_steps``, to be called from ``on_train_start`` on.
+
+    It is infinite without this limit, with ``fast_dev_run``, and where the number of steps of an epoch is unknown.
+    """
+    batches = trainer.num_training_batches
+    unknown = math.isinf(batches) or any(isinstance(part, GradientAccumulationScheduler) for part in trainer.callbacks)
+    if trainer.max_steps < 0 or unknown or getattr(trainer, "fast_dev_run", False):
+        return math.inf
+    return math.ceil(trainer.max_steps / math.ceil(max(1, batches) / trainer.accumulate_grad_batches))
 
 
 def validates_next(trainer: Any) -> bool:

@@ -19,6 +19,7 @@ from sanm_lightning.sanm.checks import (
     image_size_of,
     is_reached,
     require_whole_weights,
+    warn_of_few_steps,
     warn_of_long_warmup,
 )
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
@@ -284,9 +285,11 @@ class SANMCallback(L.Callback):
         return list(dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))]))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the SANMs whose metrics are logged, and delete the metrics of an interrupted epoch."""
+        """Find the SANMs whose metrics are logged, delete the metrics of an interrupted epoch, and warn of too few steps."""
         self._logged = self._sanms(pl_module)
         self._means.reset()
+        if self.sanm.enabled:
+            warn_of_few_steps(trainer, self._first_masked_epoch(pl_module))
 
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit label quality once per epoch; the epoch is saved, because resumed epochs do not call the start hook."""

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from sanm_lightning.compat import epochs_of_steps
 from sanm_lightning.sanm.foreign_batch import images_and_labels
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.rehearsal import own_streams
@@ -21,6 +22,7 @@ __all__ = [
     "require_parameters",
     "require_unused",
     "require_whole_weights",
+    "warn_of_few_steps",
     "warn_of_long_warmup",
 ]
 
@@ -175,6 +177,15 @@ def warn_of_long_warmup(trainer: L.Trainer, first: int) -> None:
         rank_zero_warn(
             f"expected max_epochs above {first}, the number of epochs before SANM's first mask, got {trainer.max_epochs}, "
             "in which nothing is masked; raise max_epochs, or lower warmup_epochs"
+        )
+
+
+def warn_of_few_steps(trainer: L.Trainer, first: int) -> None:
+    """Warn if ``max_steps`` end the training before SANM's first mask, in epoch ``first``; from ``on_train_start`` on."""
+    if epochs_of_steps(trainer) <= first and is_reached(trainer, first):
+        rank_zero_warn(
+            f"expected max_steps beyond the first {first} epochs, before SANM's first mask, got {trainer.max_steps}, in which "
+            "nothing is masked; raise max_steps, or lower warmup_epochs"
         )
 
 
