@@ -257,8 +257,9 @@ class SANMCallback(L.Callback):
                 f"expected the training step of {type(pl_module).__name__} to run the network of SANM "
                 f"({type(tap.network).__name__}), got no output of it; set the trained submodule with network="
             )
-        if views.logits is None and logits is None:  # a step that calls submodules of the network separately
-            with inference_context(tap, images):
+        whole = logits is not None and len(logits) == len(views.images)
+        if views.logits is None and not whole:  # a step that runs submodules of the network, or other images
+            with inference_context(tap, images, self.sanm.batch_statistics):
                 logits = tap.forward_head(tap.forward_features(images))
             tap.forget()
         clean = views.unmasked(cast(Tensor, logits))
