@@ -38,7 +38,8 @@ def epochs_of_steps(trainer: Any) -> float:
     unknown = math.isinf(batches) or any(isinstance(part, GradientAccumulationScheduler) for part in trainer.callbacks)
     if trainer.max_steps < 0 or unknown or getattr(trainer, "fast_dev_run", False):
         return math.inf
-    return math.ceil(trainer.max_steps / math.ceil(max(1, batches) / trainer.accumulate_grad_batches))
+    steps = math.ceil(max(1, batches) / trainer.accumulate_grad_batches)
+    return float(math.ceil(trainer.max_steps / steps))
 
 
 def validates_next(trainer: Any) -> bool:

@@ -79,6 +79,15 @@ def test_it_changes_its_dtype_with_the_module():
     assert (queue.features.dtype, queue.valid.dtype) == (torch.float64, torch.bool)
 
 
+@pytest.mark.parametrize("name", ["ForwardCorrection", "MCorrection", "PLC", "SelCL"])
+def test_estimates_keep_their_dtype_in_a_module_of_lower_precision(name):
+    module = getattr(methods, name)(**SMALL)
+    before = module.registered_state()
+    after = module.bfloat16().registered_state()
+    assert {key: value.dtype for key, value in after.items()} == {key: value.dtype for key, value in before.items()}
+    assert module.network.get_classifier().weight.dtype == torch.bfloat16
+
+
 def test_a_copy_has_state_of_its_own():
     queue = FeatureQueue(3, 2)
     copied = copy.deepcopy(queue)
