@@ -623,7 +623,7 @@ class TestLabelsReadAsIndices:
         fit(module, SANMCallback(SANM(labels=False, warmup_epochs=0)), epochs=1)
         assert module.updates == 4
 
-    @pytest.mark.parametrize(("batch_size", "precision"), [(3, "32-true"), (6, "bf16-mixed")])
+    @pytest.mark.parametrize(("batch_size", "precision"), [(3, "32-true"), (6, "bf16-mixed"), (6, "bf16-true")])
     @pytest.mark.parametrize("step", [handles_both, logged_loss, restless])
     def test_a_legal_step_is_not_refused(self, step: Any, batch_size: int, precision: str) -> None:
         module = Stepping(step)
