@@ -5,7 +5,6 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 __all__ = [
     "batch_number",
@@ -30,15 +29,16 @@ def batch_number(trainer: Any) -> int:
 
 
 def epochs_of_steps(trainer: Any) -> float:
-    """Return the number of epochs that begin within ``max_steps``, to be called from ``on_train_start`` on.
+    """Return the number of epochs of a new run that begin within ``max_steps``, to be called in ``on_train_start``.
 
-    It is infinite without this limit, with ``fast_dev_run``, and where the number of steps of an epoch is unknown.
+    It is infinite without this limit, with ``fast_dev_run``, in a resumed run, and where the number of optimizer steps of an
+    epoch is unknown: without a length of the training set, or with a schedule of accumulation.
     """
-    batches = trainer.num_training_batches
-    unknown = math.isinf(batches) or any(isinstance(part, GradientAccumulationScheduler) for part in trainer.callbacks)
-    if trainer.max_steps < 0 or unknown or getattr(trainer, "fast_dev_run", False):
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
+    unknown = math.isinf(trainer.num_training_batches) or "GradientAccumulationScheduler" in kinds
+    if trainer.max_steps < 0 or unknown or trainer.global_step > 0 or getattr(trainer, "fast_dev_run", False):
         return math.inf
-    steps = math.ceil(max(1, batches) / trainer.accumulate_grad_batches)
+    steps = math.ceil(max(1, trainer.num_training_batches) / trainer.accumulate_grad_batches)
     return float(math.ceil(trainer.max_steps / steps))
 
 

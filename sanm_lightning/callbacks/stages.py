@@ -160,7 +160,7 @@ class Stages(L.Callback):
         first, limit = 0.0, epochs_of_steps(trainer)
         for number, stage in enumerate(pl_module.stages()):
             ahead, begins = trainer.current_epoch <= first < end, first < end
-            if begins and stage.epochs != 0 and first >= limit > 0:
+            if begins and stage.epochs != 0 and first >= limit:
                 rank_zero_warn(
                     f"expected max_steps that reach the stage {stage.name!r} of {type(pl_module).__name__}, got "
                     f"{trainer.max_steps}; results.json lists the stage with 0 epochs"

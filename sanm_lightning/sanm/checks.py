@@ -181,7 +181,7 @@ def warn_of_long_warmup(trainer: L.Trainer, first: int) -> None:
 
 
 def warn_of_few_steps(trainer: L.Trainer, first: int) -> None:
-    """Warn if ``max_steps`` end the training before SANM's first mask, in epoch ``first``; from ``on_train_start`` on."""
+    """Warn if ``max_steps`` end the training before SANM's first mask, in epoch ``first``; in ``on_train_start``."""
     if epochs_of_steps(trainer) <= first and is_reached(trainer, first):
         rank_zero_warn(
             f"expected max_steps beyond the first {first} epochs, before SANM's first mask, got {trainer.max_steps}, in which "
