@@ -52,14 +52,15 @@ class NoisyBatch(NamedTuple):
             need_labels: whether labels are required; without labels, ``labels`` is an empty tensor.
 
         Returns:
-            The batch as a :class:`NoisyBatch`. Images in uint8 are converted to floating images in [0, 1], and labels of
-            any integer dtype to int64.
+            The batch as a :class:`NoisyBatch`. Images in uint8 are converted to floating images in [0, 1], and labels
+            and positions of any integer dtype to int64.
 
         Raises:
             ValueError: if the batch has no images, or no labels although they are required.
         """
         if isinstance(batch, NoisyBatch):
-            return batch._replace(images=_floating(batch.images), labels=_indices(batch.labels))
+            index = None if batch.index is None else batch.index.long()
+            return batch._replace(images=_floating(batch.images), labels=_indices(batch.labels), index=index)
         parts: dict[str, Any] = {}
         if isinstance(batch, Tensor):
             parts["images"] = batch
@@ -82,7 +83,9 @@ class NoisyBatch(NamedTuple):
                     "loader"
                 )
             labels = torch.zeros(0, dtype=torch.int64, device=images.device)
-        return cls(_floating(images), _indices(labels), parts.get("index"), parts.get("true_labels"))
+        index = parts.get("index")
+        index = None if index is None else index.long()
+        return cls(_floating(images), _indices(labels), index, parts.get("true_labels"))
 
     def take(self, rows: Any) -> "NoisyBatch":
         """Select samples of the batch by a slice or by positions (K,)."""

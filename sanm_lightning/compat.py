@@ -1,5 +1,6 @@
 """Functions that depend on private attributes of Lightning, each with a test."""
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 
 __all__ = [
     "batch_number",
+    "epochs_of_steps",
     "fill_average",
     "limit_batch_size",
     "restart_average",
@@ -14,6 +16,7 @@ __all__ = [
     "resume_evaluation",
     "set_up_again",
     "sets_rate",
+    "validates_next",
 ]
 
 COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
@@ -23,6 +26,25 @@ COPYING = {"WeightAveraging", "StochasticWeightAveraging"}
 def batch_number(trainer: Any) -> int:
     """Return the number of the current training batch within its epoch, from 0; -1 before the first batch."""
     return int(trainer.fit_loop.batch_idx)
+
+
+def epochs_of_steps(trainer: Any) -> float:
+    """Return the number of epochs of a new run that begin within ``max_steps``, to be called in ``on_train_start``.
+
+    It is infinite without this limit, with ``fast_dev_run``, in a resumed run, and where the number of optimizer steps of an
+    epoch is unknown: without a length of the training set, or with a schedule of accumulation.
+    """
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
+    unknown = math.isinf(trainer.num_training_batches) or "GradientAccumulationScheduler" in kinds
+    if trainer.max_steps < 0 or unknown or trainer.global_step > 0 or getattr(trainer, "fast_dev_run", False):
+        return math.inf
+    steps = math.ceil(max(1, trainer.num_training_batches) / trainer.accumulate_grad_batches)
+    return float(math.ceil(trainer.max_steps / steps))
+
+
+def validates_next(trainer: Any) -> bool:
+    """Return whether a validation follows the current training step, in ``on_train_batch_end``; it may stop the run."""
+    return bool(trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
 
 
 def resume_evaluation(loops: dict[str, Any]) -> None:

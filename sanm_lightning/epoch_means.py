@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from sanm_lightning.compat import validates_next
+
 __all__ = ["EpochMeans"]
 
 
@@ -46,10 +48,12 @@ class EpochMeans:
         self.reset()
 
     def log_if_last(self, trainer: L.Trainer, pl_module: L.LightningModule, **options: Any) -> None:
-        """Log the means if the step is the last one of an epoch or of the run; to be called at the end of every step.
+        """Log the means if the step can be the last one of an epoch or of the run; to be called at the end of every step.
 
-        Callbacks read the means in ``on_train_epoch_end`` in any order. If a run ends in a step that could not be recognized
-        as its last one, call :meth:`log` in ``on_train_epoch_end``.
+        A step before a validation can be the last one, because callbacks stop a run there; Lightning adds the means of an
+        epoch by their weights. Callbacks read the means in ``on_train_epoch_end`` in any order. If a run ends in a step that
+        could not be recognized as its last one, call :meth:`log` in ``on_train_epoch_end``.
         """
-        if trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps:
+        ends = trainer.is_last_batch or trainer.should_stop or trainer.global_step == trainer.max_steps
+        if ends or validates_next(trainer):
             self.log(pl_module, **options)

@@ -28,6 +28,23 @@ class SampleStateCallback(L.Callback):
         if stage == "fit":
             size_states(pl_module, trainer, type(pl_module).__name__)
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Check that the states of a checkpoint are those of the training set.
+
+        Raises:
+            ValueError: if they have another number of rows, or belong to other given labels.
+        """
+        num_samples, labels = _training_set(trainer)
+        given = _checksum(labels)
+        for name, state in _states(pl_module):
+            if num_samples is not None and not _belongs(state, num_samples, given):
+                got = "other given labels" if len(state) == num_samples else f"{num_samples} samples"
+                raise ValueError(
+                    f"expected the training set of the checkpoint, with {len(state)} samples, for the per-sample state "
+                    f"{name!r} of {type(pl_module).__name__}, got {got}; use the same training set, or start a new run from "
+                    "the weights"
+                )
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Synchronize every state. A collective operation."""
         for _, state in _states(pl_module):
@@ -51,22 +68,18 @@ def size_states(module: nn.Module, trainer: L.Trainer, owner: str) -> None:
     Raises:
         ValueError: if the size of a required state is unknown.
     """
-    data = getattr(trainer, "datamodule", None)
-    num_samples = getattr(data, "num_samples", None)
-    labels = getattr(data, "labels", None)
-    given = zlib.crc32(labels.cpu().numpy().tobytes()) if isinstance(labels, Tensor) else None
-    others = []
+    num_samples, labels = _training_set(trainer)
+    given, others = _checksum(labels), []
     for name, state in _states(module):
-        if isinstance(num_samples, int):
-            other = len(state) == num_samples and None not in (given, state.given) and given != state.given
-            if len(state) != num_samples or other:
+        if num_samples is not None:
+            if not _belongs(state, num_samples, given):
+                others += [name] if len(state) == num_samples else []
                 state.reset(num_samples, labels)
-            others += [name] if other else []
             state.given = given
         elif state.required:
             raise ValueError(
                 f"expected a data module with num_samples for {owner}, which keeps per-sample state, got "
-                f"{type(data).__name__}; use a data module of this package, or add num_samples"
+                f"{type(getattr(trainer, 'datamodule', None)).__name__}; use a data module of this package, or add num_samples"
             )
     if others:
         rank_zero_warn(
@@ -92,3 +105,19 @@ def write_synced_states(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 def _states(module: nn.Module) -> list[tuple[str, SampleState]]:
     return [(name, part) for name, part in module.named_modules() if isinstance(part, SampleState)]
+
+
+def _training_set(trainer: L.Trainer) -> tuple[int | None, Tensor | None]:
+    """Return the number of training samples and the given labels (N,); None if the data module does not define them."""
+    data = getattr(trainer, "datamodule", None)
+    num_samples, labels = getattr(data, "num_samples", None), getattr(data, "labels", None)
+    return num_samples if isinstance(num_samples, int) else None, labels if isinstance(labels, Tensor) else None
+
+
+def _checksum(labels: Tensor | None) -> int | None:
+    return None if labels is None else zlib.crc32(labels.cpu().numpy().tobytes())
+
+
+def _belongs(state: SampleState, num_samples: int, given: int | None) -> bool:
+    """Return whether the rows of a state are those of a training set, by number and, where known, by given labels."""
+    return len(state) == num_samples and (None in (given, state.given) or given == state.given)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -21,13 +22,17 @@ def share_buffers(module: nn.Module) -> None:
     _share(module.buffers())
 
 
-def share_state(module: nn.Module) -> None:
+def share_state(module: L.LightningModule) -> None:
     """Broadcast the registered state of rank 0, see :class:`Unaveraged`. A collective operation.
 
     Every process computes it from the same values, but kernels that add in any order, and processors of another kind,
     round differently.
     """
+    if not several_processes():
+        return
     parts = [part for part in module.modules() if isinstance(part, Unaveraged)]
+    for part in parts:  # the values that a method assigns may be expanded views, or on another device
+        part.map_state(lambda value: value.to(module.device).contiguous())
     _share(value for part in parts for value in part.registered_state().values())
 
 

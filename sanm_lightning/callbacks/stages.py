@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from sanm_lightning.callbacks.optimizer_steps import register_step_hooks
-from sanm_lightning.compat import batch_number
+from sanm_lightning.compat import batch_number, epochs_of_steps
 from sanm_lightning.random_streams import named_seed
 
 __all__ = ["Stage", "Stages", "locate", "repeated_stages", "reset_parameters", "stage_epochs"]
@@ -150,16 +150,21 @@ class Stages(L.Callback):
                 self._handles += register_step_hooks(optimizer, enter, partial(self._leave, optimizer))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Check the stages from the current epoch on, against the network and the training set.
+        """Check the stages from the current epoch on, against the network and the training set, and warn of too few steps.
 
         Raises:
             ValueError: if a stage resets a network that cannot be reinitialized, or has a factor and the training set has
                 no length.
         """
         end = math.inf if trainer.max_epochs == -1 else int(trainer.max_epochs or 1)
-        first = 0.0
+        first, limit = 0.0, epochs_of_steps(trainer)
         for number, stage in enumerate(pl_module.stages()):
             ahead, begins = trainer.current_epoch <= first < end, first < end
+            if begins and stage.epochs != 0 and first >= limit:
+                rank_zero_warn(
+                    f"expected max_steps that reach the stage {stage.name!r} of {type(pl_module).__name__}, got "
+                    f"{trainer.max_steps}; results.json lists the stage with 0 epochs"
+                )
             length = math.inf if stage.epochs is None else stage.epochs
             first += length
             if ahead and length and number > 0 and stage.reset != "none":

@@ -19,7 +19,7 @@ class Unaveraged(nn.Module):
     as a threshold or a queue, is not a statistic of the weights, and its average has no meaning.
     """
 
-    def register_state(self, name: str, value: Any) -> None:
+    def register_state(self, name: str, value: Any, *, cast: bool = True) -> None:
         """Add a tensor, or a named tuple of tensors, which is moved and saved as buffers would be.
 
         In contrast to a buffer, DistributedDataParallel does not broadcast it: compute the same value in every process. After
@@ -27,15 +27,17 @@ class Unaveraged(nn.Module):
 
         Args:
             name: name of the attribute, and of the entry in the state dict; the entries of a named tuple are ``name_field``.
-            value: initial value, of any shape, not an expanded view; a loaded value has the same shape.
+            value: initial value, of any shape; a loaded value has the same shape.
+            cast: whether the dtype of floating values follows that of the module, as that of buffers; with True, a run that is
+                resumed in bf16-true or 16-true starts with rounded values.
         """
-        self.__dict__.setdefault("_state_names", []).append(name)
+        self.__dict__.setdefault("_state_names", {})[name] = cast
         setattr(self, name, value)
 
     def registered_state(self) -> dict[str, Tensor]:
         """Return the registered tensors of this module, without those of its submodules, by name in the state dict."""
         found: dict[str, Tensor] = {}
-        for name in self.__dict__.get("_state_names", []):
+        for name in self.__dict__.get("_state_names", {}):
             value: Any = getattr(self, name)
             if isinstance(value, Tensor):
                 found[name] = value
@@ -45,13 +47,17 @@ class Unaveraged(nn.Module):
 
     def map_state(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Replace every registered tensor of this module by a function of it."""
-        for name in self.__dict__.get("_state_names", []):
-            value: Any = getattr(self, name)
-            setattr(self, name, fn(value) if isinstance(value, Tensor) else value._make(map(fn, value)))
+        for name in self.__dict__.get("_state_names", {}):
+            self._map_value(name, fn)
+
+    def _map_value(self, name: str, fn: Callable[[Tensor], Tensor]) -> None:
+        value: Any = getattr(self, name)
+        setattr(self, name, fn(value) if isinstance(value, Tensor) else value._make(map(fn, value)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        self.map_state(fn)
+        for name, cast in self.__dict__.get("_state_names", {}).items():
+            self._map_value(name, fn if cast else lambda value: value.to(fn(value).device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -65,6 +71,7 @@ class Unaveraged(nn.Module):
     ) -> None:  # fmt: skip
         unexpected: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected, error_msgs)
+        self.map_state(torch.Tensor.contiguous)  # not those of an expanded view, which cannot be written
         own = {f"{prefix}{name}": value for name, value in self.registered_state().items()}
         unexpected_keys += [key for key in unexpected if key not in own]
         for key, value in own.items():

@@ -211,7 +211,7 @@ def pair_similarity(
     Returns:
         A scalar, the sum over the compared pairs divided by V M.
     """
-    same = (probs @ others.T).float().clamp(0, 1)
+    same = (probs @ others.to(probs.dtype).T).float().clamp(0, 1)
     target = lam[:, None] * major.clamp(max=1) + (1 - lam[:, None]) * minor.clamp(max=1)
     losses = -target * (same + 1e-7).log() - (1 - target) * (1 - same + 1e-7).log()
     return (losses * _compared(losses, valid)).mean()

@@ -150,8 +150,8 @@ def clipped_gradient_term(loss: Tensor, parameters: Iterable[Tensor], max_norm: 
 def label_margin(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the largest other logit minus that of the label, logits (B, C), targets (B, C) -> (B,) float32.
 
-    Source: Pleiss et al., NeurIPS 2020, "area under the margin", with the opposite sign, so that it is ordered like a
-        loss.
+    Source: Pleiss et al., NeurIPS 2020, "area under the margin", with the opposite sign, so that it is ordered like
+    a loss.
     """
     logits = logits.float()
     label = targets.argmax(1, keepdim=True)

@@ -30,7 +30,7 @@ def fit_mixture(losses: Tensor, *, max_iter: int = 10, normalize: bool = True) -
     """Fit two Gaussians to min-max normalized losses.
 
     Source: DivideMix (Li et al., ICLR 2020), Section 3.1 and its code: max_iter 10, tol 1e-2, reg_covar 5e-4. The
-        k-means initialization has a fixed seed, so the fit is deterministic.
+    k-means initialization has a fixed seed, so the fit is deterministic.
 
     Args:
         losses: shape (N,), finite, on any device.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sanm_lightning.functional import critical_fraction, critical_threshold
-from sanm_lightning.methods.checks import check_choice, check_range, require_noise_rate
+from sanm_lightning.methods.checks import check_choice, check_range, require_noise_rate, require_unscaled
 from sanm_lightning.methods.cross_entropy import CrossEntropy
 
 __all__ = ["CDR"]
@@ -90,10 +90,12 @@ class CDR(CrossEntropy):
         """Create the optimizer and its schedule.
 
         Raises:
-            ValueError: if L1 decay is combined with weight decay of the optimizer.
+            ValueError: if L1 decay is combined with weight decay of the optimizer, or added to scaled gradients.
         """
         made: Any = super().configure_optimizers()
         optimizer = made["optimizer"] if isinstance(made, dict) else made
+        if self.decay == "l1":
+            require_unscaled(optimizer, self.trainer, "the L1 decay is added to them")
         decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         if self.decay == "l1" and any(decays):
             raise ValueError(f"expected an optimizer with weight_decay 0 for decay: l1, got {max(decays)}; set it to 0")

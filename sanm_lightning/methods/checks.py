@@ -25,6 +25,7 @@ __all__ = [
     "require_divisible",
     "require_index",
     "require_noise_rate",
+    "require_unscaled",
     "size_pair",
 ]
 
@@ -164,8 +165,9 @@ def refuse_other_weights(pl_module: Any) -> Iterator[None]:
 
 
 def check_num_classes(network: Any, num_classes: int) -> None:
-    """Raise ValueError if a network given as a module states another number of classes."""
-    classes = getattr(network, "num_classes", num_classes)
+    """Raise ValueError if a network given as a module, or its linear classifier, states another number of classes."""
+    classifier = network.get_classifier() if hasattr(network, "get_classifier") else None
+    classes = getattr(network, "num_classes", getattr(classifier, "out_features", num_classes))
     if isinstance(classes, int) and classes != num_classes:
         raise ValueError(
             f"expected a network with num_classes = {num_classes} logits, got {classes} from "
@@ -205,6 +207,16 @@ def require_divisible(num_samples: int, method: str) -> None:
         raise ValueError(
             f"expected 2 or more training samples for {method}, which divides them into two sets, got {num_samples}; add "
             "samples"
+        )
+
+
+def require_unscaled(optimizer: Any, trainer: Any, purpose: str) -> None:
+    """Raise ValueError for an optimizer that unscales gradients in its step, after the hooks that read them."""
+    scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if scales and getattr(optimizer, "_step_supports_amp_scaling", False):
+        raise ValueError(
+            f"expected an optimizer whose gradients are unscaled before {purpose}, got a fused {type(optimizer).__name__} "
+            "with precision 16-mixed; set fused: false, or precision bf16-mixed"
         )
 
 

@@ -20,8 +20,7 @@ class CoTeaching(NoisyLabelModule):
     Source: Han et al., NeurIPS 2018, Algorithm 1, and the authors' code. The code starts at the second entry of its
     schedule; here, the first epoch keeps all samples.
 
-    Prediction: each network separately, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2``
-        is
+    Prediction: each network separately, as published. ``forward`` and ``test/acc`` are network 1, ``test/acc_network2`` is
     network 2.
 
     Under SANM, each network is masked according to the other network's estimate of label quality. Samples are selected

@@ -15,16 +15,14 @@ __all__ = ["ELR", "require_index"]
 class ELR(NoisyLabelModule):
     """Cross-entropy with a regularization of predictions towards their running mean.
 
-    Source: Liu et al., NeurIPS 2020, Algorithm 1, and the authors' code: the mean is updated with the current
-        prediction
+    Source: Liu et al., NeurIPS 2020, Algorithm 1, and the authors' code: the mean is updated with the current prediction
     before the loss is computed; probabilities are clamped to [1e-4, 1 - 1e-4]. Published on 45,000 of CIFAR's 50,000
     images, with the others held out for validation: ``data.val_fraction: 0.1``.
 
     Under SANM, both terms use the masked views; the running mean is that of unmasked images. SANM can reduce the
     accuracy: on 5,000 images of CIFAR-10 with half of the labels wrong, the last accuracy fell from .493 to .393 (three
-        seeds). ELR
-    without SANM stopped predicting some classes, and SANM's loss-based quality of their correct labels was about .5
-    (observed on one seed, on which oracle quality did no harm). Check which classes the network predicts.
+    seeds). ELR without SANM stopped predicting some classes, and SANM's loss-based quality of their correct labels was
+    about .5 (observed on one seed, on which oracle quality did no harm). Check which classes the network predicts.
 
     Args:
         num_classes: C, number of classes.

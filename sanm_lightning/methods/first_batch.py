@@ -19,9 +19,9 @@ class FirstBatch(L.Callback):
     It synchronizes with the device in that batch only.
 
     Raises:
-        MisconfigurationException: before the first update, if images are not in [0, 1], such as those of a loader that
-            normalizes them; if their size is not the ``image_size`` of a method under SANM; or if labels are neither class
-            indices nor class probabilities.
+        MisconfigurationException: before the first update, if images are neither in uint8 nor floating point; if they are not
+            in [0, 1], such as those of a loader that normalizes them; if their size is not the ``image_size`` of a method
+            under SANM; or if labels are neither class indices nor class probabilities.
     """
 
     def __init__(self) -> None:
@@ -67,9 +67,14 @@ class FirstBatch(L.Callback):
 
 
 def _check_images(module: Any, images: Tensor) -> None:
-    """Check the range of images (B, C, H, W), unless neither network nor SANM relies on it."""
+    """Check dtype and range of images (B, C, H, W); the range unless neither network nor SANM relies on it."""
     if images.ndim != 4:
         return  # the step raises the error
+    if not images.is_floating_point():
+        raise MisconfigurationException(
+            f"expected images in uint8 or floating point in the batches, got {images.dtype}; convert them in the data set, "
+            "such as image.float() / 65535"
+        )
     if module.sanm.enabled or any(map(_normalizes, module.networks)):
         name = type(module).__name__
         check_range(images, f"{name} normalizes its images: remove the normalization from the loader of {name}")

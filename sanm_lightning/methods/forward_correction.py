@@ -70,7 +70,7 @@ class ForwardCorrection(NoisyLabelModule):
         super().__init__(num_classes, warmup_epochs=warmup_epochs, **kwargs)
         self.direction, self.percentile, self.renew, self.known = direction, percentile, reset, transition is not None
         self.needs_data_module = not self.known
-        self.register_state("transition", torch.eye(num_classes) if known is None else known)
+        self.register_state("transition", torch.eye(num_classes) if known is None else known, cast=False)
         self.posterior = LabelStore()
         self.posterior.required = self.sanm.enabled
 

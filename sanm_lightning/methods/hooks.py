@@ -148,5 +148,16 @@ class MethodHooks(Unaveraged, L.LightningModule):
         return max(0, self.total_epochs - (self.warmup_epochs if after is None else after)) * numerator // denominator
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged."""
-        return labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()
+        """Convert labels (B,) to one-hot targets (B, C), float32; class probabilities (B, C) are returned unchanged.
+
+        Raises:
+            ValueError: (on CPU) if a label is outside [0, C).
+        """
+        if labels.is_floating_point():
+            return labels
+        if labels.device.type == "cpu" and not bool(((labels >= 0) & (labels < self.num_classes)).all()):
+            raise ValueError(
+                f"expected class indices in [0, {self.num_classes}), the num_classes of {type(self).__name__}, got "
+                f"{int(labels.min())} to {int(labels.max())}; set num_classes, and remove samples without a class"
+            )
+        return F.one_hot(labels, self.num_classes).float()

@@ -113,8 +113,7 @@ class TrainingPass(MethodHooks):
     ) -> Learned:
         """Run a network on the batch, with masked images and regularized targets under SANM, and optional mixing.
 
-        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label
-            quality.
+        Source: Algorithm 1 of SANM, steps 3 to 10. Evidence of the unmasked images is recorded for SANM's label quality.
 
         Args:
             batch: B samples with the training ``images``.

@@ -73,7 +73,7 @@ class MCorrection(NoisyLabelModule):
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
         self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
         self.judged = LabelStore(dist_reduce_fx=None)
-        self.register_state("mixture", fit_beta_mixture(torch.zeros(0)))
+        self.register_state("mixture", fit_beta_mixture(torch.zeros(0)), cast=False)
 
     def stages(self) -> list[Stage]:
         """Return the stages of mixup, of guided mixup if there is one, and of bootstrapping."""

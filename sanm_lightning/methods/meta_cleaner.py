@@ -95,7 +95,7 @@ class MetaCleaner(NoisyLabelModule):
         features = self.network.forward_head(out.features, pre_logits=True)
         sets = features.float().view(-1, each, features.shape[1])  # (S, K, D)
         weights = self.weigh(sets)
-        clean = self.network.get_classifier()((weights[..., None] * sets).sum(1))
+        clean = self.network.get_classifier()((weights[..., None] * sets).sum(1).to(features.dtype))
         held = weights.detach()
         targets = (held[..., None] * out.targets.view(-1, each, self.num_classes)).sum(1)
         quality = (each * held.flatten()[-len(index) :]).clamp(max=1)
@@ -106,5 +106,6 @@ class MetaCleaner(NoisyLabelModule):
         """Return the weights of the images of each set, features (S, K, D) -> (S, K), rows sum to 1."""
         context = sets.mean(1, keepdim=True).expand_as(sets)
         parts = (part / (part.square().mean(2, keepdim=True) + 1e-8).sqrt() for part in (sets, context))
-        scores: Tensor = self.scorer(torch.cat(tuple(parts), 2))[..., 0]
+        dtype = next(self.scorer.parameters()).dtype
+        scores: Tensor = self.scorer(torch.cat(tuple(parts), 2).to(dtype))[..., 0]
         return (scores.float() / self.temperature).softmax(1)

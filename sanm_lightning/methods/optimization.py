@@ -7,6 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 
+from sanm_lightning.methods.checks import require_unscaled
 from sanm_lightning.methods.hooks import MethodHooks
 from sanm_lightning.methods.schedules import same_rates, scheduler_config
 
@@ -38,7 +39,12 @@ class Optimization(MethodHooks):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of each network and its decoder separately; a stage may override the value."""
+        """Clip the gradients of each network and its decoder separately; a stage may override the value.
+
+        Raises:
+            ValueError: if the gradients of several networks are scaled, with a fused optimizer in precision 16-mixed; that of
+                one network is an error of Lightning.
+        """
         if self.stage.gradient_clip_val is not None:
             gradient_clip_val, gradient_clip_algorithm = self.stage.gradient_clip_val, "norm"
         if not gradient_clip_val:
@@ -46,6 +52,7 @@ class Optimization(MethodHooks):
         if len(self.networks) == 1:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
+        require_unscaled(optimizer, self.trainer, "they are clipped")
         clip = nn.utils.clip_grad_value_ if gradient_clip_algorithm == "value" else nn.utils.clip_grad_norm_
         for parts in zip(self.networks, self.sanms, strict=True):
             clip([parameter for part in parts for parameter in part.parameters()], gradient_clip_val)

@@ -65,7 +65,7 @@ class PLC(NoisyLabelModule):
         self.softmax_of_mean, self.threshold_step = softmax_of_mean, threshold_step
         self.predicted = History(window, (num_classes,))
         self.corrected = LabelStore(dist_reduce_fx=None)
-        self.register_state("threshold", torch.tensor(threshold, dtype=torch.float64))
+        self.register_state("threshold", torch.tensor(threshold, dtype=torch.float64), cast=False)
 
     def stages(self) -> list[Stage]:
         """Return the stage without and the stage with corrections."""

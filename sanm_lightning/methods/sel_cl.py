@@ -88,7 +88,7 @@ class SelCL(MomentumContrast, SelectedContrast):
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
         self.add_key_encoder(negatives, decay)
         self.embeddings = Embeddings(self.projection.out_features)
-        self.register_state("threshold", torch.tensor(1.0))
+        self.register_state("threshold", torch.tensor(1.0), cast=False)
 
     def memory_payload(self) -> Payload:
         """Return the class probabilities and the positions."""

@@ -17,8 +17,7 @@ __all__ = ["SimCLR"]
 class SimCLR(NoisyLabelModule):
     """Contrastive pre-training without labels.
 
-    Source: Chen et al., ICML 2020. C2D loads the checkpoint with ``--model.pretrained FILE``. The views are those of
-        the
+    Source: Chen et al., ICML 2020. C2D loads the checkpoint with ``--model.pretrained FILE``. The views are those of the
     data module's policy ``simclr``: resized crop, flip, color jitter, grayscale, no blur. With several processes, every
     view is compared with the views of all processes. The classifier is not trained, so its accuracy is meaningless.
 

@@ -18,9 +18,9 @@ class CNN9(PooledClassifier):
     """Nine 3 x 3 convolutions, each with batch norm and leaky ReLU, in three groups.
 
     Source: Co-teaching (Han et al., NeurIPS 2018), Table 2, and its code: 3 x 128, pool, 3 x 256, pool, then 512, 256,
-        128 without padding; leaky slope .01, dropout .25 after each pool. On 32 x 32 images the last map is 2 x 2.
+    128 without padding; leaky slope .01, dropout .25 after each pool. On 32 x 32 images the last map is 2 x 2.
     Departure: dropout is active in training, as in the paper; in the released code (PyTorch 0.3), the functional call is
-        never active. ``drop_rate`` 0 is the form of the code.
+    never active. ``drop_rate`` 0 is the form of the code.
 
     Args:
         num_classes: C, number of classes.

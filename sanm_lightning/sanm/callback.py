@@ -19,6 +19,7 @@ from sanm_lightning.sanm.checks import (
     image_size_of,
     is_reached,
     require_whole_weights,
+    warn_of_few_steps,
     warn_of_long_warmup,
 )
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor, FeatureTap, shadow
@@ -173,7 +174,9 @@ class SANMCallback(L.Callback):
         set_up_again(trainer, pl_module, {module for part in self._sanms(pl_module) for module in part.modules()})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add the decoder to the optimizer, before the optimizer state is restored, and warn of a long warm-up."""
+        """Check per-sample state, add the decoder to the optimizer before its state is restored, warn of a long warm-up."""
+        if self._states is not None:
+            self._states.on_fit_start(trainer, pl_module)
         add_parameters(trainer.optimizers, self.sanm, KEY)
         resumed, self._resumed = self._resumed, None
         if resumed is not None:
@@ -254,8 +257,9 @@ class SANMCallback(L.Callback):
                 f"expected the training step of {type(pl_module).__name__} to run the network of SANM "
                 f"({type(tap.network).__name__}), got no output of it; set the trained submodule with network="
             )
-        if views.logits is None and logits is None:  # a step that calls submodules of the network separately
-            with inference_context(tap, images):
+        whole = logits is not None and len(logits) == len(views.images)
+        if views.logits is None and not whole:  # a step that runs submodules of the network, or other images
+            with inference_context(tap, images, self.sanm.batch_statistics):
                 logits = tap.forward_head(tap.forward_features(images))
             tap.forget()
         clean = views.unmasked(cast(Tensor, logits))
@@ -282,9 +286,11 @@ class SANMCallback(L.Callback):
         return list(dict.fromkeys([self.sanm, *(part for part in pl_module.modules() if isinstance(part, SANM))]))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the SANMs whose metrics are logged, and delete the metrics of an interrupted epoch."""
+        """Find the SANMs whose metrics are logged, delete the metrics of an interrupted epoch, and warn of too few steps."""
         self._logged = self._sanms(pl_module)
         self._means.reset()
+        if self.sanm.enabled:
+            warn_of_few_steps(trainer, self._first_masked_epoch(pl_module))
 
     def begin_epoch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Fit label quality once per epoch; the epoch is saved, because resumed epochs do not call the start hook."""

@@ -6,6 +6,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from sanm_lightning.compat import epochs_of_steps
 from sanm_lightning.sanm.foreign_batch import images_and_labels
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.rehearsal import own_streams
@@ -17,9 +18,11 @@ __all__ = [
     "check_rows",
     "image_size_of",
     "is_reached",
+    "require_owned",
     "require_parameters",
     "require_unused",
     "require_whole_weights",
+    "warn_of_few_steps",
     "warn_of_long_warmup",
 ]
 
@@ -177,6 +180,15 @@ def warn_of_long_warmup(trainer: L.Trainer, first: int) -> None:
         )
 
 
+def warn_of_few_steps(trainer: L.Trainer, first: int) -> None:
+    """Warn if ``max_steps`` end the training before SANM's first mask, in epoch ``first``; in ``on_train_start``."""
+    if epochs_of_steps(trainer) <= first and is_reached(trainer, first):
+        rank_zero_warn(
+            f"expected max_steps beyond the first {first} epochs, before SANM's first mask, got {trainer.max_steps}, in which "
+            "nothing is masked; raise max_steps, or lower warmup_epochs"
+        )
+
+
 def require_whole_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Raise MisconfigurationException for strategies that shard weights.
 
@@ -219,7 +231,16 @@ def require_parameters(pl_module: L.LightningModule) -> None:
 
 def require_unused(sanm: SANM) -> None:
     """Raise ValueError for a SANM that is built for the network of another module."""
-    if sanm.built:
+    _require_sole(sanm.built, "is built for a network")
+
+
+def require_owned(sanm: SANM, owner: object) -> None:
+    """Raise ValueError for a SANM with which another module was created after that of ``owner``."""
+    _require_sole(sanm.owner not in (None, owner), "was given to another module as well")
+
+
+def _require_sole(shared: bool, got: str) -> None:
+    if shared:
         raise ValueError(
-            "expected a SANM that no other module uses, got one that is built for a network; create a SANM for each module"
+            f"expected a SANM that no other module uses, got one that {got}; create a SANM for each module"
         )

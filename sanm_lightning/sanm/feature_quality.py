@@ -12,7 +12,7 @@ from sanm_lightning.functional import nearest_neighbors
 from sanm_lightning.functional.linear_probe import assign_folds, linear_probe, neighbor_probs, standardize
 from sanm_lightning.functional.noise_model import anchor_transition, label_posterior
 from sanm_lightning.per_sample import SampleState
-from sanm_lightning.sanm.options import found_by_path
+from sanm_lightning.sanm.options import created_from
 from sanm_lightning.sanm.quality import QualityEstimator, TableQuality
 
 __all__ = ["AuditQuality", "CombinedQuality", "FeatureQuality"]
@@ -343,7 +343,7 @@ class CombinedQuality(QualityEstimator):
 
 def _estimator(part: Any) -> QualityEstimator:
     if isinstance(part, dict) and "class_path" in part:
-        part = found_by_path(part["class_path"])(**(part.get("init_args") or {}))
+        part = created_from(QualityEstimator, part)
     if not isinstance(part, QualityEstimator):
         raise ValueError(
             f"expected a QualityEstimator or its class path, got {part!r}; derive it from QualityEstimator"

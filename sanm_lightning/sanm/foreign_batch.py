@@ -105,7 +105,7 @@ class SampleIndex:
         self.third = third
 
     def __call__(self, batch: Any, trainer: Any) -> Tensor | None:
-        """Return the positions (B,); None if unknown, or without ``num_samples`` of the data module.
+        """Return the positions (B,), int64; None if unknown, or without ``num_samples`` of the data module.
 
         Raises:
             MisconfigurationException: if a batch has no third element, but must have one.
@@ -113,7 +113,7 @@ class SampleIndex:
         named = tensor_or_none(batch, "index")
         num_samples = getattr(getattr(trainer, "datamodule", None), "num_samples", None)
         if named is not None or not isinstance(num_samples, int):
-            return named
+            return None if named is None else named.long()
         if self.third is None:
             self.third = has_third_index(batch, num_samples)
             found = "the third element of the batches" if self.third else "none"
@@ -126,4 +126,4 @@ class SampleIndex:
                 "index to the data set, or omit index="
             )
         third: Tensor = batch[2]
-        return third
+        return third.long()

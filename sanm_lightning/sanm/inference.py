@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sanm_lightning.models import Normalized
+
 __all__ = ["infer", "inference_context", "input_channels", "is_out_of_memory"]
 
 
 def input_channels(network: Any) -> int:
-    """Return the number of image channels of a network: that of its first convolution with at most 4; 3 without one."""
+    """Return the number of image channels of a network.
+
+    It is that of its normalization, or else of its first convolution with at most 4; 3 without both.
+    """
+    if isinstance(network, Normalized):
+        return len(network.mean)
     modules = network.modules() if isinstance(network, nn.Module) else []
     convolutions = (module for module in modules if isinstance(module, nn.Conv2d))
     return next((conv.in_channels for conv in convolutions if conv.in_channels <= 4), 3)

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 
 from sanm_lightning.sanm.callback import SANMCallback
-from sanm_lightning.sanm.checks import require_unused
+from sanm_lightning.sanm.checks import require_owned, require_unused
 from sanm_lightning.sanm.foreign_checkpoint import forgive, split_from_state_dict
 from sanm_lightning.sanm.module import SANM
 from sanm_lightning.sanm.normalization import Normalization
@@ -46,10 +46,12 @@ class SANMMixin:
     All other arguments are passed to the next base class.
 
     Raises:
-        ValueError: if an option of SANM is out of its range, or the SANM is built for the network of another module.
+        ValueError: if an option of SANM is out of its range, the SANM is built for the network of another module, or (when a
+            trainer uses the module) another module was created with the same SANM.
     """
 
     sanm: SANM
+    _sanm_owner: object = None
     wraps_training_step = True
     """Whether to wrap the training step; False in classes whose training step calls ``self.sanm``."""
 
@@ -69,6 +71,7 @@ class SANMMixin:
         super().__init__(*args, **kwargs)
         self.sanm = sanm if isinstance(sanm, SANM) else SANM.from_options(sanm or {})
         require_unused(self.sanm)
+        self.sanm.owner = self._sanm_owner = object()
         self._sanm_options: dict[str, Any] = {
             "network": sanm_network, "layer": sanm_layer, "image_size": sanm_image_size, "rehearse": sanm_rehearse,
             "index": sanm_index, "mean": sanm_mean, "std": sanm_std,
@@ -110,6 +113,7 @@ class SANMMixin:
 
     def _own_callbacks(self) -> list[Any]:
         """Return the callbacks that SANM requires."""
+        require_owned(self.sanm, self._sanm_owner)
         return [SampleStateCallback(), SANMCallback(self.sanm, wrap=self.wraps_training_step, **self._sanm_options)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

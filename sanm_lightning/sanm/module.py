@@ -95,6 +95,9 @@ class SANM(QualitySource, ImageScale):
         ValueError: if an argument is out of its range.
     """
 
+    owner: object = None
+    """Identifies the last module that was created with this SANM; None if there is none."""
+
     def __init__(
         self,
         mu: float = 0.3,
@@ -346,7 +349,8 @@ class SANM(QualitySource, ImageScale):
         copies, rest = divmod(len(masked), len(images))
         if rest or not copies:
             raise ValueError(
-                f"expected features of the views of {len(images)} images, got {len(features)} feature maps"
+                f"expected features of the views of {len(images)} images, got {len(features)} feature maps; run the network "
+                "once on all images of the batch, or use reconstruct=False"
             )
         painted = self.decoder(feature_map(masked, self.decoder.shape[0], images.shape[2:]))
         target = self.reconstruction_target(images)

@@ -6,7 +6,7 @@ two Gaussians to the losses: networks learn correct labels first, so a small los
 
 import copy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from sanm_lightning.functional import (
 )
 from sanm_lightning.per_sample import EpochMean, SampleState
 from sanm_lightning.random_streams import several_processes
-from sanm_lightning.sanm.options import bound_arguments, found_by_path, path_of
+from sanm_lightning.sanm.options import bound_arguments, created_from, path_of
 
 __all__ = ["FittedEvidence", "LabelQuality", "QualityEstimator", "QualityFile", "TableQuality", "resolve_quality"]
 
@@ -338,9 +338,7 @@ def resolve_quality(quality: Any) -> QualityEstimator | None:
     if quality in (None, "estimated", "oracle"):
         return None
     if isinstance(quality, dict) and "class_path" in quality:
-        kind = found_by_path(quality["class_path"])
-        if isinstance(kind, type) and issubclass(kind, QualityEstimator):
-            return kind(**(quality.get("init_args") or {}))
+        return cast(QualityEstimator, created_from(QualityEstimator, quality))
     if isinstance(quality, QualityEstimator):
         return copy.deepcopy(quality)
     raise ValueError(

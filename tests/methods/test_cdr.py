@@ -1,12 +1,15 @@
 """CDR: which weights are critical, and what becomes of the gradients, against slow loops."""
 
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins import MixedPrecision
 
 from sanm_lightning import SANM, CrossEntropy
 from sanm_lightning.functional import critical_fraction, critical_threshold
-from sanm_lightning.methods import CDR
+from sanm_lightning.methods import CDR, CoTeaching
 from tests.methods.toy import data, same, trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -132,6 +135,25 @@ def test_decay_of_absolute_values_adds_the_sign():
 def test_two_decays_at_once_are_refused():
     with pytest.raises(ValueError, match=r"weight_decay 0 for decay: l1, got 0\.0005"):
         trainer(1).fit(method(decay="l1"), data())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "limits", "purpose"),
+    [
+        (CDR, {"decay": "l1"}, {}, "the L1 decay is added to them"),
+        (CoTeaching, {"noise_rate": 0.2, "network": "small_cnn"}, {"gradient_clip_val": 1.0}, "they are clipped"),
+    ],
+)
+def test_gradients_that_a_fused_optimizer_unscales_in_its_step_are_refused(kind, options, limits, purpose):
+    def scaled():
+        return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+    plain, fused = (partial(torch.optim.SGD, lr=0.1, fused=value) for value in (False, True))
+    trainer(1, plugins=[scaled()], **limits).fit(method(kind, optimizer=plain, **options), data(num_samples=16))
+    with pytest.raises(
+        ValueError, match=f"unscaled before {purpose}, got a fused SGD with precision 16-mixed; set fused"
+    ):
+        trainer(1, plugins=[scaled()], **limits).fit(method(kind, optimizer=fused, **options), data(num_samples=16))
 
 
 @pytest.mark.parametrize(

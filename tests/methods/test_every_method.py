@@ -121,6 +121,17 @@ def test_every_method_is_found():
     assert set(OPTIONS) <= set(METHODS)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+@pytest.mark.parametrize("name", METHODS if FULL else ("MetaCleaner", "SelCL"))
+def test_it_trains_with_weights_of_another_precision(name, precision, encoder):
+    torch.manual_seed(0)
+    options = {**METHODS[name], **({"pretrained": encoder} if "pretrained" in METHODS[name] else {})}
+    module = getattr(methods, name)(**SMALL, **options, sanm=SANM(**SANMS["sanm"]))
+    run = fit(module, data(num_samples=32, num_test_samples=8), precision=precision)
+    assert run.callback_metrics["train/loss"].isfinite()
+    assert module.network.get_classifier().weight.isfinite().all()
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", *(["32-true"] if FULL else [])])
 def test_it_learns_in_every_part_and_masks_after_the_warm_up(make, precision):
     module = make()

@@ -1,14 +1,17 @@
 """Batches of any usual form, and any number of loaders, in fit, validate, test and predict."""
 
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sanm_lightning import SANM, NoisyBatch
 from sanm_lightning.methods import CoTeaching, CrossEntropy
+from sanm_lightning.sanm.foreign_batch import SampleIndex
 from tests.methods.toy import trainer
 
 SMALL = {"network": "small_cnn", "network_args": {"width": 4}, "num_classes": 4, "image_size": (16, 16)}
@@ -101,6 +104,34 @@ def test_images_alone_are_predicted_and_refused_in_a_sentence_elsewhere(form):
             ValueError, match=r"expected a batch with labels, got .*; return NoisyBatch or \(images, labels\)"
         ):
             ask(made, loader(ALONE[form]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_positions_of_any_integer_dtype_are_those_of_int64(dtype):
+    index = torch.arange(4).flip(0)
+    batches = Renamed(IMAGES[:4], LABELS[:4], index.to(dtype)), NoisyBatch(IMAGES[:4], LABELS[:4], index.to(dtype))
+    found = [NoisyBatch.from_any(batch).index for batch in batches]
+    run = SimpleNamespace(datamodule=SimpleNamespace(num_samples=N))
+    found += [SampleIndex()(batch, run) for batch in (batches[0], (IMAGES[:4], LABELS[:4], index.to(dtype)))]
+    assert [part.dtype for part in found] == [torch.int64] * 4
+    assert all(torch.equal(part, index) for part in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int32, torch.bool])
+def test_images_of_another_dtype_are_refused_before_the_first_update(dtype):
+    served = loader(lambda i: (torch.ones(3, 16, 16, dtype=dtype), LABELS[i]))
+    with pytest.raises(
+        MisconfigurationException, match=rf"expected images in uint8 or floating point .*, got {dtype}; convert"
+    ):
+        trainer(1).fit(module(), served)
+
+
+def test_a_label_without_a_class_is_refused_in_its_batch():
+    served = loader(lambda i: (IMAGES[i], LABELS[i] + 2 * (i > 6)))
+    with pytest.raises(
+        ValueError, match=r"expected class indices in \[0, 4\), the num_classes of CrossEntropy, got 2 to 5; set"
+    ):
+        trainer(1).fit(module(), served)
 
 
 def test_a_batch_without_images_is_refused_in_a_sentence():

@@ -1,11 +1,15 @@
 """What a module saves, restores and forgets: pre-trained weights, networks as arguments, labels of another training set."""
 
+from typing import Any
+
+import lightning as L
 import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from sanm_lightning import SANM
+from sanm_lightning import SANM, SANMCallback
 from sanm_lightning.functional import guided_mixup
 from sanm_lightning.methods import PLC, CrossEntropy, JointOptim, MCorrection
 from sanm_lightning.methods.reset import copy_reinitialized
@@ -146,6 +150,51 @@ def test_a_second_network_keeps_frozen_parameters_and_finite_buffers():
     assert not torch.equal(twin[4].weight, network[4].weight)
     assert all(bool(value.isfinite().all()) for value in twin.state_dict().values())
     assert twin(torch.rand(2, 3, 16, 16)).isfinite().all()
+
+
+class Small(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = create_network("small_cnn", 4, width=4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Positions(L.LightningDataModule):
+    """A user's data module with positions and, if known, given labels; its checkpoints do not contain them."""
+
+    def __init__(self, num_samples: int, shift: int | None = None) -> None:
+        super().__init__()
+        self.num_samples = num_samples
+        if shift is not None:
+            self.labels = (torch.arange(num_samples) + shift) % 4
+
+    def train_dataloader(self) -> Any:
+        index = torch.arange(self.num_samples)
+        images = torch.rand(self.num_samples, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, getattr(self, "labels", index % 4), index), 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "got"),
+    [((8,), (12,), "12 samples"), ((8,), (4,), "4 samples"), ((8, 0), (8, 1), "other given labels")],
+)
+def test_a_run_is_not_resumed_with_another_training_set(tmp_path, before, after, got):
+    def fit(data: Positions, epochs: int, ckpt: Any = None) -> L.Trainer:
+        run = trainer(epochs, callbacks=[SANMCallback(SANM(mu=0.5))])
+        run.fit(Small(), data, ckpt_path=ckpt)
+        return run
+
+    fit(Positions(*before), 1).save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    fit(Positions(*before), 2, tmp_path / "last.ckpt")
+    with pytest.raises(
+        ValueError, match=f"with 8 samples, for the per-sample state .*bank' of Small, got {got}; use the same"
+    ):
+        fit(Positions(*after), 2, tmp_path / "last.ckpt")
 
 
 class TestASharedSANM:

@@ -304,6 +304,12 @@ def test_a_run_that_ends_in_its_warm_up_is_refused_and_a_late_stage_is_warned_of
             UserWarning, match=f"expected max_epochs that reach the stage '({late})' of .*, got {epochs}"
         ):
             trainer(epochs).fit(module(Three), data())
+    for steps, late in ((4, "two|three"), (8, "three")):
+        with pytest.warns(
+            UserWarning, match=f"expected max_steps that reach the stage '({late})' of Three, got {steps};"
+        ):
+            trainer(3, max_steps=steps).fit(module(Three), data())
+    trainer(3, max_steps=9).fit(module(Three), data())
 
 
 def test_the_first_stage_clips_to_its_own_norm():

@@ -3,12 +3,13 @@
 import copy
 from typing import NamedTuple
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 
 from sanm_lightning import methods
-from sanm_lightning.callbacks import Unaveraged
+from sanm_lightning.callbacks import Unaveraged, broadcast
 from sanm_lightning.methods import ForwardCorrection
 from sanm_lightning.methods.feature_queue import FeatureQueue
 from tests.methods.test_every_method import METHODS, SMALL, fit
@@ -50,9 +51,41 @@ def test_a_named_tuple_is_saved_by_its_fields_and_moved_as_one():
     assert float(module.state_dict()["pair_low"]) == 7
 
 
+def test_an_expanded_view_is_loaded_like_other_values():
+    module = Unaveraged()
+    module.register_state("table", torch.zeros(1).expand(3))
+    module.load_state_dict({"table": torch.arange(3.0)})
+    assert module.table.tolist() == [0, 1, 2]
+
+
+def test_values_of_several_devices_are_broadcast_on_that_of_the_module(monkeypatch):
+    class OnMeta(Unaveraged, L.LightningModule):
+        device = torch.device("meta")
+
+    module, sent = OnMeta(), []
+    module.register_state("here", torch.zeros(3, device="meta"))
+    module.register_state("elsewhere", torch.zeros(2))
+    monkeypatch.setattr(broadcast, "several_processes", lambda: True)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast", lambda values, source: sent.append((values.device.type, len(values)))
+    )
+    broadcast.share_state(module)
+    assert sent == [("meta", 5)]
+    assert module.elsewhere.device.type == "meta"
+
+
 def test_it_changes_its_dtype_with_the_module():
     queue = FeatureQueue(3, 2).double()
     assert (queue.features.dtype, queue.valid.dtype) == (torch.float64, torch.bool)
+
+
+@pytest.mark.parametrize("name", ["ForwardCorrection", "MCorrection", "PLC", "SelCL"])
+def test_estimates_keep_their_dtype_in_a_module_of_lower_precision(name):
+    module = getattr(methods, name)(**SMALL)
+    before = module.registered_state()
+    after = module.bfloat16().registered_state()
+    assert {key: value.dtype for key, value in after.items()} == {key: value.dtype for key, value in before.items()}
+    assert module.network.get_classifier().weight.dtype == torch.bfloat16
 
 
 def test_a_copy_has_state_of_its_own():

@@ -311,7 +311,7 @@ class Rounded(methods.CrossEntropy):
         self.register_state("found", torch.zeros(2, dtype=torch.bool))
 
     def begin_epoch(self):
-        self.threshold = torch.full((3,), 1.0 + self.global_rank)
+        self.threshold = torch.tensor(1.0 + self.global_rank).expand(3)
         self.found = torch.tensor([True, self.global_rank > 0])
 
 

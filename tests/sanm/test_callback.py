@@ -271,6 +271,25 @@ class TestBatchesAndSteps:
             assert callback.sanm.decoder is not None
             assert_same(weights(reference, sanm.decoder), weights(module, callback.sanm.decoder))
 
+    @pytest.mark.parametrize("rows", [(0, 1, 2, 3, 4, 5) * 2, (0, 1, 2)], ids=["two views", "half of the batch"])
+    def test_a_step_on_other_images_than_the_batch_has_the_evidence_of_the_batch(self, rows: tuple[int, ...]) -> None:
+        class Other(Stranger):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return 0.0 * F.cross_entropy(self.net(batch[0][list(rows)]), batch[1][list(rows)])
+
+        def evidence(kind: type[Stranger]) -> Tensor:
+            L.seed_everything(3, verbose=False)
+            callback = SANMCallback(SANM(reconstruct=False))
+            fit(kind(dropout=0.0), callback, data=toy(), epochs=1, limit_train_batches=1)
+            return callback.sanm.label_quality.bank.value
+
+        class Whole(Stranger):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return 0.0 * super().training_step(batch, batch_idx)
+
+        assert int((evidence(Whole) > 0).sum()) == 6
+        torch.testing.assert_close(evidence(Other), evidence(Whole))
+
     def test_a_step_of_the_batch_alone(self) -> None:
         class Short(Stranger):
             def training_step(self, batch: Any) -> Any:  # type: ignore[override]
@@ -604,7 +623,7 @@ class TestLabelsReadAsIndices:
         fit(module, SANMCallback(SANM(labels=False, warmup_epochs=0)), epochs=1)
         assert module.updates == 4
 
-    @pytest.mark.parametrize(("batch_size", "precision"), [(3, "32-true"), (6, "bf16-mixed")])
+    @pytest.mark.parametrize(("batch_size", "precision"), [(3, "32-true"), (6, "bf16-mixed"), (6, "bf16-true")])
     @pytest.mark.parametrize("step", [handles_both, logged_loss, restless])
     def test_a_legal_step_is_not_refused(self, step: Any, batch_size: int, precision: str) -> None:
         module = Stepping(step)

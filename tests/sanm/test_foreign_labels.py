@@ -213,9 +213,18 @@ class TestLongWarmup:
             fit(Stranger(), callback, epochs=2)
         assert callback.masked_steps == 0
 
-    @pytest.mark.filterwarnings("error:expected max_epochs above")
+    @pytest.mark.parametrize("options", [{"max_steps": 8}, {"max_steps": 4, "accumulate_grad_batches": 2}], ids=str)
+    def test_so_is_one_with_too_few_steps(self, options: dict[str, Any]) -> None:
+        callback = SANMCallback(SANM(warmup_epochs=2))
+        with pytest.warns(
+            UserWarning, match="expected max_steps beyond the first 2 epochs, .*, got ., in which nothing is masked"
+        ):
+            fit(Stranger(), callback, epochs=-1, **options)
+        assert callback.masked_steps == 0
+
+    @pytest.mark.filterwarnings("error:expected max_")
     @pytest.mark.parametrize(
-        ("epochs", "options"), [(3, {}), (-1, {"max_steps": 1}), (1, {"fast_dev_run": True})], ids=str
+        ("epochs", "options"), [(3, {}), (-1, {"max_steps": 9}), (1, {"fast_dev_run": True})], ids=str
     )
     def test_no_other_run_is(self, epochs: int, options: dict[str, Any]) -> None:
         fit(Stranger(), SANMCallback(SANM(warmup_epochs=2)), epochs=epochs, **options)

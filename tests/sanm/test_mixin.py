@@ -1,5 +1,7 @@
 """SANM as a base class: options, checkpoints and callbacks are the module's own."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,16 @@ def test_the_network_layer_and_size_can_be_named() -> None:
     assert hidden(fit(module)) > 0
     assert module.sanm.decoder is not None
     assert module.sanm.decoder.shape == (6, 4, 4)
+
+
+def test_a_sanm_of_two_modules_is_refused_when_the_first_is_fitted() -> None:
+    sanm = SANM(mu=0.5, reconstruct=False)
+    first, second = Mine(sanm=sanm), Mine(sanm=sanm)
+    fit(pickle.loads(pickle.dumps(copy.deepcopy(second))), epochs=1)
+    with pytest.raises(
+        ValueError, match="no other module uses, got one that was given to another module as well; create a"
+    ):
+        fit(first, epochs=1)
 
 
 def test_a_sanm_of_another_module_is_refused() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from sanm_lightning import CrossEntropy, DivideMix, SANMCallback, SANMMixin, SimCLR
-from sanm_lightning.models import create_network, load_pretrained
+from sanm_lightning.models import Normalized, SmallCNN, create_network, load_pretrained
 from sanm_lightning.sanm import SANM, class_activation_map
 from sanm_lightning.sanm.activation import upsample
 from sanm_lightning.sanm.feature_extractor import FeatureExtractor
@@ -398,6 +398,24 @@ class TestMethods:
             ValueError, match=r"num_classes = 5 logits, got 3 from ResNet; create it with num_classes=5"
         ):
             CrossEntropy(5, (64, 64), network=TORCHVISION["ResNet"].network())
+
+    def test_take_a_network_whose_first_convolution_sees_some_of_the_channels(self) -> None:
+        class Split(SmallCNN):
+            def forward_features(self, x: Tensor) -> Tensor:
+                return super().forward_features(x[:, :2])
+
+        network = Normalized(Split(num_classes=4, in_chans=2, width=4), (0.5,) * 3, (0.25,) * 3)
+        module = CrossEntropy(4, (16, 16), network=network, sanm=SANM(mu=0.5))
+        assert module.sanm.decoder is not None
+        assert module.sanm.decoder.image_channels == 3
+
+    def test_refuse_a_classifier_of_other_classes(self) -> None:
+        network = create_network("small_cnn", 3, width=4).network
+        del network.num_classes
+        with pytest.raises(
+            ValueError, match=r"num_classes = 5 logits, got 3 from SmallCNN; create it with num_classes=5"
+        ):
+            CrossEntropy(5, (16, 16), network=network)
 
     def test_take_a_network_that_ends_in_a_pooling(self) -> None:
         network = nn.Sequential(

@@ -72,6 +72,23 @@ def test_an_epoch_that_is_stopped_has_the_mean_of_its_steps():
     assert noted.epochs[1]["train/loss"] == pytest.approx(noted.epochs[1]["step/loss"], rel=1e-5)
 
 
+class StopInValidation(L.Callback):
+    """Ask the trainer to stop at the end of the first validation, as ``EarlyStopping`` does."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_validations_within_an_epoch_leave_its_means_unchanged(stops):
+    noted = EveryStep()
+    others = [noted, *([StopInValidation()] if stops else [])]
+    run = trainer(1, callbacks=others, val_check_interval=2, min_epochs=0)
+    run.fit(method(), data(num_samples=37, num_test_samples=8, batch_size=8))
+    assert run.global_step == (2 if stops else 5)
+    assert noted.epochs[0]["train/loss"] == pytest.approx(noted.epochs[0]["step/loss"], rel=1e-5)
+
+
 def test_the_losses_of_an_interrupted_epoch_are_not_those_of_the_next_fit():
     class Plain(L.LightningModule):
         def __init__(self):

@@ -62,6 +62,7 @@ ELSEWHERE = {
 pytestmark = pytest.mark.filterwarnings(
     "ignore:You requested to overfit but enabled .* dataloader shuffling",
     "ignore:.*barebones=True",
+    "ignore:expected max_steps beyond",
     "ignore:You passed `Trainer.accelerator='cpu', precision='16-mixed'.`",
     "ignore:Lightning couldn't infer the indices fetched",
 )
