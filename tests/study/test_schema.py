@@ -249,4 +249,5 @@ def test_the_commands_of_a_packaged_study_are_parsed(path, parser):
     """Each combination of configs and options, as ``sanm fit`` parses it."""
     commands = {(cell.configs, str(cell.options)): cell.command(Path("out")) for cell in cells_of(read_study(path))}
     for words in commands.values():
-        parser.parse_args(config_paths.resolve(words))
+        assert words[0] == "fit"
+        parser.parse_args(config_paths.resolve(words[1:]))
