@@ -61,7 +61,14 @@ class SANMCLI(LightningCLI):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._parsers: list[LightningArgumentParser] = []  # one per subcommand
         self._statistics: dict[str, list[float]] = {}  # statistics filled in from the data module
+        words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
+        self._first = str(words[0]) if isinstance(words, list) and words else ""
         super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the subcommand that comes first on the command line, whose parser suffices; all if it is another word."""
+        every: dict[str, set[str]] = super().subcommands()
+        return {self._first: every[self._first]} if self._first in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link properties of the data module to arguments of the method; classes without these names are unaffected."""

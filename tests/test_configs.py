@@ -18,7 +18,7 @@ import yaml
 
 import sanm_lightning
 from sanm_lightning import Noise, config_paths
-from sanm_lightning.cli import SANMCLI, main
+from sanm_lightning.cli import FitParser, main
 from sanm_lightning.models import create_network
 from sanm_lightning.sanm import FeatureQuality
 from tests.full import FULL
@@ -114,22 +114,10 @@ def told(*configs: Path) -> list[str]:
     return [word for name in sorted(taken - said) for word in (f"--model.{name}", words[name])]
 
 
-class Parsed(Exception):  # noqa: N818
-    """Holds the parser of ``fit``."""
-
-
-class ParserOnly(SANMCLI):
-    def parse_arguments(self, parser: Any, args: Any) -> None:
-        raise Parsed(self._subcommand_parsers["fit"])  # the whole parser checks all values a second time
-
-
 @pytest.fixture(scope="session")
 def parse():
     """Return a function from configs, and more words of the command line, to the settings of ``fit`` by dotted name."""
-    subclasses = {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
-    with pytest.raises(Parsed) as made:
-        ParserOnly(L.LightningModule, L.LightningDataModule, seed_everything_default=0, **subclasses)
-    parser = made.value.args[0]
+    parser = FitParser().parser
     parser.exit_on_error = False
 
     def settings(*configs: Path, words: list[str] | None = None) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-import lightning as L
 import pytest
 
 from sanm_lightning import config_paths
+from sanm_lightning.cli import FitParser
 from sanm_lightning.config_paths import packaged
 from sanm_lightning.study.cells import Cell, cells_of, settings_of
 from sanm_lightning.study.schema import read_study
 from tests.full import FULL
-from tests.test_configs import Parsed, ParserOnly
 
 
 @pytest.fixture
@@ -218,10 +217,7 @@ METHODS = {path.stem for path in (packaged() / "configs" / "method").glob("*.yam
 
 @pytest.fixture(scope="module")
 def parser():
-    subclasses = {"subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
-    with pytest.raises(Parsed) as made:
-        ParserOnly(L.LightningModule, L.LightningDataModule, seed_everything_default=0, **subclasses)
-    found = made.value.args[0]
+    found = FitParser().parser
     found.exit_on_error = False
     return found
 
