@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from sanm_lightning import CrossEntropy, config_paths
-from sanm_lightning.cli import entry_point, main
+from sanm_lightning.cli import SANMCLI, entry_point, main
 from sanm_lightning.data import Toy
 
 TOY = [
@@ -219,6 +219,17 @@ class TestStatisticsOfTheData:
 
 
 class TestOtherCommands:
+    @pytest.mark.parametrize(
+        ("first", "made"), [("test", ["test"]), ("--config", ["fit", "validate", "test", "predict"])]
+    )
+    def test_the_parser_of_the_first_word_is_made_or_those_of_all(self, first, made):
+        class ParserOnly(SANMCLI):
+            def parse_arguments(self, parser, args):
+                raise ValueError(list(self._subcommand_parsers))
+
+        with pytest.raises(ValueError, match=re.escape(str(made))):
+            ParserOnly(CrossEntropy, Toy, subclass_mode_model=True, subclass_mode_data=True, args=[first])
+
     def test_validate_test_and_predict_run(self):
         cli = main(["fit", *SMALL, *TOY])
         cli.trainer.save_checkpoint("run.ckpt")

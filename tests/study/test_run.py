@@ -126,6 +126,13 @@ class TestRefused:
         ):
             typed("study", str(other), *DEBUG)
 
+    def test_a_folder_below_a_file(self, write, typed):
+        Path("notes.txt").touch()
+        with pytest.raises(
+            NotADirectoryError, match=r"expected a folder for the run in 'notes\.txt/own', got the file"
+        ):
+            typed("study", write(), "--executor", "local", "--out", "notes.txt/own")
+
     def test_a_folder_with_other_contents(self, write, typed):
         Path("out").mkdir()
         Path("out/thesis.txt").touch()
