@@ -30,7 +30,7 @@ from sanm_lightning.run_checkpoint import RunCheckpoint
 from sanm_lightning.run_record import RunRecord
 from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
-from sanm_lightning.sentences import REPORTED, sentence
+from sanm_lightning.sentences import INTERRUPTED, REPORTED, sentence
 from sanm_lightning.start_weights import start_from
 
 __all__ = ["SANMCLI", "FitParser", "main"]
@@ -62,13 +62,13 @@ class SANMCLI(LightningCLI):
         self._parsers: list[LightningArgumentParser] = []  # one per subcommand
         self._statistics: dict[str, list[float]] = {}  # statistics filled in from the data module
         words = sys.argv[1:] if kwargs.get("args") is None else kwargs["args"]
-        self._first = str(words[0]) if isinstance(words, list) and words else ""
+        self._first_word = str(words[0]) if isinstance(words, list) and words else ""
         super().__init__(*args, **kwargs)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Return the subcommand that comes first on the command line, whose parser suffices; all if it is another word."""
+        """Return the subcommand that the command line begins with, because no other parser is needed; otherwise, all."""
         every: dict[str, set[str]] = super().subcommands()
-        return {self._first: every[self._first]} if self._first in every else every
+        return {self._first_word: every[self._first_word]} if self._first_word in every else every
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link properties of the data module to arguments of the method; classes without these names are unaffected."""
@@ -292,10 +292,6 @@ def main(args: list[str] | None = None) -> SANMCLI:
         parser_kwargs={"description": f"Further commands: {', '.join(f'sanm {name}' for name in commands.COMMANDS)}."},
         args=args,
     )
-
-
-INTERRUPTED = 130
-"""Exit status of a command that the user interrupted."""
 
 
 def entry_point() -> None:

@@ -34,6 +34,7 @@ def epochs_of_steps(trainer: Any) -> float:
     It is infinite without this limit, with ``fast_dev_run``, in a resumed run, and where the number of optimizer steps of an
     epoch is unknown: without a length of the training set, or with a schedule of accumulation.
     """
+    # by name, because lightning and pytorch_lightning have separate classes
     kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
     unknown = math.isinf(trainer.num_training_batches) or "GradientAccumulationScheduler" in kinds
     if trainer.max_steps < 0 or unknown or trainer.global_step > 0 or getattr(trainer, "fast_dev_run", False):

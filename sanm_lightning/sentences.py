@@ -5,10 +5,13 @@ import re
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-__all__ = ["REPORTED", "sentence"]
+__all__ = ["INTERRUPTED", "REPORTED", "sentence"]
 
 REPORTED = (ValueError, OSError, MisconfigurationException, ModuleNotFoundError, ProcessRaisedException)
 """Exceptions that the command line prints as a sentence; all others are errors of a program, with a traceback."""
+
+INTERRUPTED = 130
+"""Exit status of a command that the user interrupted from the keyboard."""
 
 WRAPPED = ("Does not validate", "Problem with given class_path", "Call to compute_fn of link")
 LAST_OF_TRACEBACK = re.compile(r"^(?:[\w.]+\.)?(?P<name>\w+): ", re.MULTILINE)

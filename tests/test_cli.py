@@ -222,7 +222,7 @@ class TestOtherCommands:
     @pytest.mark.parametrize(
         ("first", "made"), [("test", ["test"]), ("--config", ["fit", "validate", "test", "predict"])]
     )
-    def test_the_parser_of_the_first_word_is_made_or_those_of_all(self, first, made):
+    def test_a_leading_subcommand_has_the_only_parser(self, first, made):
         class ParserOnly(SANMCLI):
             def parse_arguments(self, parser, args):
                 raise ValueError(list(self._subcommand_parsers))

@@ -28,13 +28,12 @@ from sanm_lightning.audit.summary import verdict
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
+from sanm_lightning.sentences import INTERRUPTED
 
 __all__ = ["audit", "main"]
 
 AUDITS = Path("audits")
 """Default folder of the results of all audits."""
-INTERRUPTED = 130
-"""Exit status after an interruption from the keyboard."""
 DRAFT = "features.npy.tmp"
 """Features of an audit in progress; remains only if the process is killed. Such a folder is written again."""
 NEW_ISSUES = "new_issues.csv"

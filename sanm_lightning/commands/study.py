@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from sanm_lightning.parsing import CommandParser
 from sanm_lightning.safe_files import require_folder
+from sanm_lightning.sentences import INTERRUPTED
 from sanm_lightning.study.cells import Cell, cells_of
 from sanm_lightning.study.cost import forward_passes
 from sanm_lightning.study.options import check_options
@@ -73,7 +74,7 @@ def study(
         states = run_cells(record, cells, runner, executor, jobs, console, threads)
     except KeyboardInterrupt:
         console.print("interrupted; the same command continues", soft_wrap=True)
-        return 130
+        return INTERRUPTED
     counts = Counter(state.state for state in states.values())
     console.print(", ".join(f"{number} {state}" for state, number in sorted(counts.items())))
     for folder, state in states.items():

@@ -142,14 +142,6 @@ class TestRefused:
             typed("study", write(), *DEBUG)
         assert [path.name for path in Path("out").iterdir()] == ["thesis.txt"]
 
-    def test_a_file_in_the_place_of_a_folder_above(self, write, typed):
-        Path("file").touch()
-        with pytest.raises(
-            OSError, match=r"expected a folder for the run in 'file/out', got the file '.*'; choose another"
-        ):
-            typed("study", write(), *DEBUG, "--out", "file/out")
-
-    @pytest.mark.parametrize(("name", "value"), [("slurm_partion", "gpu"), ("timeout_min", "0.5")])
     def test_unknown_parameters_of_submitit(self, write, typed, name, value):
         sentence = rf"expected parameters of submitit under --slurm, got {name} \([^\n]+\); see the documentation"
         with pytest.raises(ValueError, match=sentence):
