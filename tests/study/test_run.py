@@ -142,6 +142,7 @@ class TestRefused:
             typed("study", write(), *DEBUG)
         assert [path.name for path in Path("out").iterdir()] == ["thesis.txt"]
 
+    @pytest.mark.parametrize(("name", "value"), [("slurm_partion", "gpu"), ("timeout_min", "0.5")])
     def test_unknown_parameters_of_submitit(self, write, typed, name, value):
         sentence = rf"expected parameters of submitit under --slurm, got {name} \([^\n]+\); see the documentation"
         with pytest.raises(ValueError, match=sentence):
