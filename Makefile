@@ -8,6 +8,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# The tests start many processes, which compile every module again where Python is told not to write bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: quickstart test test-all browser check lint bench tables docs clean
 
 quickstart: $(VENV)/.installed

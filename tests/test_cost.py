@@ -13,7 +13,7 @@ EXPECTED = {  # forward and backward passes in steps, forward passes between ste
     ("CrossEntropy", None): (1, 1, 0),
     ("CrossEntropy", "sanm"): (2, 1, 0),  # + unmasked images
     ("ELRPlus", None): (4, 2, 0),  # two networks and two teachers
-    ("MCorrection", None): (2, 1, 1),  # losses of the set, those of the batch, mixed images
+    ("MCorrection", None): (3, 1, 1),  # losses of the set; predictions and losses of the batch, mixed images
     ("DivideMix", None): (
         10,
         4,

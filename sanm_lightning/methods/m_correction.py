@@ -24,8 +24,9 @@ class MCorrection(NoisyLabelModule):
     Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
     Beta mixture is fitted to the losses of all samples; the prediction is that for the unmixed image.
 
-    Departures: one pass in evaluation mode gives prediction and loss, where the code uses two, of which one updates batch norm.
-    Without two components, no label counts as wrong, where the code may count all as wrong.
+    As in the code, predictions are those of training mode, and losses those of evaluation mode, as for the fit of the mixture.
+
+    Departure: without two components, no label counts as wrong, where the code may count all as wrong.
 
     Under SANM, masked views are mixed; label quality is the posterior probability that the given label is correct.
 
@@ -39,6 +40,8 @@ class MCorrection(NoisyLabelModule):
         temperature_epochs: with ``soft_to_hard``, epochs over which the temperature falls from 1 to 0.001; published: 89.
         tracking_view: policy of the images whose losses are fitted: ``"none"``; ``"weak"`` in the code.
         mixture_iterations: number of iterations of the fit.
+        batch_statistics: whether a further pass predicts with batch statistics, which update the running statistics, as in
+            the code; otherwise, the predictions are those of the pass that computes the losses.
         warmup_epochs: length of the first stage; published: 105.
 
     All other arguments are those of :class:`NoisyLabelModule`.
@@ -62,6 +65,7 @@ class MCorrection(NoisyLabelModule):
         temperature_epochs: int = 89,
         tracking_view: str = "none",
         mixture_iterations: int = 10,
+        batch_statistics: bool = True,
         warmup_epochs: int = 105,
         **kwargs: Any,
     ) -> None:
@@ -72,6 +76,7 @@ class MCorrection(NoisyLabelModule):
         self.bootstrap, self.alpha, self.regularization = bootstrap, alpha, regularization
         self.guided_epochs, self.temperature_epochs = guided_epochs, temperature_epochs
         self.tracking_view, self.mixture_iterations = tracking_view, mixture_iterations
+        self.batch_statistics = batch_statistics
         self.judged = LabelStore(dist_reduce_fx=None)
         self.register_state("mixture", fit_beta_mixture(torch.zeros(0)), cast=False)
 
@@ -95,8 +100,11 @@ class MCorrection(NoisyLabelModule):
         mix: Any = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha, larger_half=False)
         if self.stage.name == "warmup":
             return self.learn(batch, labels, mix=mix).cross_entropy()
-        maps, logits = infer(self.network, batch.images)
-        quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(logits, labels)).clamp(1e-4, 1 - 1e-4)
+        predict = self.batch_statistics and self.stage.name == "bootstrap"
+        predicted = infer(self.network, batch.images, True, update_statistics=True) if predict else None
+        judged = infer(self.network, batch.images)
+        quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(judged[1], labels)).clamp(1e-4, 1 - 1e-4)
+        maps, logits = predicted or judged
         guided = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1))
         if self.stage.name == "guided":
             mix = partial(guided, lam=mix(logits[:0], logits[:0]).lam)  # the weight of the targets is that of mixup

@@ -25,13 +25,16 @@ def input_channels(network: Any) -> int:
 
 
 @contextlib.contextmanager
-def inference_context(network: Any, images: Tensor, batch_statistics: bool = False) -> Iterator[None]:
+def inference_context(
+    network: Any, images: Tensor, batch_statistics: bool = False, update_statistics: bool = False
+) -> Iterator[None]:
     """Context manager for a forward pass in evaluation mode, without gradient; modes and random streams are restored.
 
     Args:
         network: network to run.
         images: input of the network; only the device is used.
         batch_statistics: whether batch norm uses batch statistics, as in training, instead of running statistics.
+        update_statistics: whether batch statistics update the running statistics, as in training.
 
     The cache of autocast is disabled: a weight that is cast to bf16 without gradient would be reused in the training
     forward pass, and its gradient would be lost.
@@ -43,9 +46,9 @@ def inference_context(network: Any, images: Tensor, batch_statistics: bool = Fal
     for module in training:
         flag(module, "training", False)
     if batch_statistics:
-        for norm in norms:  # training mode without tracking: batch statistics, and no update
+        for norm in norms:  # training mode; without tracking, there is no update
             flag(norm, "training", True)
-            flag(norm, "track_running_stats", False)
+            flag(norm, "track_running_stats", update_statistics)
     try:
         with (
             torch.no_grad(),
@@ -65,15 +68,18 @@ def inference_context(network: Any, images: Tensor, batch_statistics: bool = Fal
             flag(norm, "track_running_stats", True)
 
 
-def infer(network: Any, images: Tensor, batch_statistics: bool = False) -> tuple[Tensor, Tensor]:
+def infer(
+    network: Any, images: Tensor, batch_statistics: bool = False, update_statistics: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return the feature maps (B, D, h, w) and the logits (B, C), float32, of images in an :func:`inference_context`.
 
     Args:
         network: network with timm's interface.
         images: shape (B, 3, H, W).
         batch_statistics: as for :func:`inference_context`.
+        update_statistics: as for :func:`inference_context`.
     """
-    with inference_context(network, images, batch_statistics):
+    with inference_context(network, images, batch_statistics, update_statistics):
         maps = network.forward_features(images)
         return maps, network.forward_head(maps).float()
 

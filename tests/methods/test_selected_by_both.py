@@ -1,5 +1,6 @@
 """Co-teaching+ and M-correction against loops over samples, and in their limits."""
 
+import copy
 import math
 
 import pytest
@@ -207,6 +208,24 @@ class TestMCorrection:
         torch.testing.assert_close(
             found, F.cross_entropy(module.network(mixed.images), mixed.targets), rtol=1e-3, atol=1e-3
         )
+
+    @pytest.mark.parametrize("batch_statistics", [True, False])
+    def test_predictions_are_those_of_training_mode_unless_switched_off(self, batch_statistics):
+        """Every label counts as wrong and nothing is mixed, so the loss is that of the predicted classes."""
+        module, given = self.module(regularization=0.0, alpha=0.0, batch_statistics=batch_statistics), batch()
+        module.mixture = module.mixture._replace(table=torch.ones(100, dtype=torch.float64))
+        network = module.network.train()
+        for norm in (part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)):
+            norm.running_mean.normal_()  # evaluation mode predicts other classes
+        twin = copy.deepcopy(network)
+        guesses = {False: twin.eval()(given.images).argmax(1), True: twin.train()(given.images).argmax(1)}
+        assert not torch.equal(guesses[False], guesses[True])
+        if not batch_statistics:
+            twin = copy.deepcopy(network)
+        expected = F.cross_entropy(twin(given.images), guesses[batch_statistics])
+        torch.testing.assert_close(module.training_step(given, 0), expected, rtol=1e-3, atol=1e-3)
+        for name, value in twin.named_buffers():
+            torch.testing.assert_close(network.get_buffer(name), value)
 
     def test_stages(self):
         assert [stage.name for stage in MCorrection(**SMALL).stages()] == ["warmup", "bootstrap"]
