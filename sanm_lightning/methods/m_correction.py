@@ -24,9 +24,10 @@ class MCorrection(NoisyLabelModule):
     Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
     Beta mixture is fitted to the losses of all samples; the prediction is that for the unmixed image.
 
-    As in the code, predictions are those of training mode, and losses those of evaluation mode, as for the fit of the mixture.
+    As in the code, predictions use batch statistics, as in training, and losses running ones, as for the fit of the mixture.
 
-    Departure: without two components, no label counts as wrong, where the code may count all as wrong.
+    Departures: without two components, no label counts as wrong, where the code may count all as wrong; dropout, which the
+    networks of the paper do not have, is off in predictions.
 
     Under SANM, masked views are mixed; label quality is the posterior probability that the given label is correct.
 
