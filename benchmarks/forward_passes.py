@@ -45,16 +45,16 @@ masked, for the position of the mask, none if the method classifies these views 
 masked view with gradient where the other losses of a method use the unmasked one."""
 
 DECODER = "the decoder needs features of masked views that are not mixed"
-TWO_MODES = "predictions are those of training mode, and losses those of evaluation mode, as in the authors' code"
+STATISTICS = "predictions use batch statistics, and losses running statistics, as in the authors' code"
 POSITION = "the pass for the position of the mask is not shared with that of the unmasked view, which has a gradient"
 REASONS = {
     **dict.fromkeys(("C2D", "DivideMix", "ELRPlus", "Mixup", "SSR", "REED"), DECODER),
-    "MCorrection": f"{DECODER}; {TWO_MODES}",
+    "MCorrection": f"{DECODER}; {STATISTICS}",
     **dict.fromkeys(("RRL", "SelCL", "MLNT"), POSITION),
     **dict.fromkeys(("MOIT", "IEG"), f"{DECODER}; {POSITION}"),
 }
 """Why a method needs more passes under SANM than the least."""
-REASONS_ALONE = {"MCorrection": TWO_MODES}
+REASONS_ALONE = {"MCorrection": STATISTICS}
 """Why a method needs more passes alone than the least."""
 
 

@@ -24,7 +24,8 @@ class MCorrection(NoisyLabelModule):
     Source: Arazo et al., ICML 2019, Eq. 9 to 13, and the authors' code. The first stage is mixup. Then, before every epoch, a
     Beta mixture is fitted to the losses of all samples; the prediction is that for the unmixed image.
 
-    As in the code, predictions use batch statistics, as in training, and losses running ones, as for the fit of the mixture.
+    As in the code, batch norm uses batch statistics for the predictions, and running statistics for the losses, in a pass of
+    their own, as for the fit of the mixture.
 
     Departures: without two components, no label counts as wrong, where the code may count all as wrong; dropout, which the
     networks of the paper do not have, is off in predictions.
@@ -101,11 +102,10 @@ class MCorrection(NoisyLabelModule):
         mix: Any = partial(mixup, generator=self.stream("mixup"), alpha=self.alpha, larger_half=False)
         if self.stage.name == "warmup":
             return self.learn(batch, labels, mix=mix).cross_entropy()
-        predict = self.batch_statistics and self.stage.name == "bootstrap"
-        predicted = infer(self.network, batch.images, True, update_statistics=True) if predict else None
-        judged = infer(self.network, batch.images)
-        quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(judged[1], labels)).clamp(1e-4, 1 - 1e-4)
-        maps, logits = predicted or judged
+        apart = self.batch_statistics and self.stage.name == "bootstrap"  # the guided stage needs losses only
+        maps, logits = infer(self.network, batch.images, batch_statistics=apart, update_statistics=apart)
+        judged = infer(self.network, batch.images)[1] if apart else logits
+        quality = 1 - beta_mixture_posterior(self.mixture, soft_cross_entropy(judged, labels)).clamp(1e-4, 1 - 1e-4)
         guided = partial(guided_mixup, quality=quality, generator=self.stream("mixup", 1))
         if self.stage.name == "guided":
             mix = partial(guided, lam=mix(logits[:0], logits[:0]).lam)  # the weight of the targets is that of mixup

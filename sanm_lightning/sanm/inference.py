@@ -34,7 +34,7 @@ def inference_context(
         network: network to run.
         images: input of the network; only the device is used.
         batch_statistics: whether batch norm uses batch statistics, as in training, instead of running statistics.
-        update_statistics: whether batch statistics update the running statistics, as in training.
+        update_statistics: whether they update the running statistics, as in training; requires ``batch_statistics``.
 
     The cache of autocast is disabled: a weight that is cast to bf16 without gradient would be reused in the training
     forward pass, and its gradient would be lost.

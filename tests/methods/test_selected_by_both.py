@@ -210,13 +210,13 @@ class TestMCorrection:
         )
 
     @pytest.mark.parametrize("batch_statistics", [True, False])
-    def test_predictions_are_those_of_training_mode_unless_switched_off(self, batch_statistics):
+    def test_predictions_use_and_update_batch_statistics_unless_switched_off(self, batch_statistics):
         """Every label counts as wrong and nothing is mixed, so the loss is that of the predicted classes."""
         module, given = self.module(regularization=0.0, alpha=0.0, batch_statistics=batch_statistics), batch()
         module.mixture = module.mixture._replace(table=torch.ones(100, dtype=torch.float64))
         network = module.network.train()
         for norm in (part for part in network.modules() if isinstance(part, torch.nn.BatchNorm2d)):
-            norm.running_mean.normal_()  # evaluation mode predicts other classes
+            norm.running_mean.normal_()  # other classes are predicted with them
         twin = copy.deepcopy(network)
         guesses = {False: twin.eval()(given.images).argmax(1), True: twin.train()(given.images).argmax(1)}
         assert not torch.equal(guesses[False], guesses[True])
