@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sanm_lightning.cost import BACKWARD_COST, EpochPasses, count_passes
-from sanm_lightning.run_record import write_json
+from sanm_lightning.run.record import write_json
 from scripts.gpu.cases import TINY, Case, cases, data
 
 ROOT = Path(__file__).parents[1]

@@ -57,7 +57,7 @@ def measure(root: Path) -> dict[str, Any]:
     import torch
 
     from sanm_lightning import SANM, Clothing1M, CrossEntropy, DivideMix
-    from sanm_lightning.run_record import RunRecord
+    from sanm_lightning.run.record import RunRecord
 
     class First(L.Callback):
         """Note when the first step begins."""

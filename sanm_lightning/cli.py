@@ -20,18 +20,19 @@ import sanm_lightning.methods
 import sanm_lightning.models
 import sanm_lightning.pictures
 import sanm_lightning.sanm  # noqa: F401  (imported classes can be named without their module path)
-from sanm_lightning import commands, config_paths
+from sanm_lightning import commands
 from sanm_lightning.audit import LabelAudit, read_noise_rate
 from sanm_lightning.class_names import named_classes
-from sanm_lightning.parsing import TrainingParser, plain_strings
+from sanm_lightning.command_line import config_paths
+from sanm_lightning.command_line.parsing import TrainingParser, plain_strings
+from sanm_lightning.command_line.sentences import INTERRUPTED, REPORTED, sentence
 from sanm_lightning.predictions import PredictionRecord
-from sanm_lightning.relaunch import resolve_ckpt_path
-from sanm_lightning.run_checkpoint import RunCheckpoint
-from sanm_lightning.run_record import RunRecord
-from sanm_lightning.run_settings import RunSettings, plain, refuse_other_settings, settings_of
+from sanm_lightning.run.checkpoint import RunCheckpoint
+from sanm_lightning.run.record import RunRecord
+from sanm_lightning.run.relaunch import resolve_ckpt_path
+from sanm_lightning.run.settings import RunSettings, plain, refuse_other_settings, settings_of
+from sanm_lightning.run.start_weights import start_from
 from sanm_lightning.safe_files import AtomicCheckpointIO, read_checkpoint
-from sanm_lightning.sentences import INTERRUPTED, REPORTED, sentence
-from sanm_lightning.start_weights import start_from
 
 __all__ = ["SANMCLI", "FitParser", "main"]
 

@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from sanm_lightning import SANM, Noise, methods
 from sanm_lightning.data import Toy
-from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run.record import RunRecord
 from sanm_lightning.safe_files import AtomicCheckpointIO
 
 OPTIONS: dict[str, dict[str, Any]] = {

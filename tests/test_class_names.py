@@ -16,7 +16,7 @@ from sanm_lightning.class_names import named_classes, real_names, refuse_other_c
 from sanm_lightning.cli import entry_point, main
 from sanm_lightning.data import Toy
 from sanm_lightning.methods import CrossEntropy
-from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run.record import RunRecord
 from tests.methods.toy import trainer
 
 RUN = [

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from sanm_lightning import CrossEntropy, config_paths
+from sanm_lightning import CrossEntropy
 from sanm_lightning.cli import SANMCLI, entry_point, main
+from sanm_lightning.command_line import config_paths
 from sanm_lightning.data import Toy
 
 TOY = [

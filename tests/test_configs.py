@@ -17,8 +17,9 @@ import torch
 import yaml
 
 import sanm_lightning
-from sanm_lightning import Noise, config_paths
+from sanm_lightning import Noise
 from sanm_lightning.cli import FitParser, main
+from sanm_lightning.command_line import config_paths
 from sanm_lightning.models import create_network
 from sanm_lightning.sanm import FeatureQuality
 from tests.full import FULL

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sanm_lightning.cli import main
-from sanm_lightning.run_record import write_json
+from sanm_lightning.run.record import write_json
 from sanm_lightning.safe_files import AtomicCheckpointIO, atomic_write, read_checkpoint
 from tests.methods.toy import data, method, trainer
 from tests.test_cli import SMALL, TOY, typed
@@ -60,7 +60,7 @@ def test_a_full_disk_leaves_the_old_files_and_no_litter(tmp_path):
         from pathlib import Path
         import torch
         from sanm_lightning.data import Toy
-        from sanm_lightning.run_record import write_json
+        from sanm_lightning.run.record import write_json
         from sanm_lightning.safe_files import AtomicCheckpointIO
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

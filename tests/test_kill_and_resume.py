@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
 
 from sanm_lightning import SANM
-from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run.record import RunRecord
 from sanm_lightning.safe_files import AtomicCheckpointIO
 from tests.kill_and_resume import equal
 from tests.methods.toy import data, method, trainer

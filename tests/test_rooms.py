@@ -31,7 +31,9 @@ ALLOWED = {
         "safe_files",
         "sanm",
     },
-    "study": {"cli", "config_paths", "cost", "models", "parsing", "pictures", "safe_files", "study", "yaml_keys"},
+    "study": {"cli", "command_line", "cost", "models", "pictures", "safe_files", "study"},
+    "command_line": {"command_line", "commands", "sanm"},
+    "run": {"audit", "callbacks", "class_names", "methods", "models", "run", "safe_files", "sanm"},
     "callbacks": {"batch", "callbacks", "class_names", "compat", "epoch_means", "random_streams"},
     "methods": {
         "batch",

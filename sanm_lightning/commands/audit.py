@@ -25,10 +25,10 @@ from sanm_lightning.audit import (
 from sanm_lightning.audit.run_folder import remove_audit
 from sanm_lightning.audit.sets import refuse_class_folder
 from sanm_lightning.audit.summary import verdict
+from sanm_lightning.command_line.parsing import CommandParser
+from sanm_lightning.command_line.sentences import INTERRUPTED
 from sanm_lightning.csv_tables import write_csv
-from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
-from sanm_lightning.sentences import INTERRUPTED
 
 __all__ = ["audit", "main"]
 

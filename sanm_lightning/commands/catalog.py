@@ -11,8 +11,8 @@ import yaml
 
 import sanm_lightning.data
 import sanm_lightning.methods
-from sanm_lightning.config_paths import packaged
-from sanm_lightning.parsing import CommandParser, near_names
+from sanm_lightning.command_line.config_paths import packaged
+from sanm_lightning.command_line.parsing import CommandParser, near_names
 
 __all__ = ["CATALOGS", "catalog", "main"]
 

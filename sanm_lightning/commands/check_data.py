@@ -8,13 +8,13 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.csv_tables import write_csv
 from sanm_lightning.data import FromDataset, ImageFolder, NoisyDataModule
 from sanm_lightning.data.decode import ImageFileList
 from sanm_lightning.data.image_files import count_passed_over, name_passed_over, same_but_for_case
 from sanm_lightning.data.image_folder import ScannedFiles
 from sanm_lightning.data.left_out import BAD_FILES_HEADER, decode_errors
-from sanm_lightning.parsing import CommandParser
 from sanm_lightning.processing import default_num_workers
 from sanm_lightning.safe_files import require_folder
 

@@ -13,8 +13,8 @@ import torch
 from packaging.requirements import Requirement
 
 from sanm_lightning._version import __version__
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.data import ImageFolder
-from sanm_lightning.parsing import CommandParser
 
 __all__ = ["Finding", "doctor", "find_data", "main"]
 

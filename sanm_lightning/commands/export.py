@@ -14,10 +14,10 @@ import timm
 import torch
 from safetensors.torch import save
 
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.data.decode import MODES
 from sanm_lightning.methods import NoisyLabelModule
 from sanm_lightning.models import Normalized
-from sanm_lightning.parsing import CommandParser
 from sanm_lightning.predictor import Predictor, TrainedMethod, load_method
 from sanm_lightning.safe_files import require_folder
 

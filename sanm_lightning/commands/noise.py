@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.data.label_table import LabelTable
-from sanm_lightning.parsing import CommandParser
 from sanm_lightning.safe_files import atomic_write
 
 __all__ = ["label_transition", "main", "noise"]

@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.data.decode import ImageFileList, unreadable_reason
 from sanm_lightning.data.image_files import count_passed_over, list_class_folder, name_passed_over
 from sanm_lightning.data.policies import center_crop
 from sanm_lightning.methods import NoisyLabelModule
-from sanm_lightning.parsing import CommandParser
 from sanm_lightning.predictions import write_predictions
 from sanm_lightning.predictor import Predictor, load_method
 from sanm_lightning.processing import default_num_workers, find_device

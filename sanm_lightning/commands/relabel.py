@@ -1,7 +1,7 @@
 """``sanm relabel``: correct labels from verdicts or suggestions."""
 
 from sanm_lightning.audit.relabel import relabel, undo_relabel
-from sanm_lightning.parsing import CommandParser
+from sanm_lightning.command_line.parsing import CommandParser
 
 __all__ = ["main"]
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from sanm_lightning.parsing import CommandParser
+from sanm_lightning.command_line.parsing import CommandParser
+from sanm_lightning.command_line.sentences import INTERRUPTED
 from sanm_lightning.safe_files import require_folder
-from sanm_lightning.sentences import INTERRUPTED
 from sanm_lightning.study.cells import Cell, cells_of
 from sanm_lightning.study.cost import forward_passes
 from sanm_lightning.study.options import check_options
@@ -86,7 +86,7 @@ def study(
 
 def _existing(file: str) -> str:
     """Return the path of a study: a file, or one of the package."""
-    from sanm_lightning.config_paths import packaged
+    from sanm_lightning.command_line.config_paths import packaged
 
     inside = packaged() / file
     return str(inside) if not Path(file).is_file() and inside.is_file() else file

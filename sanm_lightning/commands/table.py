@@ -6,7 +6,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from sanm_lightning.parsing import CommandParser
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.pictures.style import save
 from sanm_lightning.safe_files import atomic_write
 from sanm_lightning.study.figure import gain_figure

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from sanm_lightning.config_paths import packaged, setting_for
-from sanm_lightning.parsing import near_names
+from sanm_lightning.command_line.config_paths import packaged, setting_for
+from sanm_lightning.command_line.parsing import near_names
 from sanm_lightning.study.schema import Grid, Study
 
 __all__ = ["Cell", "cells_of", "settings_of"]

@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from sanm_lightning.config_paths import packaged
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.cost import PassCounter
 from sanm_lightning.models import create_network
 from sanm_lightning.study.cells import Cell, settings_of

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sanm_lightning.parsing import near_names
+from sanm_lightning.command_line.parsing import near_names
 
 __all__ = ["Published", "read_published"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from sanm_lightning.parsing import near_names
-from sanm_lightning.yaml_keys import check_unique_keys
+from sanm_lightning.command_line.parsing import near_names
+from sanm_lightning.command_line.yaml_keys import check_unique_keys
 
 __all__ = ["Grid", "Study", "read_study"]
 

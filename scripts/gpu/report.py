@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from sanm_lightning import __version__
-from sanm_lightning.run_record import write_json
+from sanm_lightning.run.record import write_json
 
 NOT_RUN = "not run"
 REPOSITORY = Path(__file__).parents[2]

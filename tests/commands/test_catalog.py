@@ -10,8 +10,8 @@ import yaml
 
 from sanm_lightning import methods
 from sanm_lightning.cli import entry_point
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.commands import catalog, run
-from sanm_lightning.config_paths import packaged
 
 CONFIGS = packaged() / "configs"
 

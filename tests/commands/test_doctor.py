@@ -9,9 +9,9 @@ import torch
 from packaging.requirements import Requirement
 from PIL import Image
 
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.commands import doctor, run
 from sanm_lightning.data import __all__ as data_modules
-from sanm_lightning.parsing import CommandParser
 
 
 def touch(root: Path, *names: str) -> None:

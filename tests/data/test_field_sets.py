@@ -16,8 +16,8 @@ from sanm_lightning.audit import LabelAudit, audit_set_of
 from sanm_lightning.data import list_files
 from sanm_lightning.data.cifar_n import coarse_of
 from sanm_lightning.predictions import PredictionRecord
-from sanm_lightning.run_record import RunRecord
-from sanm_lightning.run_summary import summary_lines
+from sanm_lightning.run.record import RunRecord
+from sanm_lightning.run.summary import summary_lines
 from tests.methods.toy import same, trainer
 
 SIDE = 16

@@ -10,7 +10,7 @@ import torch
 from sanm_lightning.data import Noise, Toy
 from sanm_lightning.data.label_table import stratified_hold_out
 from sanm_lightning.methods import CrossEntropy
-from sanm_lightning.run_record import RunRecord
+from sanm_lightning.run.record import RunRecord
 
 
 class NoTest(Toy):

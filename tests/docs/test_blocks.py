@@ -14,7 +14,7 @@ import yaml
 
 from sanm_lightning import commands as further
 from sanm_lightning.cli import main
-from sanm_lightning.parsing import CommandParser
+from sanm_lightning.command_line.parsing import CommandParser
 from sanm_lightning.study.cells import cells_of
 from sanm_lightning.study.schema import read_study
 from tests.docs.pages import ROOT, blocks, commands, is_shell

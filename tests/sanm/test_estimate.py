@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sanm_lightning.run_record import label_quality_auc
+from sanm_lightning.run.record import label_quality_auc
 from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
 
 RIGHT = torch.tensor([1.0, 1.0, 0.0, 0.0])

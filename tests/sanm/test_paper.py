@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from sanm_lightning.config_paths import packaged
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.models import create_network
 from sanm_lightning.sanm import SANM
 from sanm_lightning.sanm.activation import upsample

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sanm_lightning.cli import FitParser
-from sanm_lightning.config_paths import packaged
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.study.cells import cells_of
 from sanm_lightning.study.options import check_options
 from sanm_lightning.study.schema import read_study

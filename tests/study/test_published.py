@@ -2,7 +2,7 @@
 
 import pytest
 
-from sanm_lightning.config_paths import packaged
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.study.published import read_published
 from sanm_lightning.study.schema import read_study
 

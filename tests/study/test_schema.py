@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sanm_lightning import config_paths
 from sanm_lightning.cli import FitParser
-from sanm_lightning.config_paths import packaged
+from sanm_lightning.command_line import config_paths
+from sanm_lightning.command_line.config_paths import packaged
 from sanm_lightning.study.cells import Cell, cells_of, settings_of
 from sanm_lightning.study.schema import read_study
 from tests.full import FULL

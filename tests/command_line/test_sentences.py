@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sanm_lightning.cli import entry_point, main
+from sanm_lightning.command_line.sentences import sentence
 from sanm_lightning.commands import COMMANDS
-from sanm_lightning.sentences import sentence
 from tests.test_cli import SMALL, TOY
 
 FIT = ["fit", *SMALL, *TOY]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from sanm_lightning.yaml_keys import check_unique_keys
+from sanm_lightning.command_line.yaml_keys import check_unique_keys
 
 __all__ = ["check_keys", "check_order", "check_scheduler", "packaged", "resolve", "setting_for", "unused_setting"]
 

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from sanm_lightning import SANM, CrossEntropy, ImageFolder, Noise
 from sanm_lightning.data import Toy
 from sanm_lightning.pictures import SANMPictures
-from sanm_lightning.run_checkpoint import RunCheckpoint
-from sanm_lightning.run_record import RunRecord, label_quality_auc, write_json
-from sanm_lightning.run_timing import Timing
+from sanm_lightning.run.checkpoint import RunCheckpoint
+from sanm_lightning.run.record import RunRecord, label_quality_auc, write_json
+from sanm_lightning.run.timing import Timing
 from tests.methods.toy import data, method, trainer
 from tests.test_class_names import pictures
 
@@ -25,7 +25,7 @@ def results() -> dict:
 
 def test_the_clock_of_a_second_fit_begins_at_zero(monkeypatch):
     now = iter(range(0, 1000, 10))
-    monkeypatch.setattr("sanm_lightning.run_timing.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("sanm_lightning.run.timing.time.monotonic", lambda: next(now))
     timing = Timing()
     for _ in range(2):
         timing.start("a processor")
@@ -37,7 +37,7 @@ def test_the_clock_of_a_second_fit_begins_at_zero(monkeypatch):
 
 def test_a_checkpoint_written_during_an_evaluation_has_the_time_of_training_only(monkeypatch):
     now = iter(range(0, 1000, 10))
-    monkeypatch.setattr("sanm_lightning.run_timing.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("sanm_lightning.run.timing.time.monotonic", lambda: next(now))
     timing = Timing()
     timing.start("a processor")
     timing.pause()

@@ -14,8 +14,8 @@ from torchmetrics.functional.classification import binary_auroc
 from sanm_lightning.audit import LabelAudit
 from sanm_lightning.callbacks.stages import stage_epochs
 from sanm_lightning.methods import NoisyLabelModule
-from sanm_lightning.run_summary import selected_on, summary_lines
-from sanm_lightning.run_timing import Timing, device_name
+from sanm_lightning.run.summary import selected_on, summary_lines
+from sanm_lightning.run.timing import Timing, device_name
 from sanm_lightning.safe_files import atomic_write, require_folder
 from sanm_lightning.sanm.callback import SANMCallback
 from sanm_lightning.sanm.estimate import estimated_quality, own_estimate
@@ -55,10 +55,10 @@ class RunRecord(L.Callback):
     the split ``val``, given or held out, whose labels may be wrong), the same three keys with the name of each further
     test set, such as imagenet_accuracy_best, and, where it is logged, top-k accuracy, such as test_accuracy_top5_best;
     selected_on (the split whose accuracy selected the best checkpoint: ``val`` or ``test``, see
-    :func:`~sanm_lightning.run_summary.selected_on`), quality_auc (see
+    :func:`~sanm_lightning.run.summary.selected_on`), quality_auc (see
     :func:`label_quality_auc`), stages (epochs of each stage), label_issues (see
     :func:`sanm_lightning.audit.callback.detection_metrics`), masked_steps (training steps with at least one masked
-    image), timing (see :meth:`~sanm_lightning.run_timing.Timing.summary`). Null where unknown.
+    image), timing (see :meth:`~sanm_lightning.run.timing.Timing.summary`). Null where unknown.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sanm_lightning.methods import NoisyLabelModule
-from sanm_lightning.run_checkpoint import RunCheckpoint
+from sanm_lightning.run.checkpoint import RunCheckpoint
 
 __all__ = ["selected_on", "summary_lines"]
 

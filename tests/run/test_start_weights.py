@@ -9,7 +9,7 @@ import torch
 from sanm_lightning.cli import main
 from sanm_lightning.commands.export import export
 from sanm_lightning.data import Toy
-from sanm_lightning.start_weights import start_from
+from sanm_lightning.run.start_weights import start_from
 from tests.methods.toy import method
 from tests.test_cli import SMALL, TOY, Theirs, typed
 

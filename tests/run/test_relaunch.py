@@ -256,7 +256,7 @@ class TestSLURM:
         cli = main(epochs(1))
         for number in (2, 10):
             cli.trainer.save_checkpoint(f"here/hpc_ckpt_{number}.ckpt")
-        monkeypatch.setattr("sanm_lightning.relaunch.SLURMEnvironment.detect", lambda: True)
+        monkeypatch.setattr("sanm_lightning.run.relaunch.SLURMEnvironment.detect", lambda: True)
         # Lightning asks the same question of the machine for its launcher, which is told here not to.
         one = ["--trainer.devices", "1", "--trainer.plugins", "LightningEnvironment"]
         assert main(epochs(2, *one)).trainer.ckpt_path == "here/hpc_ckpt_10.ckpt"
