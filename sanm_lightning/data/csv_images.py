@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from sanm_lightning.csv_tables import other_separator
 from sanm_lightning.data.image_files import SPLIT_NAMES, SPLITS
 from sanm_lightning.data.image_folder import Fault, Listing, ScannedFiles
@@ -16,6 +18,9 @@ __all__ = ["CSVImages"]
 
 SHOWN = 5
 """Number of unknown splits in an error message."""
+
+MANY = 100
+"""Number of training rows from which labels of one image each raise a warning: the column may be an index."""
 
 
 class _Row(NamedTuple):
@@ -51,6 +56,8 @@ class CSVImages(ScannedFiles):
         image_size: side of the square images in pixels.
         decode_size: side of the decoded squares, such as 256 for an image size of 224; None uses the image size.
         **kwargs: as for `ImageFiles`, `SquareImages` and `NoisyDataModule`.
+
+    Warns if most labels of a table of 100 or more training rows belong to one image each: another column was probably meant.
 
     Raises:
         ValueError: if image_size is smaller than 1; on access, if columns or rows are missing, rows have no path, no
@@ -116,7 +123,13 @@ class CSVImages(ScannedFiles):
     def _names(self) -> list[str]:
         if self._class_names is None:
             splits = self._rows()[0]
-            labels = {row.label for row in splits.get("train") or [row for part in splits.values() for row in part]}
+            rows = splits.get("train") or [row for part in splits.values() for row in part]
+            labels = Counter(row.label for row in rows)
+            if len(rows) >= MANY and 2 * (single := list(labels.values()).count(1)) > len(labels):
+                rank_zero_warn(
+                    f"expected several images of most classes, got one image for {single} of the {len(labels)} labels in the "
+                    f"column {self.label_column!r} of {self.file!r}; check label_column"
+                )
             whole = all(re.fullmatch(r"[+-]?\d+", label) for label in labels)
             self._class_names = sorted(labels, key=(lambda label: (int(label), label)) if whole else None)
         return list(self._class_names)

@@ -123,6 +123,24 @@ class TestReads:
             data.setup("fit")
 
 
+class TestAnotherColumn:
+    """A column that was chosen by mistake: its values are hardly ever repeated."""
+
+    @pytest.mark.parametrize(("classes", "warned"), [(100, True), (80, True), (67, True), (66, False), (2, False)])
+    def test_warns_if_most_labels_are_of_one_image(self, tmp_path: Path, classes: int, warned: bool) -> None:
+        """100 images of ``classes`` labels, of which 100 - classes have two; or 50 each."""
+        images(tmp_path, *(f"{number}.png" for number in range(100)))
+        file = table(tmp_path / "my.csv", "path,width", *(f"{number}.png,{number % classes}" for number in range(100)))
+        data = csv_images(file, label_column="width", holdout_fraction=0)
+        if warned:
+            with pytest.warns(
+                UserWarning, match=f"one image for {2 * classes - 100} of the {classes} labels .*'width'"
+            ):
+                assert data.num_classes == classes
+        else:
+            assert data.num_classes == classes
+
+
 class TestRefuses:
     @pytest.mark.parametrize(
         ("rows", "options", "match"),
