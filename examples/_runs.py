@@ -26,6 +26,11 @@ def sanm(*words: str, log: Path) -> None:
         raise SystemExit(f"expected the command to succeed, got exit status {code}; see {log}")
 
 
+def run_folder(folder: Path) -> list[str]:
+    """Return the options for the folder of a ``sanm fit``; an interrupted run in it is continued from its last epoch."""
+    return ["--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
+
+
 @contextmanager
 def reserved(run: Path) -> Iterator[bool]:
     """Lock a file beside a run while the block runs; False if another process has locked it. A killed process frees it."""
