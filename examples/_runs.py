@@ -27,7 +27,7 @@ def sanm(*words: str, log: Path) -> None:
 
 
 def run_folder(folder: Path) -> list[str]:
-    """Return the options for the folder of a ``sanm fit``; an interrupted run in it is continued from its last epoch."""
+    """Return the options for the folder of a ``sanm fit``; an interrupted run is continued from its last checkpoint."""
     return ["--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
 
 

@@ -9,7 +9,8 @@
 DIR has ``train/<class>/`` and ``test/<class>/``. Half of the labels are wrong, or the labels are those of CIFAR-10N. Each run
 is a command line of ``sanm fit`` with its own folder in ``--runs``; several processes may share the runs. ``--methods`` runs
 each method alone, under SANM, and under SANM with quality from an audit of frozen features. Results are added to a file in
-results/ for each noise; a run whose results are there is not run again. ``--table`` prints the results in Markdown.
+results/ for each noise; a run whose results are there is not run again, an interrupted one is continued from its last epoch.
+``--table`` prints the results in Markdown.
 """
 
 import argparse

@@ -7,8 +7,8 @@
 DIR has ``train/<class>/0000.jpg`` and ``test/<class>/``; CIFAR-10N's labels are in that order. For each noise and seed, a CSV
 file lists 500 training images of each true class with their given labels, and all test images. Each row is a ``sanm`` command
 line with its own folder in ``--runs``, except for the linear probe, which is fitted to the features of ``sanm audit``. Several
-processes may share the runs. Results are added to results/clean_or_train.json; a run whose results are there is not run again.
-``--table`` prints them in Markdown.
+processes may share the runs. Results are added to results/clean_or_train.json; a run whose results are there is not run again,
+an interrupted one is continued from its last epoch. ``--table`` prints them in Markdown.
 """
 
 import argparse
