@@ -12,6 +12,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterable
 from decimal import ROUND_HALF_UP, Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import clean_or_train  # noqa: E402
 import digits_methods  # noqa: E402
 
 from benchmarks import forward_passes  # noqa: E402
+from sanm_lightning import methods  # noqa: E402
 from sanm_lightning.study.formats import markdown_table  # noqa: E402
 from sanm_lightning.study.record import SavedRecord  # noqa: E402
 from sanm_lightning.study.table import rows_of  # noqa: E402
@@ -364,6 +366,32 @@ def study(name: str, accuracy: float | None = None) -> str:
     return markdown_table(rows_of(record, cells, None), None, accuracy).partition("\n\n")[0]  # without the caption
 
 
+def method_pages() -> dict[str, list[str]]:
+    """Return the rows of the digits study on the page of each method, by the name of the page in docs/methods/."""
+    found: dict[str, list[str]] = {}
+    for row in digits_methods.METHODS:
+        name = digits_methods.CLASSES.get(row, row)
+        page = "augdesc" if row == "AugDesc" else getattr(methods, name).__module__.rpartition(".")[2]
+        found.setdefault(page, []).append(row)
+    return found
+
+
+def method_figures(page: str, rows: list[str]) -> str:
+    """Return the last accuracies of a method alone and under SANM: digits, and the small CIFAR-10 where it was run."""
+    digits, small = load("digits_noises")["runs"], load("cifar10_small_quality")["runs"]
+    lines = []
+    for noise, (labels, _, _) in digits_methods.NOISES.items():
+        for row in rows:
+            cells = [digits_methods.cell(digits.get(noise, {}).get(f"{row}{end}", {})) for end in ("", "_sanm")]
+            if cells != ["not run"] * 2:
+                lines.append((f"digits{'' if row == rows[0] else f', {row}'}", labels, *cells))
+    audited = "sanm_audit" if page == "cross_entropy" else f"{page}_audit"
+    cells = [digits_methods.cell(small.get(arm, {})) for arm in (page, audited)]
+    if cells != ["not run"] * 2:
+        lines.append(("CIFAR-10, 5,000 images; SANM with quality from an audit", "50 % symmetric", *cells))
+    return markdown("| data | wrong labels | alone | with SANM |", lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "which-method": which_method,
     "small-cifar10": small_cifar10,
@@ -390,7 +418,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "forward-passes": lambda: forward_passes.table(load("forward_passes")["methods"]),
     "smoke": lambda: study("smoke"),
     "digits-seconds": lambda: study("digits_seconds", 90.0),
-}
+} | {f"method-{page}": partial(method_figures, page, rows) for page, rows in method_pages().items()}
 """Functions that return the tables, by name."""
 
 
