@@ -26,7 +26,7 @@ def sanm(*words: str, log: Path) -> None:
         raise SystemExit(f"expected the command to succeed, got exit status {code}; see {log}")
 
 
-def run_folder(folder: Path) -> list[str]:
+def folder_options(folder: Path) -> list[str]:
     """Return the options for the folder of a ``sanm fit``; an interrupted run is continued from its last checkpoint."""
     return ["--trainer.default_root_dir", str(folder), "--ckpt_path", "auto"]
 

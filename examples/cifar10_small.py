@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _runs import awaited, decimals, in_turn, record, recorded, reserved, run_folder, sanm
+from _runs import awaited, decimals, folder_options, in_turn, record, recorded, reserved, sanm
 
 RESULTS = {
     "sym50": Path("results/cifar10_small_quality.json"),
@@ -140,7 +140,7 @@ class Study:
                 words = self.words_of(arm, seed)
                 if "AUDIT" in words:
                     words[words.index("AUDIT")] = self.audit(seed)
-                sanm(*words, *run_folder(folder), log=self.runs / f"{folder.name}.log")
+                sanm(*words, *folder_options(folder), log=self.runs / f"{folder.name}.log")
                 result = finished(folder)
             assert result is not None
             kept = ("test_accuracy_best", "test_accuracy_last", "quality_auc", "seconds", "label_issues")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _runs import decimals, record, recorded, reserved, run_folder, sanm
+from _runs import decimals, folder_options, record, recorded, reserved, sanm
 
 RESULTS = Path("results/clean_or_train.json")
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -93,7 +93,7 @@ class Study:
             if arm == "probe":
                 return self.probe()
             if finished(folder) is None:
-                words = ["--seed_everything", str(self.seed), *run_folder(folder)]
+                words = ["--seed_everything", str(self.seed), *folder_options(folder)]
                 model = ["--model", "ELR" if arm == "elr" else "CrossEntropy"]
                 sanm("fit", *model, *self.data, *TRAINING, *self.options(arm), *words, log=self.runs / f"{arm}.log")
             return self.described(arm, folder)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _runs import awaited, decimals, in_turn, record, recorded, reserved, run_folder, sanm
+from _runs import awaited, decimals, folder_options, in_turn, record, recorded, reserved, sanm
 
 from sanm_lightning import Digits
 
@@ -149,7 +149,7 @@ def fit(seed: int, *words: str, folder: Path) -> dict[str, Any]:
     if (found := finished(folder)) is None:
         sanm(
             "fit", "--config", "configs/quickstart.yaml", "--data.image_size", "16", "--seed_everything", str(seed), *words,
-            "--trainer.enable_progress_bar", "false", *run_folder(folder),
+            "--trainer.enable_progress_bar", "false", *folder_options(folder),
             log=folder.with_name(f"{folder.name}.log"),
         )  # fmt: skip
         found = finished(folder)
