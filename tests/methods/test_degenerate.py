@@ -72,15 +72,6 @@ def test_it_learns_through(make, degenerate):
         assert bool(((quality >= 0) & (quality <= 1)).all())
 
 
-def test_batches_of_one_are_learned_from_or_refused(make):
-    module, source = make(), Toy(num_samples=6, batch_size=1, seed=3)
-    if isinstance(module, methods.SSR):
-        with pytest.raises(ValueError, match=r"at least 2 samples per step .* raise data\.batch_size"):
-            fit(module, source)
-    else:
-        assert fit(module, source).global_step == 2 * 6
-
-
 @pytest.mark.parametrize("name", ["CrossEntropy", "CoTeaching", "CDR"])
 def test_nan_images_end_with_a_sentence_that_names_them(name):
     """Those of a user's own loader: the data modules here hold bytes."""

@@ -1,6 +1,7 @@
 """What holds for every method, alone and under SANM."""
 
 import contextlib
+import functools
 import pickle
 import warnings
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 import sanm_lightning
 from sanm_lightning import SANM, methods
@@ -44,6 +44,7 @@ METHODS = {
     for name, found in sorted(vars(methods).items())
     if isinstance(found, type) and issubclass(found, NoisyLabelModule) and name not in BASES
 }
+STEPS = (6, 8) if FULL else (6,)  # in the middle and at the end of an epoch
 SANMS = {**({"alone": None} if FULL else {}), "sanm": {"mu": 0.5, "beta": 0.02, "seed": 0}}
 
 
@@ -63,22 +64,38 @@ def encoder(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.fixture(params=[(name, sanm) for name in METHODS for sanm in SANMS], ids="-".join)
-def make(request, encoder):
-    """Return a factory of fresh, equal modules of one method."""
-    name, sanm = request.param
+class Case:
+    """Fresh, equal modules of one method, and one uninterrupted run for all tests that compare with it."""
 
-    def build(**options) -> NoisyLabelModule:
+    def __init__(self, name: str, sanm: str, encoder: str, folder: Path) -> None:
+        self.name, self.options, self.encoder, self.folder = name, SANMS[sanm], encoder, folder
+        self.under_sanm = self.options is not None
+
+    def __call__(self, **options) -> NoisyLabelModule:
         torch.manual_seed(0)
-        arguments = {**SMALL, **METHODS[name], **options}
+        arguments = {**SMALL, **METHODS[self.name], **options}
         if "pretrained" in arguments:
-            arguments["pretrained"] = encoder
-        if SANMS[sanm] is not None and "sanm" not in options:
-            arguments["sanm"] = SANM(**SANMS[sanm])
-        return getattr(methods, name)(**arguments)
+            arguments["pretrained"] = self.encoder
+        if self.under_sanm and "sanm" not in options:
+            arguments["sanm"] = SANM(**self.options)
+        return getattr(methods, self.name)(**arguments)
 
-    build.under_sanm = SANMS[sanm] is not None
-    return build
+    @functools.cached_property
+    def whole(self) -> NoisyLabelModule:
+        """A module after three epochs, with checkpoints of some steps and of the end."""
+        module = self()
+        run = fit(module, callbacks=[AtStep(step, self.checkpoint(step)) for step in STEPS])
+        run.save_checkpoint(self.checkpoint("end"))
+        return module
+
+    def checkpoint(self, step: int | str) -> Path:
+        return self.folder / f"{step}.ckpt"
+
+
+@pytest.fixture(scope="module", params=[(name, sanm) for name in METHODS for sanm in SANMS], ids="-".join)
+def make(request, encoder, tmp_path_factory):
+    """Return a factory of fresh, equal modules of one method."""
+    return Case(*request.param, encoder, tmp_path_factory.mktemp("runs"))
 
 
 @contextlib.contextmanager
@@ -169,19 +186,15 @@ class AtStep(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("step", [6, 8] if FULL else [6])
-def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(make, tmp_path, step):
-    whole, first, second = make(), make(), make()
-    path = str(tmp_path / "middle.ckpt")
-    fit(whole, callbacks=[AtStep(step, path)])
-    torch.load(path, weights_only=True)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(make, step):
+    whole, resumed = make.whole, make()
+    torch.load(make.checkpoint(step), weights_only=True)
     torch.manual_seed(77)
-    fit(second, ckpt_path=path)
-    assert same(whole.network, second.network)
-    for one, other in zip(networks(whole), networks(second), strict=True):
+    fit(resumed, ckpt_path=make.checkpoint(step))
+    for one, other in zip(networks(whole), networks(resumed), strict=True):
         assert same(one, other)
-    del first
-    mine, again = whole.state_dict(), second.state_dict()
+    mine, again = whole.state_dict(), resumed.state_dict()
     assert mine.keys() == again.keys()
     torch.testing.assert_close(
         {key: mine[key] for key in mine}, {key: again[key] for key in mine}, rtol=0, atol=0, equal_nan=True
@@ -202,12 +215,10 @@ def test_it_never_reads_true_labels(make):
             labels, _ = super()._labels(split, index)
             return labels, torch.full_like(labels, 10**6)
 
-    honest, blind = make(), make()
-    fit(honest, epochs=2)
-    source = data()
+    blind, source = make(), data()
     source.__class__ = Garbage
-    fit(blind, source, epochs=2)
-    for one, other in zip(networks(honest), networks(blind), strict=True):
+    fit(blind, source)
+    for one, other in zip(networks(make.whole), networks(blind), strict=True):
         assert same(one, other)
 
 
@@ -239,16 +250,9 @@ def test_with_mu_and_beta_zero_it_is_the_plain_method(make):
         assert same(one, other)
 
 
-def test_a_checkpoint_loads_by_itself(make, tmp_path):
-    module = make()
-    fit(
-        module,
-        epochs=2,
-        enable_checkpointing=True,
-        callbacks=[ModelCheckpoint(tmp_path, filename="last")],
-        default_root_dir=tmp_path,
-    )
-    loaded = type(module).load_from_checkpoint(tmp_path / "last.ckpt", map_location="cpu", weights_only=True)
+def test_a_checkpoint_loads_by_itself(make):
+    module = make.whole
+    loaded = type(module).load_from_checkpoint(make.checkpoint("end"), map_location="cpu", weights_only=True)
     images = torch.rand(3, 3, 16, 16)
     module.eval(), loaded.eval()
     assert torch.equal(module(images), loaded(images))
