@@ -122,7 +122,8 @@ def neighbor_mean(values: Tensor, neighbors: Tensor, weights: Tensor | None = No
 def corrected_votes(labels: Tensor, neighbors: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
     """Let the neighbors vote on the label of each sample, and vote again with the labels that have won.
 
-    Source: MOIT (Ortego et al., CVPR 2021), Section 3.2; Sel-CL (Li et al., CVPR 2022) weights the votes.
+    Source: MOIT (Ortego et al., CVPR 2021), Section 3.2; one version of the code of Sel-CL (Li et al., CVPR 2022)
+    weights the votes.
 
     Args:
         labels: shape (N,).

@@ -35,7 +35,7 @@ class IEG(WithProbeSet):
     Departures: batches of the probe set are random permutations, where those of the code have balanced classes. The
     look-ahead step has the weight decay and the momentum of ``torch.optim.SGD``, as in the code; with other optimizers, it is
     plain gradient descent. The threshold between clean and noisy samples that the paper describes is not in the code, and
-    not here.
+    not here. The strong view has no cutout, and a policy for each image, where the code has one for each batch.
 
     Prediction: the averaged network, with the batch norm statistics of the trained one.
 

@@ -153,10 +153,10 @@ class Nested(NoisyLabelModule):
         outs = [self.learn(batch, self.one_hot(batch.labels), number) for number in range(self.num_networks)]
         return torch.stack([out.cross_entropy() for out in outs]).sum()
 
-    def prepare_step(self) -> None:
-        """Sample the numbers of features, and set frozen batch norm to evaluation mode."""
+    def prepare_step(self, common: bool = False) -> None:
+        """Sample a number of features for each network, or a ``common`` one, and set frozen batch norm to evaluation mode."""
         for number, dropout in enumerate(self.dropouts):
-            dropout.draw(self.stream("nested", number))
+            dropout.draw(self.stream("nested", 0 if common else number))
         if self.stage.frozen:
             for name in self.norms:
                 self.get_submodule(name).eval()

@@ -22,8 +22,8 @@ class NestedCoTeaching(Nested):
 
     Source: Chen et al., CVPR Workshops 2021, and the authors' code. In the second stage, batch norm is frozen. Each network
     ranks its half of the batch by its losses with K features, in evaluation mode, and the other network is trained on
-    the fraction 1 - noise rate of smallest losses, with nested dropout. Networks predict together, and K is that of the mean
-    logits.
+    the fraction 1 - noise rate of smallest losses, with the same random number of features for both. Networks predict
+    together, and K is that of the mean logits.
 
     Departures: those of :class:`Nested`; in the first stage, both networks are trained on the same batches, where the code
     trains them in separate runs, on Clothing1M with different subsets. The last weights are used, where the code uses those
@@ -78,7 +78,7 @@ class NestedCoTeaching(Nested):
         if self.stage.name == "warmup":
             return super().training_step(batch, batch_idx)
         batch, index = self.indexed(batch)
-        self.prepare_step()
+        self.prepare_step(common=True)
         halves = batch.chunk(2) if len(index) > 1 else [batch, batch]
         losses = []
         for number, half in enumerate(halves):

@@ -53,6 +53,8 @@ class SelCL(MomentumContrast, SelectedContrast):
         decay: weight of the old average in an update of the key encoder, in [0, 1).
         w_similarity: weight of the similarity of predictions, >= 0; 0 omits it.
         similarity_clip: norm to which its gradient is clipped, as in the code (0.25), by one more backward pass; None does not.
+        weighted_votes: whether votes of neighbors are weighted by exp(similarity / temperature), as in the version of the code
+            for large sets; in the other version, they have equal weights.
         warmup_epochs: length of the first stage; published: 1.
 
     All other arguments are those of :class:`~sanm_lightning.methods.selected_contrast.SelectedContrast`.
@@ -61,7 +63,6 @@ class SelCL(MomentumContrast, SelectedContrast):
         ValueError: if an argument is out of its range.
     """
 
-    weighted_votes = True
     threshold: Tensor
     """Similarity from which on pairs are selected, a scalar."""
 
@@ -74,6 +75,7 @@ class SelCL(MomentumContrast, SelectedContrast):
         decay: float = 0.999,
         w_similarity: float = 0.01,
         similarity_clip: float | None = None,
+        weighted_votes: bool = False,
         warmup_epochs: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -85,6 +87,7 @@ class SelCL(MomentumContrast, SelectedContrast):
         if similarity_clip is not None:
             refuse_compiled("the similarity_clip of SelCL", kwargs.get("compile_network"))
         super().__init__(num_classes, memory_per_class=memory_per_class, warmup_epochs=warmup_epochs, **kwargs)
+        self.weighted_votes = weighted_votes
         self.pair_quantile, self.w_similarity, self.similarity_clip = pair_quantile, w_similarity, similarity_clip
         self.add_key_encoder(negatives, decay)
         self.embeddings = Embeddings(self.projection.out_features)
