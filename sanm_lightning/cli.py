@@ -1,6 +1,7 @@
 """Command-line interface: ``sanm fit|validate|test|predict``. No other module parses arguments."""
 
 import functools
+import io
 import os
 import select
 import sys
@@ -300,8 +301,10 @@ def entry_point() -> None:
 
     The first argument may be one of :data:`sanm_lightning.commands.COMMANDS`. ``SANM_TRACEBACK=1`` shows the traceback
     instead. If the reader of the output ends first, as in ``sanm list | head``, the exit status is 1, without an error.
-    After Ctrl-C, it is 130.
+    After Ctrl-C, it is 130. Bytes of file names that are not text are printed escaped.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = commands.run(sys.argv[1:])
         if status is None:

@@ -21,7 +21,7 @@ class Duplicates(NamedTuple):
     Attributes:
         group: group number of each sample, shape (N,); samples without copies have their own group.
         exact: groups of samples with identical content, as lists of positions.
-        near: groups of samples with different content, as lists of positions.
+        near: groups of samples with different content, and their exact copies, as lists of positions.
         contradicting: groups of samples with different labels; if the content is identical, at least one is wrong.
         leaks: groups of samples from several splits.
     """
@@ -65,15 +65,21 @@ def find_duplicates(
             right.append(there[alike])
     i, j = np.concatenate(left), np.concatenate(right)
     group = connected_components(coo_array((np.ones(len(i)), (i, j)), (size, size)), directed=False)[1]
-    order = np.argsort(group, kind="stable")
-    members = [part.tolist() for part in np.split(order, np.flatnonzero(np.diff(group[order])) + 1) if len(part) > 1]
+    members = _groups(group)
     return Duplicates(
         group,
-        [part for part in members if len({int(content[row]) for row in part}) == 1],
+        _groups(content),
         [part for part in members if len({int(content[row]) for row in part}) > 1],
         [part for part in members if len({int(labels[row]) for row in part}) > 1],
         [part for part in members if len({splits[row] for row in part}) > 1],
     )
+
+
+def _groups(number: Array) -> list[list[int]]:
+    """Return the positions of equal numbers, shape (N,), for numbers that occur more than once, in order."""
+    order = np.argsort(number, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
+    return sorted(part.tolist() for part in parts if len(part) > 1)
 
 
 def _correlation(a: Array, b: Array) -> Array:

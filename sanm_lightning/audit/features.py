@@ -234,7 +234,7 @@ class _Decoded(Dataset[_Item]):
 
 
 def _digest(kind: Any, content: bytes) -> bytes:
-    return hashlib.blake2b(str(kind).encode() + content, digest_size=DIGEST).digest()
+    return hashlib.blake2b(str(kind).encode("utf-8", "surrogateescape") + content, digest_size=DIGEST).digest()
 
 
 def compute_features(

@@ -72,7 +72,8 @@ def relabel(
         linked: instead of ``out``: folder to write, with a link to each image file under split and class.
         root: folder that the paths of the audit are relative to, for ``linked``; default: the audited folder.
         ambiguous: ``keep`` keeps samples marked ambiguous unchanged, ``drop`` drops them.
-        new_classes: whether new labels may be classes that are not in the data set.
+        new_classes: whether new labels may be classes that are not in the data set. Training on class folders then requires
+            ``linked``, because their classes are the folders.
         overwrite: whether ``out`` may replace a label file; no other files are replaced.
 
     Raises:
@@ -99,14 +100,15 @@ def relabel(
     given = [issues.class_names[label] for label in issues.given.tolist()]
     changed = sum(new != old for new, old in zip(labels, given, strict=True))
     if out is not None:
-        path = Path(out)
+        path, source = Path(out), _recorded_root(Path(audit_folder)) if root is None else root
+        if source is not None:
+            refuse_class_folder(path.parent, Path(source), issues.paths, issues.class_names, "--out")
         _write_labels(path, issues, given, labels, drop, overwrite)
     else:
         assert linked is not None
-        path, source = Path(linked), _find_root(Path(audit_folder), root, issues)
-        if not all(map(os.path.isabs, issues.paths or [])):  # otherwise, the audited images are not in one folder
-            refuse_class_folder(path, source, issues.splits, "--linked")
-        _write_linked(path, issues, given, labels, drop, source)
+        path, images = Path(linked), _find_root(Path(audit_folder), root, issues)
+        refuse_class_folder(path, images, issues.paths, issues.class_names, "--linked")
+        _write_linked(path, issues, given, labels, drop, images)
     return Relabeled(path, len(issues), changed, sum(drop))
 
 
@@ -261,20 +263,23 @@ def _starts_with(file: Path, header: list[str]) -> bool:
 # ---- a folder of links -------------------------------------------------------------------------------------------------
 
 
+def _recorded_root(folder: Path) -> str | None:
+    """Return the audited folder; None if there is no summary, or no folder."""
+    summary = folder / "audit.json"
+    try:
+        root: str | None = json.loads(summary.read_text(encoding="utf-8")).get("root") if summary.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"expected the summary of an audit in {str(summary)!r}, got {error}; give --root") from error
+    return root
+
+
 def _find_root(folder: Path, root: str | Path | None, issues: LabelIssues) -> Path:
     """Return the folder that paths are relative to."""
     if issues.paths is None:
         raise ValueError(
             "expected an audit of image files for --linked, got one of a data set without files; use --out"
         )
-    if root is None:
-        summary = folder / "audit.json"
-        try:
-            root = json.loads(summary.read_text(encoding="utf-8")).get("root") if summary.is_file() else None
-        except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"expected the summary of an audit in {str(summary)!r}, got {error}; give --root"
-            ) from error
+    root = _recorded_root(folder) if root is None else root
     if root is None and not all(os.path.isabs(path) for path in issues.paths):
         raise ValueError("expected the folder that the audited paths are relative to, got none; give --root")
     return Path(root or ".").absolute()

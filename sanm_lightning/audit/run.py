@@ -164,7 +164,8 @@ def audit_features(
         np.where(learn, given, num_classes), copies.group, NUM_FOLDS, seed
     )  # independent of labels outside the training split
     probe = linear_probe(standard, given, folds, num_classes, learn, seed=seed, device=device, overwrite_features=True)
-    voters = np.where(learn[neighbors], neighbors, -1)
+    copied = copies.group[neighbors] == copies.group[:, None]  # a copy would repeat its own label, also a wrong one
+    voters = np.where(learn[neighbors] & ~copied, neighbors, -1)
     prior = np.bincount(given[learn], minlength=num_classes) / learn.sum()
     votes = neighbor_probs(voters, np.ones(voters.shape, np.float32), given, num_classes, prior)
     weights = np.linspace(0, 1, 11, dtype=np.float32)

@@ -91,22 +91,30 @@ def folder_audit_set(root: str | Path) -> AuditSet:
     )
 
 
-def refuse_class_folder(folder: Path, root: Path, splits: Sequence[str], option: str) -> None:
-    """Refuse a folder of results that would become a class of the audited class folders.
+def refuse_class_folder(
+    folder: Path, root: Path, paths: Sequence[str] | None, class_names: Sequence[str], option: str
+) -> None:
+    """Refuse a folder of results that would become a class, or part of a class, of the audited class folders.
 
     Args:
         folder: folder to write.
         root: audited folder.
-        splits: name of the split of each sample; ``all`` if the folders of the root are classes.
+        paths: paths of the audited files, relative to ``root``; None without files.
+        class_names: class names, which are those of folders if the set consists of class folders.
         option: option that sets another folder.
 
     Raises:
-        ValueError: if the folder is inside the root, and the folders of the root are classes.
+        ValueError: if the folder is inside a folder whose folders are classes.
     """
-    if set(splits) == {"all"} and folder.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"expected a folder outside of {str(root)!r}, whose folders are classes, got {str(folder)!r}; use another {option}"
-        )
+    first_two = {tuple(path.split("/")[:2]) for path in paths or ()}
+    above = {parts[:1] for parts in first_two if parts[0] not in class_names and parts[-1] in class_names}
+    above |= {() for parts in first_two if parts[0] in class_names}
+    for base in sorted(root.joinpath(*parts) for parts in above):
+        if base.resolve() in folder.resolve().parents:
+            raise ValueError(
+                f"expected a folder outside of {str(base)!r}, whose folders are classes, got {str(folder)!r}; use another "
+                f"{option}"
+            )
 
 
 class _SplitImages:

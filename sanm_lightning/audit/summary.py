@@ -47,6 +47,7 @@ def summarize(
     """
     names, labels = data.class_names, issues.given
     counts = np.bincount(labels[fitted_rows(issues.splits)], minlength=len(names))
+    readable = np.bincount(labels[fitted_rows(issues.splits) & issues.readable], minlength=len(names))
     present = np.bincount(labels, minlength=len(names)) > 0
     true_given = joint / np.maximum(joint.sum(1, keepdims=True), 1e-12)  # true label for each given label
     off = joint - np.diag(np.diag(joint))
@@ -59,7 +60,7 @@ def summarize(
         {
             "name": name,
             "count": int(counts[c]),
-            "wrong": round(1 - float(true_given[c, c]), 4) if counts[c] else None,
+            "wrong": round(1 - float(true_given[c, c]), 4) if readable[c] else None,
             "confused_with": names[int(off[c].argmax())] if off[c].any() else None,
         }
         for c, name in enumerate(names)
@@ -70,10 +71,10 @@ def summarize(
     notes = list(data.notes)
     if issues.unreadable:
         notes.append(f"{describe_unreadable(data, issues.unreadable)}: listed at the end of the table.")
-    small = [f"{names[c]!r} ({counts[c]})" for c in np.flatnonzero((counts > 0) & (counts < MIN_CLASS_SIZE))]
+    small = [f"{names[c]!r} ({readable[c]})" for c in np.flatnonzero((counts > 0) & (readable < MIN_CLASS_SIZE))]
     if small:
         notes.append(
-            f"Classes with fewer than {MIN_CLASS_SIZE} images, whose labels cannot be assessed: {', '.join(small)}."
+            f"Classes with fewer than {MIN_CLASS_SIZE} readable images, whose labels cannot be assessed: {', '.join(small)}."
         )
     empty = [repr(names[c]) for c in np.flatnonzero(~present)]
     if empty:

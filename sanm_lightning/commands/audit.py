@@ -100,7 +100,7 @@ def audit(
     pool = folder_audit_set(root) if root is not None else audit_set_of(data, split)
     if old is not None:
         _require_shared_samples(pool, old, str(baseline))
-    folder = _new_folder(out, pool if root is not None else None)
+    folder = _new_folder(out, pool)
     console = Console(highlight=False, soft_wrap=True)
     workers = default_num_workers() if num_workers is None else num_workers
     with _removed_on_failure(folder):
@@ -146,14 +146,14 @@ def audit(
     return 0
 
 
-def _new_folder(out: str | None, listed: AuditSet | None) -> Path:
+def _new_folder(out: str | None, pool: AuditSet) -> Path:
     if out is None:
         taken = [int(path.name[8:]) for path in AUDITS.glob("version_*") if path.name[8:].isdigit()]
         folder = AUDITS / f"version_{max(taken, default=-1) + 1}"
     else:
         folder = Path(out)
-    if listed is not None and listed.root is not None:
-        refuse_class_folder(folder, listed.root, listed.splits, "--out")
+    if pool.root is not None:
+        refuse_class_folder(folder, pool.root, pool.paths, pool.class_names, "--out")
     if folder.exists() and not (folder.is_dir() and ((folder / DRAFT).exists() or not any(folder.iterdir()))):
         raise FileExistsError(f"expected a new folder in {str(folder)!r}, got one with files; use another --out")
     try:

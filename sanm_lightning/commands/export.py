@@ -221,6 +221,8 @@ def _require_new_folder(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "a folder with files" if folder.is_dir() else "a file"
         raise FileExistsError(f"expected a new folder in {str(folder)!r}, got {what}; use another --out")
+    if not folder.name:
+        raise ValueError(f"expected the name of a new folder, got {str(folder)!r}; use another --out")
     require_folder(folder.absolute().parent)
 
 

@@ -19,9 +19,16 @@ from torch import nn
 
 import sanm_lightning.audit.run
 import sanm_lightning.audit.run_folder
-from sanm_lightning.audit import AuditSet, audit_set, folder_audit_set, read_label_issues, read_noise_rate
+from sanm_lightning.audit import (
+    AuditSet,
+    audit_set,
+    folder_audit_set,
+    read_label_issues,
+    read_noise_rate,
+)
 from sanm_lightning.audit.duplicates import find_duplicates
-from sanm_lightning.audit.features import FrozenFeatures, compute_features, default_image_size
+from sanm_lightning.audit.features import FeatureTable, FrozenFeatures, compute_features, default_image_size
+from sanm_lightning.audit.run import audit_features
 from sanm_lightning.cli import _read_noise_rate, entry_point, main
 from sanm_lightning.commands import run
 from sanm_lightning.data.label_rows import read_label_file
@@ -311,6 +318,26 @@ class TestPlantedFaults:
         assert kept.all()
         assert int((labels != torch.from_numpy(issues.given)).sum()) >= 3
 
+    def test_names_that_are_not_utf8_are_printed_escaped(self, tmp_path, weights, monkeypatch):
+        root = folder(tmp_path / "root", 4)
+        (root / "train/red/\udcfd.txt").write_text("no image")
+        (root / "train/red/\udcfe.png").write_bytes(b"no image")
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict"))
+        words = ["--network", "small_cnn", "--checkpoint", weights, "--cache", "cache", "--num_workers", "0"]
+        monkeypatch.setattr(sys, "argv", ["sanm", "audit", str(root), *words])
+        entry_point()
+        said = sys.stdout.buffer.getvalue().decode()
+        assert "\\udcfd.txt" in said
+        assert "\\udcfe.png" in said
+        assert "results: " in said
+
+    def test_a_missing_file_whose_name_is_not_utf8_is_unreadable(self, tmp_path, weights):
+        network = FrozenFeatures(load_pretrained("small_cnn", weights), 24)
+        path = save(tmp_path / "there.png", "red", 0)
+        into = np.zeros((2, network.num_features), np.float32)
+        found = compute_features([path, tmp_path / "\udcff.png"], network, tmp_path / "cache", into)
+        assert list(found.unreadable) == [1]
+
     def test_a_split_that_cannot_be_read_is_unknown(self, tmp_path, audit, capsys):
         root = folder(tmp_path / "root")
         for path in (root / "test").rglob("*.png"):
@@ -335,10 +362,42 @@ class TestPlantedFaults:
         expected = [part for part in expected if len(part) > 1]
         mixed = [part for part in expected if len({int(shift[i] == 2) for i in part}) > 1]
         assert sorted(found.near) == sorted(mixed)
-        assert sorted(found.exact) == sorted(part for part in expected if part not in mixed)
+        same = [[i for i in part if (shift[i] == 2) == two] for part in expected for two in (False, True)]
+        assert sorted(found.exact) == sorted(part for part in same if len(part) > 1)
         assert sorted(found.contradicting) == sorted(p for p in expected if len(set(labels[p])) > 1)
         assert sorted(found.leaks) == sorted(p for p in expected if len({splits[i] for i in p}) > 1)
         assert all((found.group[i] == found.group[j]) == (of[i] == of[j]) for i in range(size) for j in range(size))
+
+    def test_copies_do_not_vote_for_each_other(self):
+        """Six copies of each image have its label, right or wrong; the estimate of the rate is that without copies."""
+        draw = np.random.default_rng(0)
+        size, copies, classes = 240, 6, 6
+        true = np.arange(size) % classes
+        given = np.where(draw.random(size) < 0.2, (true + draw.integers(1, classes, size)) % classes, true)
+        features = np.eye(classes, 16)[true] + 0.15 * draw.normal(size=(size, 16))
+        thumbs = draw.integers(0, 256, (size, 8, 8, 3)).astype(np.uint8)
+        digests = draw.integers(0, 256, (size, 16)).astype(np.uint8)
+        found = []
+        for times in (1, copies):
+            labels, table = np.repeat(given, times), [np.repeat(part, times, 0) for part in (features, digests, thumbs)]
+            pool = AuditSet(table, labels, list("abcdef"), ["all"] * len(labels), index=np.arange(len(labels)))
+            table[0] = table[0].astype(np.float32)
+            found.append(audit_features(pool, FeatureTable(*table, {})))
+        once, often = (result.summary for result in found)
+        assert abs(often["noise_rate"] - once["noise_rate"]) < 0.03
+        assert often["interval"][0] < (given != true).mean() < often["interval"][1]
+
+    def test_a_class_of_unreadable_files_has_no_rate(self, tmp_path, audit, capsys):
+        root = folder(tmp_path / "root", splits=("train",))
+        (root / "train/broken").mkdir()
+        for i in range(6):
+            (root / f"train/broken/{i}.png").write_bytes(b"no image")
+        found = summary(audit(root))
+        (row,) = (row for row in found["classes"] if row["name"] == "broken")
+        assert row["wrong"] is None
+        assert row["count"] == 6
+        assert any("fewer than 5 readable images" in note and "'broken' (0)" in note for note in found["notes"])
+        assert "100.0%" not in capsys.readouterr().out
 
     def test_pictures_that_differ_are_no_copies(self, tmp_path, audit):
         found = summary(audit(folder(tmp_path / "root")))
@@ -758,11 +817,18 @@ class TestRefused:
         for out in (root / "train/mine", root / "train/blue/mine"):
             with pytest.raises(ValueError, match=sentence + "out"):
                 audit(root / "train", "--out", out)
-        out = audit(root / "train")
-        with pytest.raises(ValueError, match=sentence + "linked"):
-            run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "train/fixed")])
-        assert sorted(os.listdir(root / "train")) == sorted(COLORS)
-        assert run(["relabel", str(out), "--below", "0.1", "--linked", str(root / "fixed")]) == 0
+        data = ("--data", "ImageFolder", "--data.root", str(root), "--data.image_size", "24")
+        with pytest.raises(ValueError, match=sentence + "out"):
+            audit(*data, "--out", root / "train/mine")
+        for number, of in enumerate(((root / "train",), (root,), data)):
+            words = ["relabel", str(audit(*of)), "--below", "0.1"]
+            with pytest.raises(ValueError, match=sentence + "linked"):
+                run([*words, "--linked", str(root / "train/fixed")])
+            with pytest.raises(ValueError, match=sentence + "out"):
+                run([*words, "--out", str(root / "train/labels/labels.csv")])
+            assert sorted(os.listdir(root / "train")) == sorted(COLORS)
+            assert run([*words, "--linked", str(root / f"fixed{number}")]) == 0
+            assert run([*words, "--out", str(root / f"labels{number}/labels.csv")]) == 0
 
     def test_results_that_exist_are_never_overwritten(self, tmp_path, audit):
         root = folder(tmp_path / "root")
@@ -816,7 +882,7 @@ def test_classes_of_fewer_than_five_images_are_named(tmp_path, audit):
     for i in range(3):
         save(root / "train/purple" / f"{i}.png", "red", 900 + i)
     notes = summary(audit(root))["notes"]
-    assert "Classes with fewer than 5 images, whose labels cannot be assessed: 'purple' (3)." in notes
+    assert "Classes with fewer than 5 readable images, whose labels cannot be assessed: 'purple' (3)." in notes
 
 
 def test_a_listing_of_class_folders_alone_is_one_split(tmp_path):
