@@ -101,6 +101,16 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
 
 
+def test_a_row_that_is_not_finite_is_replaced_by_the_next_value_of_another_process(world: World) -> None:
+    states = [LabelStore(), LabelStore()]
+    for state in states:
+        sized(state, 3)
+    for value in (torch.nan, 0.25):
+        states[0].write("given_quality", torch.tensor([0]), torch.tensor([value]))
+        world.run(states[0].sync, states[1].sync)
+    assert [float(state.given_quality[0]) for state in states] == [0.25, 0.25]
+
+
 class TestEpochMean:
     @pytest.mark.parametrize("momentum", [0.0, 0.7, None])
     @quick

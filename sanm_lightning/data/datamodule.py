@@ -224,8 +224,9 @@ class NoisyDataModule(EpochPools):
         source = self._source("train")
         file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
         pixels = Pixels(source.images, self.mean, self.std)
-        args = source.labels, self.num_classes, self.seed, self.noise
-        self._tables["original"] = label_tables(*args, curated=self.curated, images=pixels, file=file)["train"]
+        options = {"curated": self.curated, "images": pixels, "file": file, "true_labels": source.true_labels}
+        tables = label_tables(source.labels, self.num_classes, self.seed, self.noise, **options)
+        self._tables["original"] = tables["train"]
         return self._tables["original"]
 
     def save_labels(self, path: str | Path, original: bool = False) -> None:
@@ -245,9 +246,9 @@ class NoisyDataModule(EpochPools):
             OSError: if the file cannot be written; a previous file is kept.
         """
         table = self.original_labels() if original else self.table("train")
-        paths = self._source("train").paths if original else self.sample_paths()
+        paths = self._paths_at(table.origin, "train")
         noise_seed = self.seed if self.noise.seed is None else self.noise.seed
-        others = None if original else self.other_samples()
+        others = self._others_than(table.origin)
         save_label_table(path, table, self.class_names, self.noise_kind, self.noise_rate, noise_seed, paths, others)
 
     # Splits --------------------------------------------------------------------------------------------------------

@@ -108,7 +108,10 @@ def read_image(
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             image.draft(None, (DRAFT * side, DRAFT * side))  # changes JPEG files only
-            image.load()  # orientation metadata may follow the pixel data
+            try:
+                image.load()  # orientation metadata may follow the pixel data
+            except RuntimeError as error:  # of the decoder of AVIF
+                raise ValueError(str(error)) from error
             return square_image(image, side, interpolation, channels, resize)
     except UNREADABLE as error:
         cause = ValueError("the file is empty") if _is_empty(path) else error

@@ -36,7 +36,7 @@ class ImageStore:
         channels: int = 3,
     ) -> None:
         self.num_workers = num_workers
-        self.rows = Rows(images, origin)
+        self.rows = Rows(images, origin, (channels, *size))
         self.resident: Tensor | None = None
         """(n, C, H, W), uint8; None if the images are streamed."""
         self._on_device: dict[torch.device, Tensor] = {}

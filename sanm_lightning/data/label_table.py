@@ -118,8 +118,10 @@ def stratified_hold_out(labels: Tensor, size: int, seed: int) -> Tensor:
     turn = (number + 0.5) / counts[labels[by_class]]
     turn[number == counts[labels[by_class]] - 1] = torch.inf
     free = int(turn.isfinite().sum())
+    rank = torch.empty_like(turn)
+    rank[by_class] = turn
     held = torch.zeros(len(labels), dtype=torch.bool)
-    held[by_class[turn.argsort(stable=True)[: min(size, free)]]] = True
+    held[order[rank[order].argsort(stable=True)[: min(size, free)]]] = True  # ties of classes in random order
     return held
 
 

@@ -127,6 +127,7 @@ class IndexLoader:
             "epoch": self._epoch,
             "batches": self._served,
             "of": len(self),
+            "num_samples": self.num_samples,
             "batch_size": self.batch_size,
             "processes": self.world_size,
         }
@@ -135,20 +136,21 @@ class IndexLoader:
         """Restore the position: the next iteration serves the rest of the epoch.
 
         Raises:
-            ValueError: if the state is not that of an IndexLoader, or is from mid-epoch with another batch size or
-                number of processes, for which no position has the same preceding samples.
+            ValueError: if the state is not that of an IndexLoader, or is from mid-epoch with another batch size,
+                number of processes or number of samples, for which no position has the same preceding samples.
         """
         if not {"epoch", "batches"} <= state.keys():
             raise ValueError(
                 f"expected a loader state with 'epoch' and 'batches', got {sorted(state)}; resume from a checkpoint "
                 "written with this loader"
             )
-        before = state.get("batch_size", self.batch_size), state.get("processes", self.world_size)
-        if 0 < state["batches"] < state.get("of", len(self)) and before != (self.batch_size, self.world_size):
+        now = (self.batch_size, self.world_size, self.num_samples)
+        before = tuple(map(state.get, ("batch_size", "processes", "num_samples"), now))
+        if 0 < state["batches"] < state.get("of", len(self)) and before != now:
             raise ValueError(
                 "expected the values of the checkpoint from the middle of an epoch, a batch size of "
-                f"{before[0]} on {before[1]} processes, got {self.batch_size} on {self.world_size}; use the same "
-                "values, or a checkpoint from the end of an epoch"
+                f"{before[0]} on {before[1]} processes and {before[2]} samples, got {now[0]} on {now[1]} and {now[2]}; use "
+                "the same values, or a checkpoint from the end of an epoch"
             )
         self._epoch, self._served = int(state["epoch"]), int(state["batches"])
         self._skip = self._served

@@ -91,17 +91,24 @@ class SplitItem(NamedTuple):
 class Rows(Dataset[Row]):
     """Data set of whole rows; runs in the workers."""
 
-    def __init__(self, images: Tensor | ImageDataset, origin: Tensor) -> None:
-        self.images, self.origin = images, origin
+    def __init__(self, images: Tensor | ImageDataset, origin: Tensor, shape: tuple[int, int, int]) -> None:
+        self.images, self.origin, self.shape = images, origin, shape
 
     def __getitem__(self, request: Any) -> Row:
         distinct, place = torch.unique(request.indices, return_inverse=True)
         if len(distinct) == len(place):  # in the order of the row, which avoids a gather on the device
             distinct, place = request.indices, torch.arange(len(place))
-        decoded = default_collate([self.images[row] for row in self.origin[distinct].tolist()])  # into shared memory
+        decoded = default_collate([self._decoded(row) for row in self.origin[distinct].tolist()])  # into shared memory
         views = [_blocks(number, request, decoded, place) for number in range(len(request.policies))]
         complete = bool(views) and all(None not in blocks for blocks in request.policies)
         return Row(request.indices, decoded.new_zeros((0, *decoded.shape[1:])) if complete else decoded, place, views)
+
+    def _decoded(self, row: int) -> Tensor:
+        image = self.images[row]
+        if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.shape != self.shape:
+            got = f"{tuple(image.shape)} of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"expected uint8 images {self.shape} from the data set, got {got} at {row}; convert them")
+        return image
 
 
 def view_generator(name: tuple[int, ...], number: int) -> torch.Generator:
@@ -120,7 +127,7 @@ def _blocks(number: int, request: RowRequest, decoded: Tensor, place: Tensor) ->
         if policy is None:
             made.append(None)
         elif takes_batches(policy):
-            made.append(policy(select_rows(decoded, rows), generator=generator))
+            made.append(batch_view(policy, select_rows(decoded, rows), generator))
         else:
             views: list[Tensor] = []
             for position, row in enumerate(rows.tolist(), first):
@@ -128,6 +135,23 @@ def _blocks(number: int, request: RowRequest, decoded: Tensor, place: Tensor) ->
                     views.append(_checked(_transformed(policy, decoded[row]), policy, views))
             made.append(torch.stack(views))
     return made
+
+
+def batch_view(policy: Policy, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Apply a policy of batches to images (B, C, H, W), uint8, and check the result.
+
+    Raises:
+        ValueError: if the result is not B images, uint8.
+    """
+    views = policy(images, generator=generator)
+    if not isinstance(views, Tensor) or views.dtype != torch.uint8 or views.ndim != 4 or len(views) != len(images):
+        what = f"{tuple(views.shape)} of {views.dtype}" if isinstance(views, Tensor) else type(views).__name__
+        name = getattr(policy, "__name__", type(policy).__name__)
+        raise ValueError(
+            f"expected {len(images)} uint8 images (B, C, H, W) from the policy {name}, got {what}; remove conversions to "
+            "float and normalization, which the network applies"
+        )
+    return views
 
 
 def _transformed(policy: Policy, image: Tensor) -> Any:

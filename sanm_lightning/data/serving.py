@@ -14,7 +14,7 @@ from sanm_lightning.batch import EpochPlan, NoisyBatch, View
 from sanm_lightning.data.image_store import ImageStore
 from sanm_lightning.data.label_table import LabelTable
 from sanm_lightning.data.policies import POLICIES, augment, center_crop
-from sanm_lightning.data.rows import Policy, Row, RowRequest, SplitItem, takes_batches, view_generator
+from sanm_lightning.data.rows import Policy, Row, RowRequest, SplitItem, batch_view, takes_batches, view_generator
 from sanm_lightning.data.views import select_rows
 
 __all__ = ["ServedBatches"]
@@ -254,7 +254,7 @@ class ServedBatches(L.LightningDataModule):
                 f"expected a batch policy outside of training views, got {name!r}, a transform of one image; add a "
                 "parameter 'generator' and process whole batches"
             )
-        return cast(Tensor, policy(images, generator=generator))
+        return batch_view(policy, images, generator)
 
     def _images(self, item: Tensor | Row, split: str) -> Tensor:
         """Return the images of a row, as bytes."""

@@ -23,7 +23,7 @@ __all__ = ["Splits"]
 NAMED = 10
 """Maximum number of classes in a message."""
 
-DRAWS = 3
+DRAWS = 4
 """Version of the random streams of noise, subset and split, saved in checkpoints."""
 
 
@@ -102,7 +102,10 @@ class Splits(ServedBatches):
 
     def sample_paths(self, split: str = "train") -> Sequence[str] | None:
         """Return the path of each sample of a split, relative to the root, with ``/``; None without files."""
-        rows, paths = self.table(split).origin, self._source(split if split in self.own_splits else "train").paths
+        return self._paths_at(self.table(split).origin, split if split in self.own_splits else "train")
+
+    def _paths_at(self, rows: Tensor, source: str) -> Sequence[str] | None:
+        paths = self._source(source).paths
         if isinstance(paths, PathList):
             return paths.at(rows.numpy())
         return None if paths is None else [paths[row] for row in rows.tolist()]
@@ -124,8 +127,11 @@ class Splits(ServedBatches):
 
     def other_samples(self, split: str = "train") -> OtherSamples | None:
         """Return the samples of the original training set that are not in a split of it; None if there are none."""
+        return self._others_than(self.table(split).origin)
+
+    def _others_than(self, origin: Tensor) -> OtherSamples | None:
         paths, (labels, kept) = self.original_set()
-        other = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, self.table(split).origin, False)
+        other = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, origin, False)
         index = other.nonzero().flatten().tolist()
         if not index:
             return None

@@ -192,6 +192,10 @@ def _from_array(image: Any, where: str) -> Image.Image:
         )
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
+    if image.dtype.kind in "iu" and image.dtype.itemsize > 2:
+        raise _ImageFormError(
+            f"expected 8 or 16 bits per pixel in {where}, got {image.dtype} of shape {image.shape}; convert to uint8"
+        )
     if image.dtype.kind == "f":
         image = _exact_bytes(image, where)
     try:
@@ -247,11 +251,23 @@ def _names(dataset: Any, key: Any) -> list[str] | None:
         return _names(dataset.dataset, key)
     if isinstance(dataset, ConcatDataset):
         parts = [_names(part, key) for part in dataset.datasets]
-        return parts[0] if all(part == parts[0] for part in parts) else None
+        other = next((part for part in parts if part != parts[0]), parts[0])
+        if None not in (parts[0], other) and other != parts[0]:
+            raise ValueError(
+                f"expected the same classes in all parts of a ConcatDataset, got {_some(parts[0])} and {_some(other)}, whose "
+                "labels have other meanings; give the parts a common numbering of the classes"
+            )
+        return parts[0] if other == parts[0] else None
+    if getattr(dataset, "target_transform", None) is not None:
+        return None  # the names are those of the labels before the transform
     index = getattr(dataset, "class_to_idx", None)
     if isinstance(index, Mapping) and sorted(index.values()) == list(range(len(index))):
         return _strings(sorted(index, key=lambda name: index[name]))
     return _feature_names(dataset, key) or _strings(getattr(dataset, "classes", None))
+
+
+def _some(names: list[str] | None) -> str:
+    return ", ".join(map(repr, (names or [])[:5]))
 
 
 def _strings(names: Any) -> list[str] | None:

@@ -146,7 +146,8 @@ class SampleState(nn.Module):
             wrote = self._written[name].clamp(max=1).view(-1, *[1] * (rows.ndim - 1))
             seen = count.view_as(wrote)
             if dtype.is_floating_point:
-                mean = _reduced(rows * self._written[name].view_as(wrote)) / seen.clamp(min=1)
+                mine = torch.where(wrote > 0, rows * self._written[name].view_as(wrote), 0)  # NaN * 0 is NaN
+                mean = _reduced(mine) / seen.clamp(min=1)
                 merged[name] = (torch.where(seen > 0, mean, rows), count)
             else:
                 mine = torch.where(self._written[name] > 0, process_rank(), torch.iinfo(torch.int64).max)

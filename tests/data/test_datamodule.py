@@ -274,6 +274,24 @@ class TestBatch:
             Own().batch("dev", torch.arange(3))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("resident_bytes", [0, 2**30])
+@pytest.mark.parametrize(
+    ("image", "got"),
+    [
+        (torch.full((3, 2, 2), 0.9), r"\(3, 2, 2\) of torch.float32"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), r"\(1, 2, 2\)"),
+    ],
+)
+def test_images_of_another_form_are_refused(image: Tensor, got: str, resident_bytes: int) -> None:
+    class Other(Own):
+        def load_train(self) -> Source:
+            return Source(super().load_train().labels, [image] * 60)
+
+    data = Other(resident_bytes=resident_bytes)
+    with pytest.raises(ValueError, match=rf"expected uint8 images \(3, 2, 2\) from the data set, got {got}"):
+        data.store("train").look_up(torch.arange(2))
+
+
 class TestUnderTheTrainer:
     @pytest.mark.parametrize("val_fraction", [0.0, 0.25])
     @pytest.mark.parametrize("track_test", [False, True])

@@ -186,3 +186,25 @@ class TestGrayImages:
             ValueError, match=f"expected RGB or gray images for the view 'simclr', got {channels} channels; use 'weak'"
         ):
             augment(images, "simclr", torch.Generator())
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "avif", "gif", "tiff"])
+def test_damaged_files_of_every_format_are_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{suffix}"
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    try:
+        Image.fromarray(noise).save(path)
+    except (KeyError, ValueError, OSError):
+        pytest.skip(f"this Pillow does not write {suffix}")
+    content = path.read_bytes()
+    draw, refused = np.random.default_rng(1), 0
+    for _ in range(60):
+        damaged = bytearray(content)
+        for place in draw.integers(len(damaged) // 8, len(damaged), 20):
+            damaged[place] = int(draw.integers(256))
+        path.write_bytes(bytes(damaged[: draw.integers(len(damaged) // 2, len(damaged) + 1)]))
+        try:
+            read_image(path, SIDE)
+        except ValueError as error:
+            refused += str(path) in str(error)
+    assert refused

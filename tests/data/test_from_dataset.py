@@ -173,7 +173,17 @@ class TestLabels:
 
     def test_target_transforms(self) -> None:
         dataset = Stored(target_transform=lambda label: 2 - label)
-        assert made(dataset).labels.tolist() == [2, 1, 0] * 4 and 3 not in dataset.read
+        data = made(dataset)
+        assert data.labels.tolist() == [2, 1, 0] * 4 and 3 not in dataset.read
+        assert data.class_names == ["0", "1", "2"]  # "ant", ... are those before the transform
+
+    def test_parts_with_other_classes_are_refused(self) -> None:
+        other = Stored()
+        other.classes = ["dog", "bee", "cat"]
+        with pytest.raises(
+            ValueError, match=r"same classes in all parts .*, got 'ant', 'bee', 'cat' and 'dog', 'bee', 'cat'"
+        ):
+            made(ConcatDataset([Stored(), other])).setup()
 
     def test_parts_of_data_sets(self) -> None:
         dataset = Stored()

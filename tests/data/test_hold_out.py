@@ -40,6 +40,12 @@ class TestStratified:
             counts = labels[held].bincount(minlength=3)
             assert ((counts - size * labels.bincount() / 60).abs() <= 1).all()
 
+    def test_no_class_is_preferred(self) -> None:
+        labels = torch.arange(400) % 100
+        held = [labels[stratified_hold_out(labels, 40, seed)] for seed in range(30)]
+        assert all(len(part.unique()) == 40 for part in held)
+        assert len(torch.cat(held).unique()) == 100
+
     def test_one_of_each_class_stays(self) -> None:
         labels = torch.tensor([0] * 50 + [1] * 50 + [2] * 2 + [4])
         for seed in range(50):

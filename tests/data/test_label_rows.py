@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from sanm_lightning.data import ImageFolder, Noise, Toy
+from sanm_lightning.data import FromDataset, ImageFolder, Noise, Toy
 from sanm_lightning.data.label_rows import read_label_file
 from tests.data.test_image_folder import SIDE, folder
 
@@ -160,6 +161,32 @@ class TestInADataModule:
         assert torch.equal(again.labels, torch.cat([table.labels for table in both])[order])
         with pytest.raises(ValueError, match="without a row"):  # the true labels of the others are not in the file
             data(Noise("file", path=str(tmp_path / "labels.npz"), key="true_labels"), seed=0).table("train")
+
+    def test_labels_of_the_original_set_without_dropped_samples_are_read_back(self, tmp_path: Path) -> None:
+        root = str(folder(tmp_path / "data", {"a": 4, "b": 4}))
+        rows = [f"train/{name}/{i}.png,{'ba'[i % 2]},{int((name, i) == ('a', 0))}" for name in "ab" for i in range(4)]
+        (tmp_path / "first.csv").write_text("\n".join(["path,label,drop", *rows]))
+
+        def data(file: str, **options: Any) -> ImageFolder:
+            return ImageFolder(root, image_size=SIDE, seed=1, noise=Noise("file", path=str(tmp_path / file)), **options)
+
+        first = data("first.csv", val_fraction=0.25)
+        first.save_labels(tmp_path / "labels.npz", original=True)
+        with np.load(tmp_path / "labels.npz") as file:
+            assert len(file["labels"]) == len(file["paths"]) == len(file["index"]) == 7
+            assert "train/a/0.png" not in file["paths"]
+            assert file["other_paths"].tolist() == ["train/a/0.png"] and file["other_dropped"].tolist() == [True]
+        again = data("labels.npz", holdout_fraction=0)
+        assert again.sample_paths() == [row.split(",")[0] for row in rows[1:]]
+        assert [again.class_names[label] for label in again.labels] == [row.split(",")[1] for row in rows[1:]]
+
+    def test_labels_of_the_original_set_have_its_true_labels(self) -> None:
+        true = torch.arange(12) % 3
+        given = [2, *true.tolist()[1:]]
+        dataset = [(Image.new("RGB", (SIDE, SIDE), (i, 0, 0)), label) for i, label in enumerate(given)]
+        data = FromDataset(dataset, true_labels=true.tolist(), holdout_fraction=0, seed=0)
+        for table in (data.table("train"), data.original_labels()):
+            assert table.noise_rate == pytest.approx(1 / 12)
 
     def test_dropped_samples_are_not_trained_on(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         root = folder(folder(tmp_path / "data", {"a": 3, "b": 3}), {"a": 1, "b": 1}, "test")

@@ -216,6 +216,15 @@ class TestTransforms:
         with pytest.raises(ValueError, match=f"expected a uint8 tensor .*{got}"):
             run(Asking(("odd",)), Toy(seed=3, resident_bytes=0, policies={"odd": transform}))
 
+    @pytest.mark.parametrize("resident_bytes", [0, 2**30])
+    def test_what_a_policy_of_batches_returns_is_checked(self, resident_bytes: int) -> None:
+        def unit(images: Tensor, generator: torch.Generator) -> Tensor:
+            return images.float() / 255
+
+        sentence = r"expected 16 uint8 images .* from the policy unit, got \(16, 3, 16, 16\) of torch.float32"
+        with pytest.raises(ValueError, match=sentence):
+            run(Asking(("unit",)), Toy(seed=3, resident_bytes=resident_bytes, policies={"unit": unit}))
+
     def test_its_errors_name_it(self) -> None:
         mix = T.MixUp(num_classes=4)  # of a batch and its labels
         with pytest.raises(
