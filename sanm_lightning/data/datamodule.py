@@ -224,8 +224,9 @@ class NoisyDataModule(EpochPools):
         source = self._source("train")
         file = self.noise.read(source.labels, self.class_names, source.paths, self._other_paths())
         pixels = Pixels(source.images, self.mean, self.std)
-        options = {"curated": self.curated, "images": pixels, "file": file, "true_labels": source.true_labels}
-        tables = label_tables(source.labels, self.num_classes, self.seed, self.noise, **options)
+        args = source.labels, self.num_classes, self.seed, self.noise
+        true = source.true_labels
+        tables = label_tables(*args, curated=self.curated, images=pixels, file=file, true_labels=true)
         self._tables["original"] = tables["train"]
         return self._tables["original"]
 

@@ -35,7 +35,7 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
     if true is None or given is None:
         return None
     right = true == given
-    single = getattr(pl_module, "sanm", None)
+    single = _sanm_of(trainer, pl_module)
     sanms = [sanm for sanm in getattr(pl_module, "sanms", None) or [single] if sanm is not None and sanm.enabled]
     quality = estimated_quality(pl_module, sanms)
     if sanms and sanms[0].quality == "oracle" and own_estimate(pl_module, sanms) is None:
@@ -43,6 +43,12 @@ def label_quality_auc(trainer: L.Trainer, pl_module: L.LightningModule) -> float
     if quality is None or len(quality) != len(right) or bool(right.all()) or not bool(right.any()):
         return None
     return float(binary_auroc(quality, right.long()))
+
+
+def _sanm_of(trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+    """Return the SANM of a module, or of the callback that wraps it; None if there is none."""
+    wrapping = (part.sanm for part in trainer.callbacks if isinstance(part, SANMCallback))  # type: ignore[attr-defined]
+    return getattr(pl_module, "sanm", None) or next(wrapping, None)
 
 
 class RunRecord(L.Callback):
@@ -66,6 +72,8 @@ class RunRecord(L.Callback):
         self.val_accuracies: dict[int, float] = {}
         self.further: dict[str, dict[int, float]] = {}
         """Accuracies of further test sets and top-k accuracies, by logged name, such as ``imagenet/acc``, and epoch."""
+        self.highest: dict[str, float] = {}
+        """Highest accuracy of all evaluations, also in the middle of an epoch, by logged name."""
         self.timing = Timing()
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -119,6 +127,7 @@ class RunRecord(L.Callback):
                     own = {"test/acc": self.accuracies, "val/acc": self.val_accuracies}
                     series = own[name] if name in own else self.further.setdefault(name, {})
                     series[trainer.current_epoch] = float(accuracy)
+                    self.highest[name] = max(self.highest.get(name, 0.0), float(accuracy))
         self._write(trainer, pl_module, trainer.current_epoch + 1)
 
     def teardown(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -132,9 +141,10 @@ class RunRecord(L.Callback):
     def results(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> dict[str, Any]:
         """Return the results so far, as built-in Python types."""
         data: Any = getattr(trainer, "datamodule", None)
-        sanm = getattr(pl_module, "sanm", None)
+        sanm = _sanm_of(trainer, pl_module)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        further = [accuracy_summary(name, self.further[name], epochs) for name in sorted(self.further)]
+        val = self._summary("val/acc", self.val_accuracies, epochs)
+        further = [self._summary(name, self.further[name], epochs) for name in sorted(self.further)]
         return {
             "method": type(pl_module).__name__,
             "sanm": bool(sanm is not None and sanm.enabled),
@@ -144,9 +154,8 @@ class RunRecord(L.Callback):
             "noise_kind": getattr(data, "noise_kind", None),
             "noise_rate": getattr(data, "noise_rate", None),
             "measured_noise_rate": getattr(data, "measured_noise_rate", None),
-            **accuracy_summary("test/acc", self.accuracies, epochs),
-            "val_accuracy_best": max(self.val_accuracies.values(), default=None),
-            "val_accuracy_last": self.val_accuracies.get(epochs - 1),
+            **self._summary("test/acc", self.accuracies, epochs),
+            **{key: val[key] for key in ("val_accuracy_best", "val_accuracy_last")},
             **dict(pair for summary in further for pair in summary.items()),
             "selected_on": selected_on(trainer),
             "quality_auc": label_quality_auc(trainer, pl_module),
@@ -158,6 +167,9 @@ class RunRecord(L.Callback):
             ),
             "timing": self.timing.summary(test_accuracy=self.accuracies, val_accuracy=self.val_accuracies),
         }
+
+    def _summary(self, name: str, series: dict[int, float], epochs: int) -> dict[str, float | None]:
+        return accuracy_summary(name, series, epochs, self.highest.get(name))
 
     def _write(self, trainer: Any, pl_module: L.LightningModule, epochs: int) -> tuple[Path, dict[str, Any]]:
         directory, results = self._directory(trainer), self.results(trainer, pl_module, epochs)
@@ -175,6 +187,7 @@ class RunRecord(L.Callback):
             "accuracies": dict(self.accuracies),
             "val_accuracies": dict(self.val_accuracies),
             "further": {name: dict(series) for name, series in self.further.items()},
+            "highest": dict(self.highest),
             "seconds": self.timing.seconds(),
             "timing": self.timing.state_dict(),
         }
@@ -185,21 +198,25 @@ class RunRecord(L.Callback):
         self.timing.load_state_dict(state_dict["seconds"], state_dict.get("timing"))
         self.val_accuracies = dict(state_dict.get("val_accuracies", {}))
         self.further = {name: dict(series) for name, series in state_dict.get("further", {}).items()}
+        self.highest = dict(state_dict.get("highest", {}))
 
 
-def accuracy_summary(name: str, series: dict[int, float], epochs: int) -> dict[str, float | None]:
+def accuracy_summary(
+    name: str, series: dict[int, float], epochs: int, highest: float | None = None
+) -> dict[str, float | None]:
     """Return the best and last accuracy and the mean of the last ten epochs, None where unknown.
 
     Args:
         name: logged name, such as ``imagenet/acc`` or ``test/acc_top5``, which gives the keys.
-        series: accuracy by epoch.
+        series: accuracy by epoch, of the last evaluation of each.
         epochs: number of finished epochs.
+        highest: highest accuracy of all evaluations, if it is known.
     """
     split, _, kind = name.rpartition("/")
     key = f"{split}_{kind.replace('acc', 'accuracy', 1)}"
     tail = [value for epoch, value in series.items() if epoch >= epochs - 10]
     return {
-        f"{key}_best": max(series.values(), default=None),
+        f"{key}_best": max([*series.values(), *([] if highest is None else [highest])], default=None),
         f"{key}_last": series.get(epochs - 1),
         f"{key}_last10": math.fsum(tail) / len(tail) if tail else None,
     }

@@ -22,26 +22,29 @@ class _Found(NamedTuple):
     """A checkpoint file; the last one of a list is the newest.
 
     Attributes:
-        run: position of its run among all runs, from the oldest; -1 if unknown.
+        age: position of its run among all runs, from the oldest; 0 for runs without a number, -1 without runs.
         step: number of optimizer steps; infinite for a damaged file, which is then read and raises an error.
         time: modification time in nanoseconds, which copying a run may change.
         path: the file.
+        run: its run directory; None without runs.
     """
 
-    run: int
+    age: int
     step: float
     time: int
     path: Path
+    run: Path | None
 
 
 def resolve_ckpt_path(trainer: Any, asked: str | None, fitting: bool = True) -> str | None:
     """Resolve ``last``, ``auto`` or ``hpc`` to a file, and continue in the run directory of that checkpoint.
 
     ``last`` is the checkpoint with the most optimizer steps in the newest run: the run with the highest version number
-    that has checkpoints. Times of files are compared last, because a copy changes them. Searched are the directories that
-    this trainer writes to, with their subdirectories: those of every ``ModelCheckpoint``, those of all runs of its logger
-    (``lightning_logs/version_*/checkpoints``), and the files saved on a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is
-    the last of the latter. ``auto`` is ``last`` if there is a checkpoint, and otherwise a new run. For ``last``, Lightning
+    that has checkpoints; among all runs, if their names are not numbered, such as the ids of ``WandbLogger``. Times of files
+    are compared last, because a copy changes them. Searched are the directories that this trainer writes to, with their
+    subdirectories: those of every ``ModelCheckpoint``, those of all runs of its logger
+    (``lightning_logs/version_*/checkpoints``), and the files saved on a SLURM signal (``hpc_ckpt_*.ckpt``). ``hpc`` is the
+    last of the latter. ``auto`` is ``last`` if there is a checkpoint, and otherwise a new run. For ``last``, Lightning
     searches the directory of the new run only, and trains from scratch if it is empty.
     A Lightning logger with numbered runs continues in the run of the checkpoint, see :class:`ContinueRun`.
 
@@ -93,7 +96,7 @@ def resolve_ckpt_path(trainer: Any, asked: str | None, fitting: bool = True) -> 
     if asked == "auto":
         rank_zero_info(f"--ckpt_path auto: continuing from {str(newest.path)!r}")
     if fitting:
-        trainer.callbacks.insert(0, ContinueRun(runs[newest.run] if runs else None, trainer))
+        trainer.callbacks.insert(0, ContinueRun(newest.run, trainer))
     return str(newest.path)
 
 
@@ -107,7 +110,8 @@ def _found(path: Path, runs: list[Path]) -> _Found:
         pass
     inside = [number for number, run in enumerate(runs) if path.is_relative_to(run)]
     known = inside or [number for number, run in enumerate(runs) if run.name == name] or [len(runs) - 1]
-    return _Found(known[-1], step, path.stat().st_mtime_ns, path)
+    age = known[-1] if _numbered(runs) or not runs else 0
+    return _Found(age, step, path.stat().st_mtime_ns, path, runs[known[-1]] if runs else None)
 
 
 def _runs(trainer: L.Trainer) -> list[Path]:
@@ -120,7 +124,18 @@ def _runs(trainer: L.Trainer) -> list[Path]:
         return [folder / (version if isinstance(version, str) else f"version_{version}")]
     marks = ("checkpoints", "labels.npz", "results.json")  # written by a fit, not by an evaluation
     runs = [path for path in folder.glob("*") if any((path / mark).exists() for mark in marks)]
-    return sorted(runs, key=lambda run: (int(re.sub(r"\D", "", run.name) or -1), run.name))
+    return sorted(runs, key=lambda run: (_number(run)[1], run.name))
+
+
+def _number(run: Path) -> tuple[str, int]:
+    """Return prefix and number of a run such as ``version_3``; the number is -1 if there is none."""
+    found = re.fullmatch(r"(\D*)(\d+)", run.name)
+    return (found[1], int(found[2])) if found else (run.name, -1)
+
+
+def _numbered(runs: list[Path]) -> bool:
+    """Return whether the names of all runs are a common prefix and a number, so that the newest one is known."""
+    return len({_number(run)[0] for run in runs}) == 1 and all(_number(run)[1] >= 0 for run in runs)
 
 
 def _folder(trainer: L.Trainer) -> Path:

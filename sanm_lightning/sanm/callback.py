@@ -18,6 +18,7 @@ from sanm_lightning.sanm.checks import (
     check_images,
     image_size_of,
     is_reached,
+    require_same_module,
     require_whole_weights,
     warn_of_few_steps,
     warn_of_long_warmup,
@@ -179,6 +180,8 @@ class SANMCallback(L.Callback):
             self._states.on_fit_start(trainer, pl_module)
         add_parameters(trainer.optimizers, self.sanm, KEY)
         resumed, self._resumed = self._resumed, None
+        if self.wrap:
+            require_same_module(self.sanm, pl_module, resumed is not None)
         if resumed is not None:
             self._add_to_states(trainer, resumed)
         if self.sanm.enabled:
@@ -351,7 +354,8 @@ class SANMCallback(L.Callback):
         """
         if self._states is not None:
             self._states.on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.tap is not None and self.state_key in checkpoint.get("callbacks", {}):
+        # also after an exception, when the module is restored and the decoder is still among the optimizer's parameters
+        if self.wrap and self.state_key in checkpoint.get("callbacks", {}):
             states = checkpoint.get("optimizer_states", [])
             removed = split_from_optimizer_states(states, trainer.optimizers, self.sanm)
             checkpoint["callbacks"][self.state_key]["optimizer_states"] = removed

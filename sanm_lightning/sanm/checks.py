@@ -1,5 +1,7 @@
 """Checks of a run under SANM before its first update."""
 
+import weakref
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,6 +22,7 @@ __all__ = [
     "is_reached",
     "require_owned",
     "require_parameters",
+    "require_same_module",
     "require_unused",
     "require_whole_weights",
     "warn_of_few_steps",
@@ -237,6 +240,17 @@ def require_unused(sanm: SANM) -> None:
 def require_owned(sanm: SANM, owner: object) -> None:
     """Raise ValueError for a SANM with which another module was created after that of ``owner``."""
     _require_sole(sanm.owner not in (None, owner), "was given to another module as well")
+
+
+_MODULES: "weakref.WeakKeyDictionary[SANM, weakref.ref[L.LightningModule]]" = weakref.WeakKeyDictionary()
+"""The last module that was trained with each SANM of a callback; modules and checkpoints do not contain it."""
+
+
+def require_same_module(sanm: SANM, pl_module: L.LightningModule, resumed: bool) -> None:
+    """Raise ValueError for a new run of another module, which would start with decoder and evidence of the first one."""
+    before = _MODULES.get(sanm)
+    _require_sole(before is not None and before() is not pl_module and not resumed, "was trained with another module")
+    _MODULES[sanm] = weakref.ref(pl_module)
 
 
 def _require_sole(shared: bool, got: str) -> None:

@@ -29,7 +29,8 @@ def find_network(
         image_size: H, W of the images in pixels.
 
     Raises:
-        MisconfigurationException: if there is no such submodule, or no classifier.
+        MisconfigurationException: if there is no such submodule, or no classifier, or if the module itself has another number
+            of outputs than the submodule with a common name.
     """
     owner = type(pl_module).__name__
     require_parameters(pl_module)
@@ -49,8 +50,28 @@ def find_network(
     errors = []
     for candidate in candidates:
         try:
-            return FeatureExtractor(candidate, image_size, layer, need_classifier, sanm.needs_map)
+            found = FeatureExtractor(candidate, image_size, layer, need_classifier, sanm.needs_map)
         except ValueError as error:
             errors.append(str(error))
+            continue
+        if name is None and candidate is not pl_module:
+            _require_same_outputs(pl_module, found, image_size)
+        return found
     hint = "" if name else f"; set another submodule with network= (available: {children})"
     raise MisconfigurationException(f"{errors[0]} (in {owner}){hint}")
+
+
+def _require_same_outputs(pl_module: L.LightningModule, found: FeatureExtractor, image_size: Sequence[int]) -> None:
+    """Refuse a submodule followed by a further layer, such as a backbone with 1,000 outputs before a head."""
+    try:
+        whole = FeatureExtractor(pl_module, image_size, need_classifier=False, need_map=False)
+    except Exception:  # no forward, or one of other arguments
+        return
+    whole.remove()
+    if whole.num_classes != found.num_classes:
+        found.remove()
+        name, owner = type(found.network).__name__, type(pl_module).__name__
+        raise MisconfigurationException(
+            f"expected the outputs of {name} to be the logits of {owner} for SANM, got {found.num_classes} of {name} and "
+            f"{whole.num_classes} of {owner}; set network= to the submodule that returns the logits, or to '' for {owner}"
+        )

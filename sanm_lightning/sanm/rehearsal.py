@@ -140,8 +140,9 @@ def misread_labels(
         predicted = logits.argmax(1) if logits is not None and logits.shape[:1] == rows.shape else every_class
         predicted = predicted.to(labels.dtype)
         plain, again = quietly(predicted)[0], quietly(predicted)[0]
-    except Exception:  # index labels fail as well: training raises the error
-        return None
+    except Exception as error:
+        _require_classes(error, lambda: quietly(labels[rows]), pl_module, tap)
+        return None  # index labels fail as well: training raises the error
     try:
         soft, each_soft = quietly(one_hot(predicted))[0], quietly(one_hot(every_class))[0]
     except Exception as error:
@@ -156,6 +157,19 @@ def misread_labels(
         if name in before and name in after and not _close(before[name], after[name]):
             return Difference(name, before[name], after[name])
     return None
+
+
+def _require_classes(error: Exception, own_labels: Any, pl_module: L.LightningModule, tap: FeatureExtractor) -> None:
+    """Raise an error if a step fails with labels of all classes, and not with the labels of its batch."""
+    try:
+        own_labels()
+    except Exception:
+        return
+    network = type(tap.network).__name__
+    raise MisconfigurationException(
+        f"expected a training step of {type(pl_module).__name__} with the {tap.num_classes} classes of {network}, got "
+        f"{type(error).__name__} for labels of all of them ({error}); set network= to the submodule that returns the logits"
+    ) from error
 
 
 def _listen_to(twin: Any) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ class Cell:
         epochs: number of epochs; None if the configs do not give it.
         differences: differences from the published run, as phrases.
         digest: hash of all settings of configs and options, except those without influence on the result.
+        listed: whether the study lists the run, which otherwise only provides a pre-trained network.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Cell:
     epochs: int | None
     differences: tuple[str, ...]
     digest: str
+    listed: bool = False
 
     @property
     def row(self) -> tuple[str, ...]:
@@ -109,25 +111,23 @@ def cells_of(study: Study, data_root: str | None = None) -> list[Cell]:
     found: dict[str, Cell] = {}
     for grid in study.grids:
         for cell in _product(replace(grid, options={**grid.options, **root})):
-            first = [_pretraining(cell, grid, root)] if cell.after else []
-            for part in (*first, cell):
-                known = found.setdefault(part.folder, part)
-                if known is not part and (part is cell or known.digest != part.digest):
-                    raise ValueError(
-                        f"expected one cell per folder, got two for {part.folder!r}; remove one, or give its grid a name"
-                    )
+            known = found.setdefault(cell.folder, cell)
+            if known.digest != cell.digest or (known is not cell and known.listed and cell.listed):
+                raise ValueError(
+                    f"expected one cell per folder, got two for {cell.folder!r}; remove one, or give its grid a name"
+                )
+            found[cell.folder] = replace(known, listed=known.listed or cell.listed)
     return list(found.values())
 
 
 def _product(grid: Grid) -> Iterator[Cell]:
+    """Yield the cells of a grid, each after the run that it starts from."""
     axes = (grid.methods, grid.data, grid.noise, grid.sanm, grid.overlays, grid.seeds)
+    before = replace(grid, pretraining={}, known_rate=())
     for method, data, noise, sanm, overlay, seed in itertools.product(*axes):
-        yield _cell(grid, method, data, noise, sanm, overlay, seed)
-
-
-def _pretraining(cell: Cell, grid: Grid, root: dict[str, Any]) -> Cell:
-    first = replace(grid, options={**grid.options, **root}, pretraining={}, known_rate=())
-    return _cell(first, grid.pretraining[cell.method], cell.data, "none", "base", "none", grid.seeds[0])
+        if method in grid.pretraining:
+            yield _cell(before, grid.pretraining[method], data, "none", "base", "none", grid.seeds[0])
+        yield replace(_cell(grid, method, data, noise, sanm, overlay, seed), listed=True)
 
 
 def _cell(grid: Grid, method: str, data: str, noise: str, sanm: str, overlay: str, seed: int) -> Cell:
@@ -139,13 +139,14 @@ def _cell(grid: Grid, method: str, data: str, noise: str, sanm: str, overlay: st
     recipe = settings_of(configs)
     configs += [_find("", overlay)] if overlay != "none" else []
     options = {**grid.options, **grid.method_options.get(method, {})}
+    rate = None if "data.noise" in options else {**settings_of(configs), **options}.get("data.noise.rate")
     if method in grid.known_rate:
-        if recipe.get("data.noise.rate") is None:
+        if rate is None:
             raise ValueError(
                 f"expected noise with a rate for the method {method!r} of known_rate, got noise {noise!r}; remove the method "
                 "from known_rate, and set its model.noise_rate in method_options"
             )
-        options = {"model.noise_rate": recipe["data.noise.rate"], **options}
+        options = {"model.noise_rate": rate, **options}
     after = None
     if method in grid.pretraining:
         parts = [grid.pretraining[method], "base", data, "none", *([grid.name] if grid.name else [])]
@@ -157,7 +158,7 @@ def _cell(grid: Grid, method: str, data: str, noise: str, sanm: str, overlay: st
     return Cell(
         method=_name(method), sanm=_name(sanm), data=_name(data), noise=_name(noise), overlay=_name(overlay), name=grid.name,
         seed=seed, configs=tuple(configs), options=options, after=after, epochs=epochs if isinstance(epochs, int) else None,
-        differences=(*_own(configs, overlay), *_differences(recipe, options, overlay)), digest=_digest([measured, after]),
+        differences=(*_own(configs, overlay), *_differences(recipe, options, overlay, rate)), digest=_digest([measured, after]),
     )  # fmt: skip
 
 
@@ -232,12 +233,11 @@ def _is_packaged(config: Path) -> bool:
     return inside and (not config.is_file() or config.read_bytes() == ours.read_bytes())
 
 
-def _differences(recipe: dict[str, Any], options: dict[str, Any], overlay: str) -> tuple[str, ...]:
-    """Return the differences between a run and that of the configs alone."""
+def _differences(recipe: dict[str, Any], options: dict[str, Any], overlay: str, rate: float | None) -> tuple[str, ...]:
+    """Return the differences between a run, whose noise has this rate, and that of the configs alone."""
     found = [] if overlay == "none" else [f"overlay {overlay}"]
     for name, value in options.items():
         before = recipe.get(name)
-        rate = recipe.get("data.noise.rate")
         told = name == "model.probe" or (name == "model.noise_rate" and value == rate)  # as in the published runs
         if name.startswith(MACHINE) or before == value or told:
             continue

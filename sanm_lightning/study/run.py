@@ -183,7 +183,11 @@ class _Queue:
 
     def _ended(self, cell: Cell, job: Any) -> None:
         after = self.record.state(cell)
-        if after.state in ("not run", "running", "interrupted"):
+        if after.state == "running":  # another study has started it meanwhile, and is awaited
+            self.states[cell.folder] = after
+            self.waiting.insert(0, cell)
+            return
+        if after.state in ("not run", "interrupted"):
             lines = (job.stderr() or "").strip().splitlines()
             after = State("interrupted", after.reason or (lines[-1] if lines else "the job ended"), after.attempts)
         self._report(cell, after)

@@ -169,6 +169,7 @@ def _check_keys(content: Any, known: tuple[str, ...], path: Path) -> None:
 
 
 def _grid(content: dict[str, Any], path: Path) -> Grid:
+    content = {key: value for key, value in content.items() if key != "pretraining" or value is not None}
     for key in (*NAMES, "known_rate", "seeds"):
         kind, what = (int, "integers") if key == "seeds" else (str, "names")
         value = content.get(key, [])

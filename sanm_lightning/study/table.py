@@ -86,7 +86,7 @@ def rows_of(record: Record, cells: Sequence[Cell], published: Published | None) 
     before = {cell.folder: record.results(cell) for cell in cells if cell.folder in providers}
     grouped: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
-        if cell.folder not in providers:
+        if cell.listed or cell.folder not in providers:
             grouped.setdefault(cell.row, []).append(cell)
     return [_row(record, group, published, before) for group in grouped.values()]
 

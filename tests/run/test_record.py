@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from sanm_lightning import SANM, CrossEntropy, ImageFolder, Noise
+from sanm_lightning import SANM, CrossEntropy, ImageFolder, Noise, SANMCallback
 from sanm_lightning.data import Toy
 from sanm_lightning.pictures import SANMPictures
 from sanm_lightning.run.checkpoint import RunCheckpoint
@@ -52,6 +52,45 @@ def test_a_checkpoint_written_during_an_evaluation_has_the_time_of_training_only
 
 
 class TestResults:
+    def test_best_is_that_of_all_evaluations_also_in_the_middle_of_an_epoch(self, monkeypatch):
+        found = []
+
+        class Watch(L.Callback):
+            def on_validation_start(self, run, module):
+                found.append(0.3 if found else 0.9)  # the first evaluation of four
+
+        monkeypatch.setattr(L.Trainer, "callback_metrics", property(lambda run: {"test/acc": torch.tensor(found[-1])}))
+        record = RunRecord()
+        run = trainer(2, callbacks=[Watch(), record], val_check_interval=2)
+        run.fit(method(), data())
+        assert found == [0.9, 0.3, 0.3, 0.3]
+        again = RunRecord()
+        again.load_state_dict(record.state_dict())
+        for part in (record, again):
+            said = part.results(run, method(), epochs=2)
+            assert said["test_accuracy_best"] == pytest.approx(0.9)
+            assert said["test_accuracy_last"] == pytest.approx(0.3)
+
+    def test_of_a_module_of_ones_own_name_the_sanm_of_the_callback(self):
+        class Own(L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = method().network
+
+            def training_step(self, batch, batch_idx):
+                return torch.nn.functional.cross_entropy(self.net(batch.images), batch.labels)
+
+            def validation_step(self, batch, batch_idx):
+                pass
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        trainer(2, callbacks=[SANMCallback(SANM(mu=0.5)), RunRecord()], limit_val_batches=0).fit(Own(), data())
+        said = results()
+        assert said["sanm"] is True
+        assert said["quality_auc"] is not None
+
     def test_best_last_and_last10_are_those_of_the_series(self):
         record = RunRecord()
         run, module = trainer(1, callbacks=[record]), method()

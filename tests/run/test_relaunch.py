@@ -5,12 +5,14 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sanm_lightning import CrossEntropy
 from sanm_lightning.cli import entry_point, main
+from sanm_lightning.run.relaunch import resolve_ckpt_path
 from tests.full import FULL
 
 RUN = [
@@ -276,3 +278,21 @@ def test_a_file_that_is_named_begins_a_run_of_its_own():
     main(epochs(2, "--ckpt_path", str(FIRST / "checkpoints" / "last.ckpt")))
     assert results(FIRST)["epochs"] == 1
     assert results(FIRST.parent / "version_1")["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        (("version_2", "version_10"), "version_10"),  # the older one has more steps
+        (("run7", "run12"), "run12"),
+        (("abzc1xyz", "k9x7q2ab"), "abzc1xyz"),  # ids, as of WandbLogger: the one of more steps
+        (("xyz1", "abc9"), "xyz1"),
+    ],
+)
+def test_the_newest_run_is_that_of_the_highest_number_or_without_numbers_of_most_steps(names, newest, tmp_path):
+    for name, steps in zip(names, (90, 10), strict=True):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        torch.save({"global_step": steps}, tmp_path / name / "checkpoints/last.ckpt")
+    logger = SimpleNamespace(save_dir=str(tmp_path.parent), name=tmp_path.name)
+    run = SimpleNamespace(loggers=[logger], default_root_dir=str(tmp_path), checkpoint_callbacks=[], callbacks=[])
+    assert resolve_ckpt_path(run, "last", fitting=False) == str(tmp_path / newest / "checkpoints/last.ckpt")

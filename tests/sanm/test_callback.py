@@ -488,6 +488,33 @@ class TestTrainingIsTheUsersOwn:
             assert not torch.equal(first["0.layers.0.weight"], sanm.decoder.layers[0].weight)
             assert (set(module.__dict__) - {"_trainer"}, set(module._modules)) == (before[0] - {"_trainer"}, before[1])
 
+    def test_another_module_with_the_same_callback_is_refused_unless_it_is_resumed(self, tmp_path: Path) -> None:
+        callback, first = SANMCallback(), Stranger()
+        run = fit(first, callback)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        del run, first
+        with pytest.raises(
+            ValueError, match="no other module uses, got one that was trained with another module; create"
+        ):
+            fit(Stranger(), callback)
+        fit(Stranger(), callback, ckpt=tmp_path / "a.ckpt", epochs=4)
+
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming from")
+    def test_a_checkpoint_of_an_exception_continues_without_sanm(self, tmp_path: Path) -> None:
+        class Failing(Stranger):
+            def on_train_batch_end(self, *args: Any) -> None:
+                if self.global_step == 6:
+                    raise KeyError("mine")
+
+        class Save(L.Callback):
+            def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+        with pytest.raises(KeyError, match="mine"):
+            fit(Failing(), SANMCallback(), Save())
+        fit(Stranger(), ckpt=tmp_path / "a.ckpt")
+        fit(Stranger(), SANMCallback(), ckpt=tmp_path / "a.ckpt")
+
     @pytest.mark.parametrize("fails", [False, True])
     def test_the_module_is_left_as_it_was_found(self, fails: bool) -> None:
         class Failing(Stranger):
@@ -807,6 +834,59 @@ def with_net(make: Any) -> Any:
     module = Stranger()
     module.net = make()
     return module
+
+
+class Headed(L.LightningModule):
+    """A backbone with more outputs than classes, before a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(
+            nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 100)
+        )
+        self.head = nn.Linear(100, CLASSES)
+
+    def logits(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.backbone(x).relu())
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.logits(x), y)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class HeadedForward(Headed):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+class TestBackboneBeforeAHead:
+    @pytest.mark.parametrize("labels", [True, False])
+    def test_is_not_taken_for_the_classifier(self, labels: bool) -> None:
+        sentence = (
+            r"expected the outputs of Sequential to be the logits of HeadedForward .*, got 100 of Sequential and 3 of"
+        )
+        with pytest.raises(MisconfigurationException, match=sentence):
+            fit(HeadedForward(), SANMCallback(SANM(labels=labels)))
+
+    def test_is_no_network_of_a_step_with_fewer_classes(self) -> None:
+        sentence = (
+            r"expected a training step of Headed with the 100 classes of Sequential, got IndexError .*; set network="
+        )
+        with pytest.raises(MisconfigurationException, match=sentence):
+            fit(Headed(), SANMCallback())
+
+    def test_the_module_itself_is_named_by_the_empty_name(self) -> None:
+        callback = SANMCallback(SANM(mu=0.5), network="")
+        fit(HeadedForward(), callback)
+        assert callback.masked_steps > 0
 
 
 class TestNetworks:

@@ -212,6 +212,43 @@ def test_ctrl_c_ends_running_cells_and_the_next_study_resumes_them(write, monkey
         assert second == [*first, "--ckpt_path", "last"]
 
 
+def test_a_cell_that_another_study_starts_meanwhile_is_awaited(write):
+    """The other study takes the lock between the submission of the job and its start."""
+    keys = {"methods": ["c2d"], "sanm": ["base"], "seeds": [1], "pretraining": {"c2d": "simclr"}}
+    cells = cells_of(read_study(write(**keys)))
+    record, locks = Record("out"), []
+    record.write("own", None, cells)
+
+    class Job:
+        def __init__(self, call: Launch) -> None:
+            folder = Path(call.folder)
+            if not locks:
+                folder.mkdir(parents=True)
+                locks.append((folder / "lock").open("a"))
+                fcntl.flock(locks[0], fcntl.LOCK_EX)
+                write_state(folder, State("running", attempts=1))
+                assert call() == "running"
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_state(folder, State("finished", attempts=1))
+
+        def done(self) -> bool:
+            return True
+
+    class Executor:
+        submit = staticmethod(Job)
+
+    queue = run._Queue(record, cells, Executor(), "local", 1, Console(quiet=True), 1)
+    for _ in range(3):
+        assert queue.step()
+    assert queue.states[cells[0].folder].state == "running" and not queue.jobs
+    write_state(record.folder(cells[0]), State("finished", attempts=1))
+    locks[0].close()
+    while queue.step():
+        pass
+    assert [state.state for state in queue.states.values()] == ["finished", "finished"]
+
+
 class TestLaunch:
     def launch(self, folder: Path, *command: str) -> Launch:
         return Launch((sys.executable,), str(folder), command, str(Path.cwd()), {"WORD": "said"})

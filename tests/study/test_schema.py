@@ -57,6 +57,36 @@ class TestCells:
         rates = {(cell.method, cell.noise): cell.options.get("model.noise_rate") for cell in found}
         assert rates == {("cdr", "sym20"): 0.2, ("cdr", "asym40"): 0.4, ("elr", "sym20"): None, ("elr", "asym40"): None}
 
+    def test_the_known_rate_is_that_of_an_option_or_an_overlay(self, cells, tmp_path):
+        keys = {"methods": ["cdr"], "known_rate": ["cdr"], "sanm": ["base"], "seeds": [1]}
+        (found,) = cells(**keys, options={"data.noise.rate": 0.3})
+        assert found.options["model.noise_rate"] == 0.3
+        assert found.differences == ("other noise (data.noise.rate 0.3)",)
+        (tmp_path / "rate.yaml").write_text("data: {init_args: {noise: {rate: 0.1}}}")
+        (found,) = cells(**keys, options={}, overlays=[str(tmp_path / "rate.yaml")])
+        assert found.options["model.noise_rate"] == 0.1
+        with pytest.raises(ValueError, match="expected noise with a rate for the method 'cdr'"):
+            cells(**keys, options={"data.noise": {"kind": "symmetric", "rate": 0.3}})
+
+    def test_pretraining_of_own_configs_is_with_these_configs(self, cells, tmp_path):
+        method, data = tmp_path / "mine.yaml", tmp_path / "cifar10.yaml"
+        for path, kind in ((method, "method/c2d"), (data, "data/cifar10")):
+            path.write_text((packaged() / f"configs/{kind}.yaml").read_text())
+        keys = {"sanm": ["base"], "seeds": [1], "data": [str(data)]}
+        first, second = cells(methods=[str(method)], pretraining={str(method): "simclr"}, **keys)
+        assert first.folder == second.after == "simclr/base/cifar10/none/seed1"
+        assert str(data) in first.configs and str(data) in second.configs and str(method) in second.configs
+
+    def test_a_run_that_is_listed_and_provides_a_network_is_one_cell_in_any_order(self, cells):
+        for methods in (["c2d", "simclr"], ["simclr", "c2d"]):
+            found = cells(methods=methods, noise=["none"], pretraining={"c2d": "simclr"}, sanm=["base"], seeds=[1])
+            assert sorted(cell.method for cell in found) == ["c2d", "simclr"]
+            assert all(cell.listed for cell in found)
+            assert found[0].method == "simclr"
+
+    def test_pretraining_without_entries_is_none(self, cells):
+        assert all(cell.after is None for cell in cells(pretraining=None))
+
     def test_pretraining_is_one_cell_per_data_before_those_that_use_it(self, cells):
         found = cells(methods=["c2d"], data=["cifar10", "cifar100"], pretraining={"c2d": "simclr"})
         first = [cell for cell in found if cell.method == "simclr"]

@@ -148,6 +148,15 @@ class TestRows:
         )
         assert [row.method for row in rows_of(record, cells, published)] == ["c2d"]
 
+    def test_a_run_that_also_provides_a_pre_trained_network_is_a_seed_of_its_row(self, study):
+        keys = {
+            "methods": ["cross_entropy", "c2d"],
+            "noise": ["none", "sym50"],
+            "pretraining": {"c2d": "cross_entropy"},
+        }
+        record, cells, _ = study(None, sanm=["base"], **keys)
+        assert [row.seeds for row in rows_of(record, cells, None)] == [2] * 4
+
 
 ROWS = [
     Row("cross_entropy", "base", "cifar10", "sym50", "", 2, {1: 79.0, 2: 81.0}, {1: 60.0, 2: 60.0},
