@@ -104,13 +104,16 @@ def test_the_losses_of_an_interrupted_epoch_are_not_those_of_the_next_fit():
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    def fit(sanm: SANMCallback, *others: L.Callback) -> float:
+    def made() -> Plain:
         torch.manual_seed(0)
+        return Plain()
+
+    def fit(module: Plain, sanm: SANMCallback, *others: L.Callback) -> float:
         run = trainer(1, callbacks=[sanm, *others])
-        run.fit(Plain(), Toy(num_samples=32, num_test_samples=8, batch_size=8, track_test=False))
+        run.fit(module, Toy(num_samples=32, num_test_samples=8, batch_size=8, track_test=False))
         return float(run.callback_metrics["train/classification_loss"])
 
-    sanm = SANMCallback(SANM(seed=0))
+    sanm, module = SANMCallback(SANM(seed=0)), made()
     with pytest.raises(RuntimeError, match="stopped"):
-        fit(sanm, Stop(0, RuntimeError("stopped")))
-    assert fit(sanm) == pytest.approx(fit(SANMCallback(SANM(seed=0))))
+        fit(module, sanm, Stop(0, RuntimeError("stopped")))
+    assert fit(module, sanm) == pytest.approx(fit(made(), SANMCallback(SANM(seed=0))))
