@@ -16,6 +16,7 @@ from sanm_lightning.epoch_means import EpochMeans
 from sanm_lightning.sanm.checks import (
     LabelCheck,
     check_images,
+    height_and_width,
     image_size_of,
     is_reached,
     require_same_module,
@@ -149,7 +150,7 @@ class SANMCallback(L.Callback):
                 "the training step (see the two calls of SANM)"
             )
         size = self.image_size or getattr(data, "image_size", None) or image_size_of(trainer)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_and_width(size)
         tap = self.tap = find_network(pl_module, self.sanm, self.network, self.layer, (height, width))
         self._undo.append(tap.remove)
         if tap.num_classes < 2:

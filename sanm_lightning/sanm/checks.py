@@ -1,6 +1,7 @@
 """Checks of a run under SANM before its first update."""
 
 import weakref
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "check_images",
     "check_range",
     "check_rows",
+    "height_and_width",
     "image_size_of",
     "is_reached",
     "require_owned",
@@ -230,6 +232,21 @@ def require_parameters(pl_module: L.LightningModule) -> None:
             f"expected a network that {type(pl_module).__name__} creates in its constructor, got no parameters when SANM is "
             "set up; create the network in __init__, not in setup() or configure_model()"
         )
+
+
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return H, W of an image size, one number for square images.
+
+    Raises:
+        MisconfigurationException: if there are other than one or two numbers.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if len(sides) != 2:
+        raise MisconfigurationException(
+            f"expected an image size of one number or (H, W) for SANM, got {sides}; set image_size= (sanm_image_size= of the "
+            "mixin)"
+        )
+    return sides
 
 
 def require_unused(sanm: SANM) -> None:

@@ -867,6 +867,15 @@ class HeadedForward(Headed):
         return F.cross_entropy(self(x), y)
 
 
+def test_an_image_size_of_three_numbers_is_refused() -> None:
+    data = Numbered(lambda x, y, i: (x, y, i))
+    data.image_size = (3, SIZE, SIZE)  # type: ignore[assignment]
+    with pytest.raises(
+        MisconfigurationException, match=r"image size of one number or \(H, W\) for SANM, got \(3, 8, 8\); set"
+    ):
+        fit(Stranger(), SANMCallback(), data=data)
+
+
 class TestBackboneBeforeAHead:
     @pytest.mark.parametrize("labels", [True, False])
     def test_is_not_taken_for_the_classifier(self, labels: bool) -> None:

@@ -21,7 +21,7 @@ def module(own, *sanms):
 
 def auc(part):
     data = SimpleNamespace(true_labels=torch.zeros(4, dtype=torch.int64), labels=torch.tensor([0, 0, 1, 1]))
-    return label_quality_auc(SimpleNamespace(datamodule=data), part)
+    return label_quality_auc(SimpleNamespace(datamodule=data, callbacks=[]), part)
 
 
 @pytest.mark.parametrize(
