@@ -208,3 +208,15 @@ def test_damaged_files_of_every_format_are_named(suffix: str, tmp_path: Path) ->
         except ValueError as error:
             refused += str(path) in str(error)
     assert refused
+
+
+def test_an_error_of_a_decoder_at_run_time_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of AVIF for some damaged files."""
+    flat("RGB", (1, 2, 3)).save(tmp_path / "a.png")
+
+    def load(image: Image.Image) -> None:
+        raise RuntimeError("Failed to decode frame 0")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
+    with pytest.raises(ValueError, match=r"got '.*a\.png', which cannot be decoded \(Failed to decode frame 0\)"):
+        read_image(tmp_path / "a.png", SIDE)
