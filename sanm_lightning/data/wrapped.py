@@ -192,18 +192,17 @@ def _from_array(image: Any, where: str) -> Image.Image:
         )
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
-    if image.dtype.kind in "iu" and image.dtype.itemsize > 2:
-        raise _ImageFormError(
-            f"expected 8 or 16 bits per pixel in {where}, got {image.dtype} of shape {image.shape}; convert to uint8"
-        )
     if image.dtype.kind == "f":
         image = _exact_bytes(image, where)
     try:
-        return Image.fromarray(np.ascontiguousarray(image))
-    except (TypeError, KeyError) as error:
+        converted = Image.fromarray(np.ascontiguousarray(image))
+    except (TypeError, KeyError):
+        converted = None
+    if converted is None or converted.mode == "I":  # 32 bits
         raise _ImageFormError(
             f"expected 8 or 16 bits per pixel in {where}, got {image.dtype} of shape {image.shape}; convert to uint8"
-        ) from error
+        )
+    return converted
 
 
 def _array(pixels: Tensor) -> np.ndarray[Any, Any]:
@@ -254,7 +253,7 @@ def _names(dataset: Any, key: Any) -> list[str] | None:
         other = next((part for part in parts if part != parts[0]), parts[0])
         if None not in (parts[0], other) and other != parts[0]:
             raise ValueError(
-                f"expected the same classes in all parts of a ConcatDataset, got {_some(parts[0])} and {_some(other)}, whose "
+                f"expected the same classes in all parts of a ConcatDataset, got {_first(parts[0])} and {_first(other)}, whose "
                 "labels have other meanings; give the parts a common numbering of the classes"
             )
         return parts[0] if other == parts[0] else None
@@ -266,7 +265,8 @@ def _names(dataset: Any, key: Any) -> list[str] | None:
     return _feature_names(dataset, key) or _strings(getattr(dataset, "classes", None))
 
 
-def _some(names: list[str] | None) -> str:
+def _first(names: list[str] | None) -> str:
+    """Return the first five names, for messages."""
     return ", ".join(map(repr, (names or [])[:5]))
 
 

@@ -22,14 +22,14 @@ class _Found(NamedTuple):
     """A checkpoint file; the last one of a list is the newest.
 
     Attributes:
-        age: position of its run among all runs, from the oldest; 0 for runs without a number, -1 without runs.
+        rank: position of its run among all runs, from the oldest; 0 for runs without a number, -1 without runs.
         step: number of optimizer steps; infinite for a damaged file, which is then read and raises an error.
         time: modification time in nanoseconds, which copying a run may change.
         path: the file.
         run: its run directory; None without runs.
     """
 
-    age: int
+    rank: int
     step: float
     time: int
     path: Path
@@ -110,8 +110,8 @@ def _found(path: Path, runs: list[Path]) -> _Found:
         pass
     inside = [number for number, run in enumerate(runs) if path.is_relative_to(run)]
     known = inside or [number for number, run in enumerate(runs) if run.name == name] or [len(runs) - 1]
-    age = known[-1] if _numbered(runs) or not runs else 0
-    return _Found(age, step, path.stat().st_mtime_ns, path, runs[known[-1]] if runs else None)
+    rank = known[-1] if _numbered(runs) or not runs else 0
+    return _Found(rank, step, path.stat().st_mtime_ns, path, runs[known[-1]] if runs else None)
 
 
 def _runs(trainer: L.Trainer) -> list[Path]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -159,16 +159,18 @@ def misread_labels(
     return None
 
 
-def _require_classes(error: Exception, own_labels: Any, pl_module: L.LightningModule, tap: FeatureExtractor) -> None:
-    """Raise an error if a step fails with labels of all classes, and not with the labels of its batch."""
+def _require_classes(
+    error: Exception, rehearsed: Callable[[], object], pl_module: L.LightningModule, tap: FeatureExtractor
+) -> None:
+    """Raise an error if a step fails with labels of all classes, but not as ``rehearsed`` with the labels of its batch."""
     try:
-        own_labels()
+        rehearsed()
     except Exception:
         return
-    network = type(tap.network).__name__
+    network, reason = type(tap.network).__name__, str(error).split("\n")[0].rstrip(".")
     raise MisconfigurationException(
         f"expected a training step of {type(pl_module).__name__} with the {tap.num_classes} classes of {network}, got "
-        f"{type(error).__name__} for labels of all of them ({error}); set network= to the submodule that returns the logits"
+        f"{type(error).__name__} for labels of all of them ({reason}); set network= to the submodule that returns the logits"
     ) from error
 
 

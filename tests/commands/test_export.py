@@ -148,6 +148,11 @@ class TestBadInput:
             export(str(trained("CrossEntropy")[1]), str(tmp_path / "out"))
         assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
 
+    def test_the_current_folder_is_refused(self, trained, tmp_path):
+        with pytest.raises(ValueError, match=r"expected the name of a new folder, got '\.'; use another --out"):
+            export(str(trained("CrossEntropy")[1]), ".")
+        assert list(tmp_path.iterdir()) == []
+
     def test_an_empty_folder_is_taken(self, trained, tmp_path):
         (tmp_path / "out").mkdir()
         assert main(["--ckpt_path", str(trained("CrossEntropy")[1]), "--out", str(tmp_path / "out")]) == 0

@@ -126,6 +126,7 @@ class TestImages:
                 torch.randn(3, SIDE, SIDE),
                 r"or multiples of 1/255 in \[0, 1\], in row 0 of the training set, got floating-",
             ),
+            (np.full((SIDE, SIDE), 200, np.int32), r"expected 8 or 16 bits per pixel in row 0 .*, got int32 of shape"),
             (torch.rand(3, SIDE, SIDE), r"got floating-point values in \[.*\]; remove normalization and conversions"),
             (torch.rand(3, SIDE, SIDE).bfloat16(), r"got floating-point values in \[.*\]; remove normalization"),
             (
